@@ -1,0 +1,146 @@
+"""ModelConfig: what an architecture is, resolved once from a config.json and never written again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from lamella_core.errors import ConfigError, nearest_name
+from lamella_core.mapping import Mapping
+from lamella_core.quantization.config import QuantConfig
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_DTYPE_ALIASES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+
+C = TypeVar("C", bound="ModelConfig")
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, source: str | None = None) -> str:
+    """Returns one of `DTYPES` names; "auto" and None mean ``source`` (what the model directory says), else float32.
+
+    Raises:
+        ConfigError: a dtype that weights cannot have.
+    """
+    if dtype is None or dtype == "auto":
+        return resolve_dtype(source) if source else "float32"
+    name = str(dtype).removeprefix("torch.")
+    name = _DTYPE_ALIASES.get(name, name)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}{nearest_name(name, DTYPES)}")
+    return name
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021) and its context extensions.
+
+    ``scaling`` holds the parameters of ``rope_type`` under their Hugging Face names (factor, low_freq_factor, ...).
+    """
+
+    theta: float = 10000.0
+    rotary_dim: int = 0  # leading dimensions of the head that rotate, in elements
+    rope_type: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
+    scaling: dict[str, Any] = field(default_factory=dict)
+    interleaved: bool = False  # pairs (0,1),(2,3).. instead of (i, i + rotary_dim/2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Fields that every decoder has; an architecture adds its own by subclassing.
+
+    All sizes are of the whole model; what one rank holds follows from ``mapping``.
+    """
+
+    architecture: str  # Hugging Face class name, e.g. "LlamaForCausalLM"
+    model_type: str  # Hugging Face model_type, e.g. "llama"
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    norm_eps: float = 1e-5
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    rope: RopeConfig | None = None  # None: no rotary embedding
+    sliding_window: int | None = None  # tokens a query sees, its own included; None: all
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    dtype: str = "float32"
+    mapping: Mapping = field(default_factory=Mapping)
+    quantization: QuantConfig = field(default_factory=QuantConfig)
+
+    hf_model_types: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                     "head_dim", "intermediate_size", "max_position_embeddings"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a positive integer. Check the model's config.json")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}; check the model's config.json"
+            )
+        heads, tp = self.num_attention_heads, self.mapping.tp_size
+        if heads % tp:
+            raise ConfigError(f"tp_size {tp} does not divide num_attention_heads {heads}; use a divisor of {heads}")
+        kv = self.num_key_value_heads
+        if kv % tp and tp % kv:
+            raise ConfigError(f"tp_size {tp} and num_key_value_heads {kv}: one must be a multiple of the other")
+        resolve_dtype(self.dtype)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def with_mapping(self: C, mapping: Mapping) -> C:
+        """Returns the same configuration for another mapping (or the same mapping seen from another rank)."""
+        return replace(self, mapping=mapping)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-ready fields, without the mapping's rank: one file serves all ranks."""
+        out: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Mapping):
+                value = value.to_dict(with_rank=False)
+            elif isinstance(value, QuantConfig):
+                value = value.to_dict()
+            elif isinstance(value, RopeConfig):
+                value = {g.name: getattr(value, g.name) for g in fields(value)}
+            elif isinstance(value, tuple):
+                value = list(value)
+            out[f.name] = value
+        return out
+
+    @classmethod
+    def from_dict(cls: type[C], data: dict[str, Any], rank: int = 0) -> C:
+        """Inverse of `to_dict`, seen from ``rank``. Tuples may arrive as JSON lists.
+
+        Raises:
+            ConfigError: an unknown or missing field.
+        """
+        known = {f.name: f for f in fields(cls)}
+        for name in data:
+            if name not in known:
+                raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest_name(name, known)}")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values["mapping"] = Mapping.from_dict({**data.get("mapping", {}), "rank": rank})
+        values["quantization"] = QuantConfig.from_dict(data.get("quantization", {}))
+        if values.get("rope") is not None:
+            values["rope"] = RopeConfig(**values["rope"])
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__}: {error}; the stored configuration is incomplete") from error

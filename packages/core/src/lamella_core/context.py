@@ -1,0 +1,80 @@
+"""What a model's forward pass gets from the runtime: attention over caches, and communication between ranks.
+
+A model never sees a block table: it calls `ForwardContext.attend` and the runtime (paged CPU, CUDA, a reference, ...)
+answers. Nothing here is global; two engines in one process hold two contexts.
+
+Shape legend: T tokens of this step (packed, no padding), Hq query heads and Hkv key/value heads on this rank, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What the runtime must know of one attention layer, on this rank; the source of the KV cache's shape."""
+
+    layer_idx: int  # global index of the layer in the model
+    num_heads: int  # Hq on this rank
+    num_kv_heads: int  # Hkv on this rank
+    head_dim: int  # D
+    scale: float  # multiplies q.k
+    sliding_window: int | None = None  # a query sees this many last keys, its own included
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+
+
+class Communicator(Protocol):
+    """Collectives among the ranks of one group; what layers use instead of process globals."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the sum over the group, same shape."""
+        ...
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Returns the ranks' tensors concatenated along ``dim`` in rank order."""
+        ...
+
+
+class SingleRank:
+    """The `Communicator` of a group of one: every collective is the identity."""
+
+    size = 1
+    rank = 0
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return x
+
+
+class ForwardContext(Protocol):
+    """One step's view of the runtime, made by the runner and passed down through every `forward`."""
+
+    @property
+    def tp(self) -> Communicator:
+        """The tensor-parallel group of this rank."""
+        ...
+
+    def attend(
+        self,
+        spec: AttentionSpec,
+        q: torch.Tensor,  # [T, Hq, D], position encoding applied
+        k: torch.Tensor,  # [T, Hkv, D], position encoding applied
+        v: torch.Tensor,  # [T, Hkv, D]
+        *,
+        alibi_slopes: torch.Tensor | None = None,  # [Hq] float32
+        sink_logits: torch.Tensor | None = None,  # [Hq], extra softmax column per head
+    ) -> torch.Tensor:
+        """Stores k and v in the layer's cache, then attends causally over each request's keys; returns [T, Hq, D]."""
+        ...

@@ -1,0 +1,86 @@
+"""QuantAlgo and QuantConfig: what is quantized, and how; read from and written to a checkpoint's config."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from lamella_core.errors import ConfigError, nearest_name
+
+
+class QuantAlgo(str, Enum):
+    """Names of quantization schemes, for weights (and activations) or for the KV cache."""
+
+    NO_QUANT = "NO_QUANT"
+    FP8 = "FP8"
+    FP8_PER_CHANNEL_PER_TOKEN = "FP8_PER_CHANNEL_PER_TOKEN"
+    FP8_BLOCK_SCALES = "FP8_BLOCK_SCALES"
+    INT8 = "INT8"
+    W8A16 = "W8A16"
+    W4A16 = "W4A16"
+    W4A16_AWQ = "W4A16_AWQ"
+    W4A16_GPTQ = "W4A16_GPTQ"
+    W4A8_AWQ = "W4A8_AWQ"
+    W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN = "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"
+    NVFP4 = "NVFP4"
+
+
+def parse_algo(value: QuantAlgo | str | None, field: str) -> QuantAlgo | None:
+    """Returns the algorithm named by ``value`` (any case; None and NO_QUANT mean none).
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if value is None:
+        return None
+    name = str(value.value if isinstance(value, QuantAlgo) else value).upper()
+    if name not in QuantAlgo.__members__:
+        known = ", ".join(QuantAlgo.__members__)
+        raise ConfigError(f"{field} is {value!r}; known: {known}{nearest_name(name, QuantAlgo.__members__)}")
+    algo = QuantAlgo[name]
+    return None if algo is QuantAlgo.NO_QUANT else algo
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How a model's weights, activations and KV cache are quantized. The default quantizes nothing."""
+
+    quant_algo: QuantAlgo | None = None
+    kv_cache_quant_algo: QuantAlgo | None = None
+    group_size: int = 128  # weights that share a scale, along the input dimension
+    has_zero_point: bool = False
+    exclude_modules: tuple[str, ...] = ()  # name patterns (fnmatch) of linears that stay in the model's dtype
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "quant_algo", parse_algo(self.quant_algo, "QuantConfig.quant_algo"))
+        object.__setattr__(
+            self, "kv_cache_quant_algo", parse_algo(self.kv_cache_quant_algo, "QuantConfig.kv_cache_quant_algo")
+        )
+        object.__setattr__(self, "exclude_modules", tuple(self.exclude_modules))
+        if self.group_size < 1:
+            raise ConfigError(f"QuantConfig.group_size is {self.group_size}; it must be at least 1")
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.quant_algo is not None or self.kv_cache_quant_algo is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-ready fields."""
+        fields = asdict(self)
+        for name in ("quant_algo", "kv_cache_quant_algo"):
+            fields[name] = fields[name].value if fields[name] else None
+        fields["exclude_modules"] = list(self.exclude_modules)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> QuantConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown field or algorithm.
+        """
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ConfigError(f"QuantConfig has no field {unknown[0]!r}; known: {', '.join(cls.__dataclass_fields__)}")
+        return cls(**fields)
