@@ -1,1 +1,1 @@
-""""""
+"""Reading and writing weights: safetensors, Hugging Face directories, Lamella checkpoints."""

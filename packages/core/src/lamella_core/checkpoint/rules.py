@@ -1,0 +1,91 @@
+"""WeightRule: one line of a model's table that says which source tensor fills which parameter.
+
+A model file lists its rules as data; `lamella_core.checkpoint.loader` reads them. Example, a fused query/key/value
+parameter filled from three source tensors per layer, and one from a Conv1D that stores ``[in, out]``::
+
+    WEIGHTS = [
+        WeightRule("model.layers.{i}.self_attn.q_proj.weight", "layers.{i}.attention.qkv.weight", section="q"),
+        WeightRule("model.layers.{i}.self_attn.k_proj.weight", "layers.{i}.attention.qkv.weight", section="k"),
+        WeightRule("model.layers.{i}.self_attn.v_proj.weight", "layers.{i}.attention.qkv.weight", section="v"),
+        WeightRule("transformer.h.{i}.attn.c_proj.weight", "layers.{i}.attention.out.weight", transpose=True),
+    ]
+    IGNORED = ["*.rotary_emb.inv_freq"]
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_PLACEHOLDER = re.compile(r"\{([ie])\}")
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """How a source tensor becomes (a part of) a parameter.
+
+    Attributes:
+        source: tensor name in the source, with ``{i}`` for the layer and ``{e}`` for the expert, both counted over the
+            whole model (a pipeline stage or an expert rank keeps the global numbers).
+        target: parameter name in the model, with the same placeholders. A target without ``{e}`` under a source with
+            ``{e}`` is a stacked parameter ``[experts on this rank, ...]``: the source fills one slot of it.
+        section: the section of a fused parameter that the source fills (a name of its `ShardSpec`); None: the source
+            covers the parameter's sections in their order (all of it).
+        transpose: the source is stored ``[in, out]``; the parameter is ``[out, in]``.
+        optional: the parameter may be left unfilled by this rule (a tied output layer, for example); the source may
+            be missing.
+    """
+
+    source: str
+    target: str
+    section: str | None = None
+    transpose: bool = False
+    optional: bool = False
+
+    def source_name(self, index: int | None = None, expert: int | None = None) -> str:
+        """Returns the source tensor's name for a layer and an expert."""
+        return _fill(self.source, index, expert)
+
+    def target_name(self, index: int | None = None, expert: int | None = None) -> str:
+        """Returns the parameter's name for a layer and an expert."""
+        return _fill(self.target, index, expert)
+
+    def match_target(self, name: str) -> tuple[int | None, int | None] | None:
+        """Returns ``(layer, expert)`` when the rule fills the parameter ``name`` (None where it has no placeholder)."""
+        return _match(self.target, name)
+
+    def match_source(self, name: str) -> tuple[int | None, int | None] | None:
+        """Returns ``(layer, expert)`` when ``name`` is a source tensor of this rule."""
+        return _match(self.source, name)
+
+    @property
+    def stacks_experts(self) -> bool:
+        """Whether the sources of all experts of the rank go into one parameter."""
+        return "{e}" in self.source and "{e}" not in self.target
+
+
+def is_ignored(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a source tensor may be left unread: ``name`` matches one of the shell-style ``patterns``."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _fill(pattern: str, index: int | None, expert: int | None) -> str:
+    return pattern.replace("{i}", str(index)).replace("{e}", str(expert))
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    parts = _PLACEHOLDER.split(pattern)  # literal, placeholder, literal, ...
+    regex = "".join(rf"(?P<{part}>\d+)" if k % 2 else re.escape(part) for k, part in enumerate(parts))
+    return re.compile(regex, re.ASCII)
+
+
+def _match(pattern: str, name: str) -> tuple[int | None, int | None] | None:
+    found = _compiled(pattern).fullmatch(name)
+    if found is None:
+        return None
+    groups = found.groupdict()
+    return tuple(int(groups[key]) if key in groups else None for key in ("i", "e"))  # type: ignore[return-value]
