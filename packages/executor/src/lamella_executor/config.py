@@ -1,0 +1,81 @@
+"""Runtime configuration: KV cache and scheduler. Frozen; what depends on the machine is resolved into return values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lamella_core.errors import ConfigError
+
+
+class CapacitySchedulerPolicy(str, Enum):
+    """When a waiting request may start, given the KV blocks that are free."""
+
+    GUARANTEED_NO_EVICT = (
+        "GUARANTEED_NO_EVICT"  # only if its longest possible output fits beside the others': never paused
+    )
+    MAX_UTILIZATION = (
+        "MAX_UTILIZATION"  # as soon as its next chunk fits; under pressure the newest are paused and resumed
+    )
+    STATIC_BATCH = "STATIC_BATCH"  # a batch is filled, runs until all of it has finished, then the next
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """How requests are admitted and packed into steps."""
+
+    capacity_scheduler_policy: CapacitySchedulerPolicy = CapacitySchedulerPolicy.GUARANTEED_NO_EVICT
+    enable_chunked_prefill: bool = True  # False: a prompt is computed in one step and may not exceed max_num_tokens
+
+    def __post_init__(self) -> None:
+        try:
+            policy = CapacitySchedulerPolicy(self.capacity_scheduler_policy)
+        except ValueError:
+            raise ConfigError(
+                f"SchedulerConfig.capacity_scheduler_policy is {self.capacity_scheduler_policy!r}; "
+                f"allowed: {', '.join(p.value for p in CapacitySchedulerPolicy)}"
+            ) from None
+        object.__setattr__(self, "capacity_scheduler_policy", policy)
+
+
+@dataclass(frozen=True)
+class KvCacheConfig:
+    """Size and behaviour of the paged KV cache. When several size limits are given the smallest wins.
+
+    ``max_attention_window`` limits every layer (or, as a list cycled over the layers, each) to its last tokens;
+    ``sink_token_length`` keeps that many first tokens visible beside the window (StreamingLLM, Xiao et al. 2023;
+    positions stay absolute).
+    """
+
+    enable_block_reuse: bool = True  # requests that share a prefix share its blocks
+    enable_partial_reuse: bool = True  # the matching head of a block that differs later is copied, not recomputed
+    max_tokens: int | None = None  # tokens the cache holds
+    free_gpu_memory_fraction: float = 0.9  # of the device memory left after the weights
+    host_memory_bytes: int | None = None  # budget of the cache on a CPU; None: a fraction of the free memory
+    tokens_per_block: int | None = None  # None: what the engine was built with
+    max_attention_window: int | tuple[int, ...] | None = None
+    sink_token_length: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "host_memory_bytes", "tokens_per_block"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"KvCacheConfig.{name} is {value!r}; it must be a positive integer or None")
+        if not 0.0 < self.free_gpu_memory_fraction <= 1.0:
+            raise ConfigError(
+                f"KvCacheConfig.free_gpu_memory_fraction is {self.free_gpu_memory_fraction!r}; "
+                "it must be above 0 and at most 1"
+            )
+        window = self.max_attention_window
+        if window is not None:
+            windows = (window,) if isinstance(window, int) else tuple(window)
+            if not windows or any(not isinstance(w, int) or w < 1 for w in windows):
+                raise ConfigError(f"KvCacheConfig.max_attention_window is {window!r}; every window must be at least 1")
+            object.__setattr__(self, "max_attention_window", windows)
+        if not isinstance(self.sink_token_length, int) or self.sink_token_length < 0:
+            raise ConfigError(f"KvCacheConfig.sink_token_length is {self.sink_token_length!r}; it must be 0 or more")
+        if self.sink_token_length and window is None:
+            raise ConfigError(
+                f"KvCacheConfig.sink_token_length is {self.sink_token_length} without max_attention_window; "
+                "sink tokens matter only beside a window: set max_attention_window too"
+            )
