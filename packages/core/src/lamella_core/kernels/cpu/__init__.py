@@ -1,0 +1,1 @@
+"""CPU kernels: C++ compiled on first use (``native/``), torch versions (``reference``), the dispatcher (``ops``)."""

@@ -1,0 +1,200 @@
+// Shared pieces of Lamella's CPU kernels: scalar types, native-width vectors, conversions, thread-owned scratch memory.
+//
+// Everything is written with GCC/Clang vector extensions and compiled with -march=native, so that one source serves
+// SSE2, AVX2, AVX-512 and NEON. A vector is as wide as the widest register of the target; a panel row of 16 columns
+// is NV vectors. Arithmetic is float32 in an order that depends only on the operand shapes along the reduced axis.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define LAMELLA_API extern "C" __attribute__((visibility("default")))
+#define LAMELLA_INLINE inline __attribute__((always_inline))
+
+namespace lamella {
+
+using i64 = std::int64_t;
+
+// Storage types; the values cross the C ABI.
+enum DType : std::int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+struct bf16 { std::uint16_t bits; };
+struct f16 { std::uint16_t bits; };
+
+#if defined(__AVX512F__)
+constexpr int VW = 16;  // float32 lanes of one register
+#elif defined(__AVX__)
+constexpr int VW = 8;
+#else
+constexpr int VW = 4;
+#endif
+constexpr int PANEL = 16;         // columns of one packed panel
+constexpr int NV = PANEL / VW;    // vectors of one panel row
+
+typedef float vf __attribute__((vector_size(VW * 4)));
+typedef float vf_u __attribute__((vector_size(VW * 4), aligned(4), may_alias));
+typedef std::uint32_t vu32 __attribute__((vector_size(VW * 4)));
+typedef std::int32_t vi32 __attribute__((vector_size(VW * 4)));
+typedef std::uint16_t vu16 __attribute__((vector_size(VW * 2)));
+typedef std::uint16_t vu16_u __attribute__((vector_size(VW * 2), aligned(2), may_alias));
+
+LAMELLA_INLINE vf splat(float x) { return x - vf{}; }
+
+// Largest whole number <= x, per lane, for |x| < 2^31.
+LAMELLA_INLINE vf vfloor(vf x) {
+  vf whole = __builtin_convertvector(__builtin_convertvector(x, vi32), vf);
+  return whole - (whole > x ? splat(1.0f) : vf{});
+}
+
+LAMELLA_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// ---- scalar conversions ------------------------------------------------------------------------------------------
+
+LAMELLA_INLINE float from_bits(std::uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+LAMELLA_INLINE std::uint32_t to_bits(float f) { std::uint32_t u; std::memcpy(&u, &f, 4); return u; }
+
+LAMELLA_INLINE float to_float(float v) { return v; }
+LAMELLA_INLINE float to_float(bf16 v) { return from_bits(std::uint32_t(v.bits) << 16); }
+LAMELLA_INLINE float to_float(f16 v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#elif defined(__aarch64__)
+  __fp16 h; std::memcpy(&h, &v.bits, 2); return float(h);
+#else
+  const std::uint32_t sign = std::uint32_t(v.bits & 0x8000) << 16, mag = v.bits & 0x7fff;
+  if (mag >= 0x7c00) return from_bits(sign | 0x7f800000u | ((mag & 0x3ff) << 13));
+  return from_bits(sign | to_bits(from_bits(mag << 13) * from_bits(0x77800000u)));  // times 2^112; exact for subnormals
+#endif
+}
+
+template <typename T> LAMELLA_INLINE T from_float(float f);
+template <> LAMELLA_INLINE float from_float<float>(float f) { return f; }
+template <> LAMELLA_INLINE bf16 from_float<bf16>(float f) {  // round to nearest, ties to even; NaN stays quiet NaN
+  const std::uint32_t u = to_bits(f);
+  const std::uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return bf16{std::uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+}
+template <> LAMELLA_INLINE f16 from_float<f16>(float f) {
+#if defined(__F16C__)
+  return f16{std::uint16_t(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT))};
+#elif defined(__aarch64__)
+  __fp16 h = __fp16(f); f16 r; std::memcpy(&r.bits, &h, 2); return r;
+#else
+  const std::uint32_t u = to_bits(f), sign = (u >> 16) & 0x8000, mag = u & 0x7fffffff;
+  if (mag > 0x7f800000) return f16{std::uint16_t(sign | 0x7e00)};
+  if (mag >= 0x477ff000) return f16{std::uint16_t(sign | 0x7c00)};  // 65520 and more round to infinity
+  if (mag < 0x38800000) {                                           // subnormal half: let the adder round
+    const float shifted = from_bits(mag) + 0.5f;
+    return f16{std::uint16_t(sign | (to_bits(shifted) - to_bits(0.5f)))};
+  }
+  return f16{std::uint16_t(sign | ((mag - 0x38000000 + 0xfff + ((mag >> 13) & 1)) >> 13))};
+#endif
+}
+
+// ---- vector loads and stores (any alignment) -----------------------------------------------------------------------
+
+LAMELLA_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
+LAMELLA_INLINE vf load(const bf16* p) {
+  const vu16 raw = *reinterpret_cast<const vu16_u*>(p);
+  return reinterpret_cast<vf>(__builtin_convertvector(raw, vu32) << 16);
+}
+LAMELLA_INLINE vf load(const f16* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX__) && defined(__F16C__)
+  return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  return vcvt_f32_f16(vld1_f16(reinterpret_cast<const __fp16*>(p)));
+#else
+  vf out;
+  for (int i = 0; i < VW; ++i) out[i] = to_float(p[i]);
+  return out;
+#endif
+}
+
+LAMELLA_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_u*>(p) = v; }
+LAMELLA_INLINE void store(bf16* p, vf v) {
+  const vu32 u = reinterpret_cast<vu32>(v);
+  const vu32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const vu32 nan = vu32{} + 0x7fc0;
+  const vu32 kept = (v != v) ? nan : rounded;
+  *reinterpret_cast<vu16_u*>(p) = __builtin_convertvector(kept, vu16);
+}
+LAMELLA_INLINE void store(f16* p, vf v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX__) && defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < VW; ++i) p[i] = from_float<f16>(v[i]);
+#endif
+}
+
+// Sum of the lanes, in a fixed tree.
+LAMELLA_INLINE float hsum(vf v) {
+  float lane[VW];
+  store(lane, v);
+  for (int width = VW / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+LAMELLA_INLINE float hmax(vf v) {
+  float best = v[0];
+  for (int i = 1; i < VW; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// e^x per lane, relative error below 2e-7 for -87 < x < 88; below -87.3 the result is 0.
+// Method: x = n ln2 + r, |r| <= ln2/2, degree-6 polynomial for e^r (Cephes expf coefficients), scaled by 2^n.
+LAMELLA_INLINE vf vexp(vf x) {
+  const vf lowest = splat(-87.3f), highest = splat(88.3f);
+  const vi32 flushed = x < lowest;
+  x = x < lowest ? lowest : x;
+  x = x > highest ? highest : x;
+  const vf n = vfloor(x * splat(1.44269504088896341f) + splat(0.5f));
+  const vf r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * (r * r) + r + splat(1.0f);
+  const vi32 exponent = (__builtin_convertvector(n, vi32) + 127) << 23;
+  return flushed ? vf{} : p * reinterpret_cast<vf>(exponent);
+}
+
+// ---- scratch memory ------------------------------------------------------------------------------------------------
+
+// A growing buffer owned by one thread; reused between calls and freed when the thread ends.
+class Scratch {
+ public:
+  float* floats(std::size_t count) {
+    if (count > capacity_) {
+      std::free(data_);
+      const std::size_t bytes = (count * sizeof(float) + 4095) / 4096 * 4096;
+      data_ = static_cast<float*>(std::aligned_alloc(4096, bytes));
+      capacity_ = data_ ? bytes / sizeof(float) : 0;
+    }
+    return data_;  // null when memory is exhausted
+  }
+  ~Scratch() { std::free(data_); }
+
+ private:
+  float* data_ = nullptr;
+  std::size_t capacity_ = 0;
+};
+
+// Status of a native call: the Python side turns it into an exception.
+enum Status : std::int32_t { kOk = 0, kNoMemory = 1, kBadDType = 2, kBadShape = 3 };
+
+}  // namespace lamella

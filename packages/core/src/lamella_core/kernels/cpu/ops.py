@@ -1,0 +1,99 @@
+"""CPU operations: checked arguments in, native kernel if there is one for them, torch fallback otherwise.
+
+Legend: M or T rows (tokens), K input features, N output features. See `reference` for what each operation means; a
+fallback has the same signature. Native float32 results of a row do not depend on M, on its position among the rows or
+on the number of threads. No operation records gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lamella_core.kernels.cpu import reference
+from lamella_core.kernels.cpu.abi import DTYPE_CODES, NativeFunction, check_status, kernels
+from lamella_core.kernels.cpu.reference import PANEL, pack_panels, panel_rows, unpack_panels
+
+__all__ = ["PANEL", "gemv_rows", "matmul_panels", "pack_panels", "panel_rows", "unpack_panels"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_bias(bias: Tensor | None, n: int) -> Tensor | None:
+    if bias is None:
+        return None
+    _require(bias.shape == (n,), f"bias has shape {tuple(bias.shape)}, needs ({n},)")
+    return bias.contiguous()
+
+
+def _check_rows(x: Tensor, w: Tensor, k: int) -> Tensor:
+    """Common checks of a product's operands; returns x with unit stride along K."""
+    _require(x.dim() == 2 and x.shape[1] == k, f"x has shape {tuple(x.shape)}, needs [M, {k}] for this weight")
+    _require(x.dtype == w.dtype, f"x is {x.dtype} and the weight {w.dtype}; cast x to the weight's dtype")
+    _require(x.device.type == w.device.type == "cpu", f"x is on {x.device} and the weight on {w.device}; both need cpu")
+    _require(x.dtype in DTYPE_CODES, f"x is {x.dtype}, needs one of {', '.join(map(str, DTYPE_CODES))}")
+    _require(w.is_contiguous(), "the weight is not contiguous; call .contiguous() once after loading it")
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _call_matmul(
+    function: NativeFunction, x: Tensor, w: Tensor, n: int, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Call a native product: both kernels take the same arguments, the weight's layout aside."""
+    out = x.new_empty(x.shape[0], n, dtype=out_dtype)
+    bias_dtype = x.dtype if bias is None else bias.dtype
+    status = function(
+        x.data_ptr(), w.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
+        x.shape[0], n, x.shape[1], x.stride(0),
+        DTYPE_CODES[x.dtype], DTYPE_CODES[bias_dtype], DTYPE_CODES[out_dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    check_status("matmul", status)
+    return out
+
+
+def matmul_panels(
+    x: Tensor, packed: Tensor, n: int, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Multiply x [M, K] by a panel16 weight [ceil(n/16), K, 16] of n output features, plus bias [n].
+
+    Args:
+        x: float32, bfloat16 or float16, the dtype of ``packed``.
+        packed: weight in panel16 layout, contiguous.
+        n: output features (the last panel may be padded).
+        bias: added before rounding; any of the three dtypes.
+        out_dtype: dtype of the result, by default that of x.
+
+    Returns:
+        [M, n], accumulated in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    _require(packed.dim() == 3 and packed.shape[2] == PANEL, f"weight of shape {tuple(packed.shape)} is not panel16")
+    panels, k, _ = packed.shape
+    _require(0 < n <= panels * PANEL < n + PANEL, f"n={n} does not fit {panels} panels of {PANEL}")
+    x, bias = _check_rows(x, packed, k), _check_bias(bias, n)
+    library = kernels()
+    if library is None or k == 0:
+        return reference.matmul_panels(x, packed, n, bias, out_dtype)
+    return _call_matmul(library.lamella_matmul_panels, x, packed, n, bias, out_dtype or x.dtype)
+
+
+def gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply x [M, K] by a row-major weight [N, K] transposed, plus bias [N]: [M, N], accumulated in float32.
+
+    Made for few rows: the weight is streamed once per four rows of x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    _require(w.dim() == 2, f"weight of shape {tuple(w.shape)} is not [N, K]")
+    n, k = w.shape
+    x, bias = _check_rows(x, w, k), _check_bias(bias, n)
+    library = kernels()
+    if library is None or k == 0:
+        return reference.gemv_rows(x, w, bias)
+    return _call_matmul(library.lamella_gemv_rows, x, w, n, bias, x.dtype)
