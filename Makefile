@@ -1,0 +1,44 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Both set themselves up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+PACKAGES := -e packages/core -e packages/builder -e packages/executor -e packages/llm
+MANIFESTS := constraints.txt requirements-dev.txt $(wildcard packages/*/pyproject.toml)
+
+.PHONY: quickstart test test-gpu lint fmt bench clean
+
+quickstart: $(VENV)/.runtime
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/size_report.py
+
+fmt: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.runtime
+	$(BIN)/python benchmarks/compare_transformers.py
+
+$(VENV)/.runtime: $(MANIFESTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(PACKAGES)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

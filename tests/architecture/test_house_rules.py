@@ -1,0 +1,49 @@
+"""Rules that keep the house as DESIGN says: sizes, no pickle, no repository code, one caller of the hub."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(ROOT.glob("packages/*/src/**/*.py"))
+
+
+def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def test_size_limits():
+    out = subprocess.run([sys.executable, str(ROOT / "scripts/size_report.py")], capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout
+
+
+def test_nothing_unpickles():
+    banned = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {n.partition(".")[0] for n in names} & banned, f"{path}:{node.lineno}"
+        for name, call in calls(tree):
+            if name == "torch.load":
+                flags = {k.arg: ast.unparse(k.value) for k in call.keywords}
+                assert flags.get("weights_only") == "True", f"{path}:{call.lineno}"
+
+
+def test_repository_code_is_never_trusted():
+    for path in SOURCES:
+        for name, call in calls(ast.parse(path.read_text())):
+            for keyword in call.keywords:
+                if keyword.arg == "trust_remote_code" and "from_pretrained" in name:
+                    assert ast.unparse(keyword.value) == "False", f"{path}:{call.lineno}"
+
+
+def test_no_assert_validates_input():
+    """`python -O` must not change behaviour: packages raise, they do not assert on user input."""
+    counts = {p: sum(isinstance(n, ast.Assert) for n in ast.walk(ast.parse(p.read_text()))) for p in SOURCES}
+    for path, count in counts.items():
+        assert count <= 2, f"{path} has {count} assert statements; raise a LamellaError instead"
