@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lamella_core.errors import ConfigError
 from lamella_core.mapping import Mapping
 
@@ -25,8 +26,13 @@ def test_node_and_local_rank():
 
 @pytest.mark.parametrize(
     "sizes,expected",
-    [({}, (8, 1)), ({"moe_ep_size": 4}, (2, 4)), ({"moe_tp_size": 4}, (4, 2)), ({"moe_tp_size": 2, "moe_ep_size": 4}, (2, 4))],
-)  # fmt: skip
+    [
+        ({}, (8, 1)),
+        ({"moe_ep_size": 4}, (2, 4)),
+        ({"moe_tp_size": 4}, (4, 2)),
+        ({"moe_tp_size": 2, "moe_ep_size": 4}, (2, 4)),
+    ],
+)
 def test_moe_sizes_are_derived(sizes, expected):
     m = Mapping(world_size=8, tp_size=8, **sizes)
     assert (m.moe_tp_size, m.moe_ep_size) == expected
