@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from lamella_core.kernels.cpu.build import native_library
 
@@ -20,6 +21,18 @@ SIGNATURES: dict[str, list[type]] = {
     # x, w, bias, out, m, n, k, x_stride, dtype, bias_dtype, out_dtype, threads
     "lamella_matmul_panels": [P, P, P, P, I64, I64, I64, I64, I32, I32, I32, I32],
     "lamella_gemv_rows": [P, P, P, P, I64, I64, I64, I64, I32, I32, I32, I32],
+    # x, residual, weight, y, sum_out, rows, hidden, eps, dtype, threads
+    "lamella_rms_norm": [P, P, P, P, P, I64, I64, F32, I32, I32],
+    # gate_up, out, rows, size, stride, dtype, threads
+    "lamella_silu_and_mul": [P, P, I64, I64, I64, I32, I32],
+    # q, k, cos, sin, tokens, q_heads, kv_heads, head_dim, rotary_dim, q_stride, k_stride, interleaved, dtype, threads
+    "lamella_rope": [P, P, P, P, I64, I64, I64, I64, I64, I64, I64, I32, I32, I32],
+    # k, v, k_cache, v_cache, slots, tokens, kv_heads, head_dim, block_size, num_blocks, k_stride, v_stride, item_bytes
+    "lamella_write_kv": [P, P, P, P, P, I64, I64, I64, I64, I64, I64, I64, I64],
+    # q, k_cache, v_cache, out, block_tables, query_start, context_lens, alibi_slopes, sink_logits, tokens, q_heads,
+    # kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size, window, num_sinks, scale, softcap,
+    # dtype, threads
+    "lamella_paged_attention": [P] * 9 + [I64] * 11 + [F32, F32, I32, I32],
 }
 
 
@@ -46,4 +59,16 @@ def check_status(name: str, status: int) -> None:
         return
     if status == 1:
         raise MemoryError(f"{name}: no memory for the kernel's scratch buffers; free some or lower max_num_tokens")
-    raise ValueError(f"{name}: {'unknown dtype' if status == 2 else 'unsupported shape'} (status {status})")
+    problem = "unknown dtype" if status == 2 else "a shape, length, block id or slot is out of range"
+    raise ValueError(f"{name}: {problem} (status {status}); nothing else of the call's output can be trusted")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's first element, null for None."""
+    return None if tensor is None else tensor.data_ptr()

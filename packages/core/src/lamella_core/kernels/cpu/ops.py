@@ -1,8 +1,9 @@
 """CPU operations: checked arguments in, native kernel if there is one for them, torch fallback otherwise.
 
-Legend: M or T rows (tokens), K input features, N output features. See `reference` for what each operation means; a
-fallback has the same signature. Native float32 results of a row do not depend on M, on its position among the rows or
-on the number of threads. No operation records gradients.
+Legend: M or T rows (tokens), K input features, N output features, H hidden size, Hq query heads, Hkv key/value heads,
+D head size, S sequences. `reference` holds what each operation means, with the same signatures. float32 results of a
+row do not depend on the other rows of the call, on its position among them or on the number of threads. No operation
+records gradients.
 """
 
 from __future__ import annotations
@@ -11,31 +12,39 @@ import torch
 from torch import Tensor
 
 from lamella_core.kernels.cpu import reference
-from lamella_core.kernels.cpu.abi import DTYPE_CODES, NativeFunction, check_status, kernels
+from lamella_core.kernels.cpu.abi import DTYPE_CODES, NativeFunction, check_status, kernels, pointer, require
+from lamella_core.kernels.cpu.attention import paged_attention, rope_inplace, write_kv
 from lamella_core.kernels.cpu.reference import PANEL, pack_panels, panel_rows, unpack_panels
 
-__all__ = ["PANEL", "gemv_rows", "matmul_panels", "pack_panels", "panel_rows", "unpack_panels"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+__all__ = [
+    "PANEL",
+    "gemv_rows",
+    "matmul_panels",
+    "pack_panels",
+    "paged_attention",
+    "panel_rows",
+    "rms_norm",
+    "rope_inplace",
+    "silu_and_mul",
+    "unpack_panels",
+    "write_kv",
+]
 
 
 def _check_bias(bias: Tensor | None, n: int) -> Tensor | None:
     if bias is None:
         return None
-    _require(bias.shape == (n,), f"bias has shape {tuple(bias.shape)}, needs ({n},)")
+    require(bias.shape == (n,), f"bias has shape {tuple(bias.shape)}, needs ({n},)")
     return bias.contiguous()
 
 
 def _check_rows(x: Tensor, w: Tensor, k: int) -> Tensor:
     """Common checks of a product's operands; returns x with unit stride along K."""
-    _require(x.dim() == 2 and x.shape[1] == k, f"x has shape {tuple(x.shape)}, needs [M, {k}] for this weight")
-    _require(x.dtype == w.dtype, f"x is {x.dtype} and the weight {w.dtype}; cast x to the weight's dtype")
-    _require(x.device.type == w.device.type == "cpu", f"x is on {x.device} and the weight on {w.device}; both need cpu")
-    _require(x.dtype in DTYPE_CODES, f"x is {x.dtype}, needs one of {', '.join(map(str, DTYPE_CODES))}")
-    _require(w.is_contiguous(), "the weight is not contiguous; call .contiguous() once after loading it")
+    require(x.dim() == 2 and x.shape[1] == k, f"x has shape {tuple(x.shape)}, needs [M, {k}] for this weight")
+    require(x.dtype == w.dtype, f"x is {x.dtype} and the weight {w.dtype}; cast x to the weight's dtype")
+    require(x.device.type == w.device.type == "cpu", f"x is on {x.device} and the weight on {w.device}; both need cpu")
+    require(x.dtype in DTYPE_CODES, f"x is {x.dtype}, needs one of {', '.join(map(str, DTYPE_CODES))}")
+    require(w.is_contiguous(), "the weight is not contiguous; call .contiguous() once after loading it")
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -46,7 +55,7 @@ def _call_matmul(
     out = x.new_empty(x.shape[0], n, dtype=out_dtype)
     bias_dtype = x.dtype if bias is None else bias.dtype
     status = function(
-        x.data_ptr(), w.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
+        x.data_ptr(), w.data_ptr(), pointer(bias), out.data_ptr(),
         x.shape[0], n, x.shape[1], x.stride(0),
         DTYPE_CODES[x.dtype], DTYPE_CODES[bias_dtype], DTYPE_CODES[out_dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -72,9 +81,9 @@ def matmul_panels(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    _require(packed.dim() == 3 and packed.shape[2] == PANEL, f"weight of shape {tuple(packed.shape)} is not panel16")
+    require(packed.dim() == 3 and packed.shape[2] == PANEL, f"weight of shape {tuple(packed.shape)} is not panel16")
     panels, k, _ = packed.shape
-    _require(0 < n <= panels * PANEL < n + PANEL, f"n={n} does not fit {panels} panels of {PANEL}")
+    require(0 < n <= panels * PANEL < n + PANEL, f"n={n} does not fit {panels} panels of {PANEL}")
     x, bias = _check_rows(x, packed, k), _check_bias(bias, n)
     library = kernels()
     if library is None or k == 0:
@@ -90,10 +99,69 @@ def gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    _require(w.dim() == 2, f"weight of shape {tuple(w.shape)} is not [N, K]")
+    require(w.dim() == 2, f"weight of shape {tuple(w.shape)} is not [N, K]")
     n, k = w.shape
     x, bias = _check_rows(x, w, k), _check_bias(bias, n)
     library = kernels()
     if library is None or k == 0:
         return reference.gemv_rows(x, w, bias)
     return _call_matmul(library.lamella_gemv_rows, x, w, n, bias, x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Root-mean-square norm of x (plus residual), as Hugging Face models compute it.
+
+    Args:
+        x: [T, H].
+        weight: [H]; multiplied after the cast back to x's dtype.
+        eps: added to the mean square.
+        residual: [T, H], added first and rounded to x's dtype.
+
+    Returns:
+        The normed rows, and the sum that was normed (x itself without a residual): both [T, H].
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+    """
+    require(x.dim() == 2 and weight.shape == x.shape[1:], f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ")
+    require(residual is None or residual.shape == x.shape, "residual and x differ in shape")
+    library = kernels()
+    others = (weight,) if residual is None else (weight, residual)
+    if library is None or x.dtype not in DTYPE_CODES or any(t.dtype != x.dtype or not t.is_cpu for t in (x, *others)):
+        return reference.rms_norm(x, weight, eps, residual)
+    x, weight = x.contiguous(), weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    y, total = torch.empty_like(x), x if residual is None else torch.empty_like(x)
+    status = library.lamella_rms_norm(
+        x.data_ptr(), pointer(residual), weight.data_ptr(), y.data_ptr(), total.data_ptr(),
+        x.shape[0], x.shape[1], eps, DTYPE_CODES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    check_status("rms_norm", status)
+    return y, total
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """Gated activation silu(gate) * up of rows [gate, up].
+
+    Args:
+        gate_up: [T, 2I].
+
+    Returns:
+        [T, I] in the same dtype, computed in float32.
+
+    Raises:
+        ValueError: the last dimension is odd.
+    """
+    require(gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0, f"gate_up is {tuple(gate_up.shape)}, needs [T, 2I]")
+    library = kernels()
+    if library is None or gate_up.dtype not in DTYPE_CODES or not gate_up.is_cpu:
+        return reference.silu_and_mul(gate_up)
+    gate_up = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, size)
+    status = library.lamella_silu_and_mul(
+        gate_up.data_ptr(), out.data_ptr(), rows, size, gate_up.stride(0),
+        DTYPE_CODES[gate_up.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    check_status("silu_and_mul", status)
+    return out

@@ -1,7 +1,8 @@
-"""Torch versions of the matmul kernels: the meaning of each operation, and what runs where no compiler is found.
+"""Torch versions of the CPU operations: what each one means, and what runs where no compiler is found.
 
-Legend: M rows (tokens), K input features, N output features. The "panel16" layout holds a weight [N, K] as
-[ceil(N/16), K, 16]: 16 output features side by side, zero padded.
+Legend: M or T rows (tokens), K input features, N output features, H hidden size, Hq query heads, Hkv key/value heads,
+D head size, S sequences. The "panel16" layout holds a weight [N, K] as [ceil(N/16), K, 16]: 16 output features side by
+side, zero padded. float32 results of a row are independent of the other rows here too, at the price of speed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def pack_panels(w: Tensor) -> Tensor:
     panels = -(-n // PANEL)
     packed = w.new_empty(panels, k, PANEL)
     whole = n // PANEL
-    packed[:whole] = w[: whole * PANEL].view(whole, PANEL, k).transpose(1, 2)
+    packed[:whole] = w[: whole * PANEL].reshape(whole, PANEL, k).transpose(1, 2)
     if whole < panels:
         packed[whole].zero_()
         packed[whole, :, : n - whole * PANEL] = w[whole * PANEL :].t()
@@ -57,7 +58,7 @@ def linear_tiled(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_upcast(x: Tensor, w: Tensor, bias: Tensor | None = None, *, rows_per_tile: int = 1024) -> Tensor:
-    """Multiply x [M, K] by w [N, K] transposed in float32, converting ``rows_per_tile`` rows of w at a time; x's dtype."""
+    """Multiply x [M, K] by w [N, K] transposed in float32, widening ``rows_per_tile`` rows of w at a time."""
     wide = x.float()
     out = x.new_empty(x.shape[0], w.shape[0])
     for start in range(0, w.shape[0], rows_per_tile):
@@ -83,6 +84,124 @@ def matmul_panels(
 
 def gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply x [M, K] by a row-major weight [N, K] transposed, plus bias [N]: [M, N], accumulated in float32."""
-    if x.dtype == torch.float32:
-        return linear_tiled(x, w, bias)
-    return linear_upcast(x, w, bias)
+    return linear_tiled(x, w, bias) if x.dtype == torch.float32 else linear_upcast(x, w, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Root-mean-square norm of x [T, H] (plus residual [T, H]) in float32, cast to x's dtype, times weight [H].
+
+    Returns:
+        The normed rows, and the sum that was normed (x itself without a residual): both [T, H].
+    """
+    if residual is not None:
+        x = x + residual
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight, x
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """Gated activation silu(gate) * up in float32 for rows [gate, up] of [T, 2I]: [T, I] in the input's dtype."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
+    wide, half = x[..., :rotary_dim].float(), rotary_dim // 2
+    c, s = cos[:, None, :], sin[:, None, :]
+    a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
+    pair = (a * c - b * s, b * c + a * s)
+    return torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+
+
+def rope_inplace(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool = False) -> None:
+    """Rotate the first ``rotary_dim`` values of each head of q [T, Hq, D] and k [T, Hkv, D] in place.
+
+    cos and sin are [T, rotary_dim / 2] float32. A pair is (x[i], x[i + rotary_dim/2]), or (x[2i], x[2i+1]) when
+    interleaved.
+    """
+    for x in (q, k):
+        x[..., :rotary_dim] = _rotated(x, cos, sin, rotary_dim, interleaved).to(x.dtype)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Store k, v [T, Hkv, D] in caches [num_blocks, Hkv, block_size, D] at slots [T]; negative ones are skipped."""
+    block_size = k_cache.shape[2]
+    if bool((slots < 0).any()):
+        kept = slots >= 0
+        k, v, slots = k[kept], v[kept], slots[kept]
+    blocks, offsets = slots // block_size, slots % block_size
+    k_cache[blocks, :, offsets] = k
+    v_cache[blocks, :, offsets] = v
+
+
+def _visible(positions: Tensor, num_keys: int, present: Tensor, window: int, num_sinks: int) -> Tensor:
+    """[queries, keys] bool: causal, inside the window or among the sinks, and not evicted."""
+    keys = torch.arange(num_keys)
+    distance = positions[:, None] - keys[None, :]
+    seen = distance >= 0
+    if window > 0:
+        seen &= (distance < window) | (keys[None, :] < num_sinks)
+    return seen & present[None, :num_keys]
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, softcap: float, sink_logits: Tensor | None
+) -> Tensor:
+    """Softmax attention of q [Q, Hkv, G, D] over keys, values [L, Hkv, D] with bias [Hkv, G, Q, L]: [Q, Hkv, G, D]."""
+    scores = torch.matmul(q.permute(1, 2, 0, 3), keys.permute(1, 2, 0)[:, None]) * scale
+    if softcap > 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bias
+    if sink_logits is not None:
+        extra = sink_logits.view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, extra], dim=-1)
+    weights = torch.softmax(scores, dim=-1)
+    blind = torch.isneginf(scores).all(dim=-1, keepdim=True)  # rows that see no key: zero
+    weights = weights.masked_fill(blind, 0.0)
+    return torch.matmul(weights[..., : keys.shape[0]], values.permute(1, 0, 2)[:, None]).permute(2, 0, 1, 3)
+
+
+def _gather(cache: Tensor, table: Tensor, length: int) -> Tensor:
+    """First ``length`` keys or values of one sequence from its blocks: [length, Hkv, D] float32."""
+    return cache[table.clamp_min(0)].transpose(1, 2).flatten(0, 1)[:length].float()
+
+
+def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int = 0,
+    num_sinks: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Causal attention over a paged cache; see `ops.paged_attention`. float32 goes query by query (see the module)."""
+    num_heads, head_dim = q.shape[1:]
+    kv_heads, block_size = k_cache.shape[1:3]
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    starts, lengths = query_start.tolist(), context_lens.tolist()
+    for s, length in enumerate(lengths):
+        begin, end = starts[s], starts[s + 1]
+        table = block_tables[s, : -(-length // block_size)].long()
+        keys, values = _gather(k_cache, table, length), _gather(v_cache, table, length)
+        present = (table >= 0).repeat_interleave(block_size)
+        step = 1 if q.dtype == torch.float32 else end - begin
+        for first in range(begin, end, step or 1):
+            chunk = q[first : first + step].float().unflatten(1, (kv_heads, num_heads // kv_heads))
+            positions = torch.arange(first, first + step) - end + length
+            limit = int(positions[-1]) + 1
+            seen = _visible(positions, limit, present, sliding_window, num_sinks)
+            bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).expand(kv_heads, chunk.shape[2], -1, -1)
+            if alibi_slopes is not None:
+                offset = torch.arange(limit)[None, :] - positions[:, None]
+                bias = bias + alibi_slopes.float().view(kv_heads, -1, 1, 1) * offset
+            sinks = None if sink_logits is None else sink_logits.float()
+            part = _attend(chunk, keys[:limit], values[:limit], bias, scale, softcap, sinks)
+            out[first : first + step] = part.flatten(1, 2).to(q.dtype)
+    return out

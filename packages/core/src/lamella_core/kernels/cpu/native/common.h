@@ -48,14 +48,6 @@ typedef std::uint16_t vu16_u __attribute__((vector_size(VW * 2), aligned(2), may
 
 LAMELLA_INLINE vf splat(float x) { return x - vf{}; }
 
-// Largest whole number <= x, per lane, for |x| < 2^31.
-LAMELLA_INLINE vf vfloor(vf x) {
-  vf whole = __builtin_convertvector(__builtin_convertvector(x, vi32), vf);
-  return whole - (whole > x ? splat(1.0f) : vf{});
-}
-
-LAMELLA_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
-
 // ---- scalar conversions ------------------------------------------------------------------------------------------
 
 LAMELLA_INLINE float from_bits(std::uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
@@ -136,41 +128,6 @@ LAMELLA_INLINE void store(f16* p, vf v) {
 #else
   for (int i = 0; i < VW; ++i) p[i] = from_float<f16>(v[i]);
 #endif
-}
-
-// Sum of the lanes, in a fixed tree.
-LAMELLA_INLINE float hsum(vf v) {
-  float lane[VW];
-  store(lane, v);
-  for (int width = VW / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
-}
-
-LAMELLA_INLINE float hmax(vf v) {
-  float best = v[0];
-  for (int i = 1; i < VW; ++i) best = v[i] > best ? v[i] : best;
-  return best;
-}
-
-// e^x per lane, relative error below 2e-7 for -87 < x < 88; below -87.3 the result is 0.
-// Method: x = n ln2 + r, |r| <= ln2/2, degree-6 polynomial for e^r (Cephes expf coefficients), scaled by 2^n.
-LAMELLA_INLINE vf vexp(vf x) {
-  const vf lowest = splat(-87.3f), highest = splat(88.3f);
-  const vi32 flushed = x < lowest;
-  x = x < lowest ? lowest : x;
-  x = x > highest ? highest : x;
-  const vf n = vfloor(x * splat(1.44269504088896341f) + splat(0.5f));
-  const vf r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * (r * r) + r + splat(1.0f);
-  const vi32 exponent = (__builtin_convertvector(n, vi32) + 127) << 23;
-  return flushed ? vf{} : p * reinterpret_cast<vf>(exponent);
 }
 
 // ---- scratch memory ------------------------------------------------------------------------------------------------

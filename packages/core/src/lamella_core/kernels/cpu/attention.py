@@ -1,0 +1,152 @@
+"""CPU operations around attention: rotary embedding, KV cache write, attention over the paged cache.
+
+Legend: T tokens, Hq query heads, Hkv key/value heads, D head size, S sequences. Callers use them through `ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lamella_core.kernels.cpu import reference
+from lamella_core.kernels.cpu.abi import DTYPE_CODES, check_status, kernels, pointer, require
+
+
+def _heads_adjoin(x: Tensor) -> bool:
+    """Whether the heads of one token [heads, D] lie next to each other (tokens may be strided)."""
+    return x.stride(2) == 1 and (x.stride(1) == x.shape[2] or x.shape[1] == 1)
+
+
+def rope_inplace(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool = False) -> None:
+    """Rotate the first ``rotary_dim`` values of every head in place (J. Su et al., "RoFormer", 2021).
+
+    Args:
+        q: [T, Hq, D]; may be a strided view, for example of a fused projection.
+        k: [T, Hkv, D], likewise.
+        cos: [T, rotary_dim / 2] float32, gathered per token.
+        sin: like cos.
+        rotary_dim: even, at most D.
+        interleaved: pairs are (x[2i], x[2i+1]) instead of (x[i], x[i + rotary_dim/2]).
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    tokens, half = q.shape[0], rotary_dim // 2
+    require(
+        rotary_dim % 2 == 0 and rotary_dim <= q.shape[2], f"rotary_dim={rotary_dim} must be even and <= {q.shape[2]}"
+    )
+    require(cos.shape == sin.shape == (tokens, half), f"cos is {tuple(cos.shape)}, needs ({tokens}, {half})")
+    require(k.shape[0] == tokens and k.shape[2] == q.shape[2], f"q {tuple(q.shape)} and k {tuple(k.shape)} differ")
+    library = kernels()
+    served = q.dtype == k.dtype and q.dtype in DTYPE_CODES and q.is_cpu and k.is_cpu
+    if library is None or not served or not (_heads_adjoin(q) and _heads_adjoin(k)):
+        reference.rope_inplace(q, k, cos, sin, rotary_dim, interleaved)
+        return
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    status = library.lamella_rope(
+        q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, q.shape[1], k.shape[1], q.shape[2],
+        rotary_dim, q.stride(0), k.stride(0), int(interleaved), DTYPE_CODES[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    check_status("rope_inplace", status)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Store the keys and values of this step in the paged caches.
+
+    Args:
+        k: [T, Hkv, D]; may be a strided view.
+        v: like k.
+        k_cache: [num_blocks, Hkv, block_size, D], contiguous, written in place.
+        v_cache: like k_cache.
+        slots: [T] int64, block * block_size + offset; negative ones are skipped.
+
+    Raises:
+        ValueError: shapes do not fit together, or a slot is past the cache.
+    """
+    num_blocks, kv_heads, block_size, head_dim = k_cache.shape
+    require(k.shape == v.shape == (slots.shape[0], kv_heads, head_dim), f"k {tuple(k.shape)} does not fit the cache")
+    require(k_cache.shape == v_cache.shape, "k_cache and v_cache differ in shape")
+    library = kernels()
+    same = k.dtype == v.dtype == k_cache.dtype == v_cache.dtype and slots.dtype == torch.int64
+    laid = k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.is_cpu
+    if library is None or not same or not laid:
+        require(slots.numel() == 0 or int(slots.max()) < num_blocks * block_size, "a slot is past the cache")
+        reference.write_kv(k, v, k_cache, v_cache, slots)
+        return
+    k, v = (x if _heads_adjoin(x) else x.contiguous() for x in (k, v))
+    slots = slots.contiguous()
+    status = library.lamella_write_kv(
+        k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), k.shape[0], kv_heads,
+        head_dim, block_size, num_blocks, k.stride(0), v.stride(0), k.element_size(),
+    )  # fmt: skip
+    check_status("write_kv", status)
+
+
+def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int = 0,
+    num_sinks: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of packed queries over paged caches that hold this step's keys and values already.
+
+    Query i of sequence s sits at position context_lens[s] - q_len + i and attends keys 0..position; with a window,
+    those nearer than ``sliding_window`` and the first ``num_sinks`` (G. Xiao et al., "Efficient Streaming Language
+    Models with Attention Sinks", 2023).
+
+    Args:
+        q: [T, Hq, D]; may be a strided view.
+        k_cache: [num_blocks, Hkv, block_size, D].
+        v_cache: like k_cache.
+        block_tables: [S, max_blocks] int32; a negative id is an evicted block, whose keys are skipped.
+        query_start: [S + 1] int32, where each sequence's queries start in q.
+        context_lens: [S] int32, keys of each sequence including this step's.
+        scale: multiplies q.k.
+        sliding_window: keys a query sees, its own included; 0 for all.
+        num_sinks: first keys that stay visible outside the window.
+        softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        alibi_slopes: [Hq]; adds slope * (key - query position) to the scores.
+        sink_logits: [Hq]; one more softmax column per head that has no value.
+
+    Returns:
+        [T, Hq, D] in q's dtype; rows that see no key are zero.
+
+    Raises:
+        ValueError: shapes do not fit together, or lengths and block ids contradict them.
+    """
+    num_seqs, num_heads, head_dim = context_lens.shape[0], q.shape[1], q.shape[2]
+    num_blocks, kv_heads, block_size, cache_dim = k_cache.shape
+    require(k_cache.shape == v_cache.shape, "k_cache and v_cache differ in shape")
+    require(
+        head_dim == cache_dim and num_heads % kv_heads == 0, f"q {tuple(q.shape)} does not fit {tuple(k_cache.shape)}"
+    )
+    require(block_tables.dim() == 2 and block_tables.shape[0] == num_seqs, "block_tables and context_lens differ")
+    require(query_start.shape == (num_seqs + 1,), f"query_start is {tuple(query_start.shape)}, needs ({num_seqs + 1},)")
+    extras = [None if extra is None else extra.float().contiguous() for extra in (alibi_slopes, sink_logits)]
+    require(all(extra is None or extra.shape == (num_heads,) for extra in extras), "per-head extras need shape [Hq]")
+    library = kernels()
+    same = q.dtype in DTYPE_CODES and q.dtype == k_cache.dtype == v_cache.dtype
+    if library is None or not same or not (k_cache.is_contiguous() and v_cache.is_contiguous() and q.is_cpu):
+        return reference.paged_attention(
+            q, k_cache, v_cache, block_tables, query_start, context_lens, scale,
+            sliding_window, num_sinks, softcap, alibi_slopes, sink_logits,
+        )  # fmt: skip
+    q = q if _heads_adjoin(q) else q.contiguous()
+    tables, starts, lengths = (x.int().contiguous() for x in (block_tables, query_start, context_lens))
+    out = q.new_empty(q.shape)
+    status = library.lamella_paged_attention(
+        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), tables.data_ptr(), starts.data_ptr(),
+        lengths.data_ptr(), pointer(extras[0]), pointer(extras[1]), q.shape[0], num_heads, kv_heads, head_dim,
+        q.stride(0), num_seqs, tables.shape[1], num_blocks, block_size, sliding_window, num_sinks, scale, softcap,
+        DTYPE_CODES[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    check_status("paged_attention", status)
+    return out
