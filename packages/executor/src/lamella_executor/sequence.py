@@ -56,6 +56,12 @@ class Sequence:
     cumulative_logprob: float = 0.0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # one per generated token, if asked for
     decoder: TextDecoder | None = None
+    text_ends: list[int] = field(
+        default_factory=list
+    )  # len(decoder.text) after each generated token; kept by StopChecker
+    text_limit: int | None = (
+        None  # characters of decoder.text that belong to the output; None: all (set by StopChecker)
+    )
     finish_reason: str | None = None  # None while it runs; "stop" | "length"
     stop_reason: int | str | None = None  # the stop token id or string that ended it
 
@@ -71,6 +77,11 @@ class Sequence:
     def output_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
 
+    @property
+    def text(self) -> str:
+        """The output text: what was decoded, up to the stop string that ended it; "" without a decoder."""
+        return self.decoder.text[: self.text_limit] if self.decoder is not None else ""
+
     def fork(self, index: int) -> Sequence:
         """Returns a copy with no blocks; the KV cache manager shares the parent's blocks with it."""
         return Sequence(
@@ -80,7 +91,8 @@ class Sequence:
             num_computed_tokens=self.num_computed_tokens,
             cumulative_logprob=self.cumulative_logprob,
             logprobs=list(self.logprobs),
-            decoder=self.decoder.fork() if self.decoder else None,
+            decoder=self.decoder.fork() if self.decoder is not None else None,
+            text_ends=list(self.text_ends),
         )
 
 
@@ -103,6 +115,10 @@ class RequestState:
     num_pauses: int = 0
     num_reused_tokens: int = 0  # prompt tokens found in the prefix cache
     first_scheduled_s: float | None = None
+    bad_words_ids: tuple[
+        tuple[int, ...], ...
+    ] = ()  # token sequences that must not be generated (params.bad, tokenized)
+    extra_end_ids: tuple[int, ...] = ()  # further end-of-sequence tokens of the model; treated as end_id is
     beam: object | None = None  # sampler.beam.BeamState of a beam request, made by the sampler
 
     @property

@@ -1,0 +1,161 @@
+"""Admission: a prompt and SamplingParams become a `RequestState`, or one `RequestError` that says what is wrong.
+
+Runs on the submitting thread, so a bad request never reaches the engine loop.
+"""
+
+from __future__ import annotations
+
+import operator
+import secrets
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from lamella_core.errors import RequestError
+from lamella_executor.sampling_params import SamplingParams
+from lamella_executor.sequence import RequestState, Sequence, TextDecoder
+
+MAX_BAD_WORDS = 1024  # token sequences of one request
+MAX_BAD_WORD_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What bounds every request of one engine."""
+
+    vocab_size: int
+    max_seq_len: int  # prompt and generated tokens of one sequence
+    max_batch_size: int  # samples computed in one step
+    max_num_tokens: int  # tokens computed in one step
+    max_beam_width: int = 1
+    max_input_len: int | None = None  # prompt tokens; None: max_seq_len - 1
+    eos_token_ids: tuple[int, ...] = ()
+    can_chunk_prompts: bool = True  # False: a prompt must fit max_num_tokens
+
+
+def make_request(
+    request_id: int,
+    prompt_token_ids: SequenceOf[int],
+    params: SamplingParams,
+    limits: EngineLimits,
+    *,
+    decoder: TextDecoder | None = None,
+    bad_words_ids: Iterable[SequenceOf[int]] = (),
+) -> RequestState:
+    """Checks one request against the engine's limits and makes its state.
+
+    ``max_tokens`` is clipped to what ``max_seq_len`` leaves after the prompt; such a request ends with finish_reason
+    "length". ``truncate_prompt_tokens`` keeps the last tokens of the prompt.
+
+    Raises:
+        RequestError: names the field, its value, what is allowed and what to do.
+    """
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"sampling_params is a {type(params).__name__}; pass a SamplingParams")
+    prompt = _token_ids("prompt_token_ids", prompt_token_ids, limits.vocab_size)
+    if params.truncate_prompt_tokens is not None:
+        prompt = prompt[-params.truncate_prompt_tokens :]
+    _check_prompt(prompt, limits)
+    _check_params(params, limits, decoder)
+    bad_words = tuple(
+        tuple(_token_ids(f"bad_words_ids[{i}]", word, limits.vocab_size)) for i, word in enumerate(bad_words_ids)
+    )
+    _check_bad_words(params, bad_words)
+    eos = () if params.ignore_eos else (limits.eos_token_ids if params.end_id is None else (params.end_id,))
+    return RequestState(
+        request_id=request_id,
+        params=params,
+        seed=secrets.randbits(63) if params.seed is None else params.seed,
+        end_id=eos[0] if eos and eos[0] >= 0 else None,
+        max_tokens=min(params.max_tokens, limits.max_seq_len - len(prompt)),
+        sequences=[Sequence(index=0, token_ids=prompt, num_prompt_tokens=len(prompt), decoder=decoder)],
+        arrival_s=time.monotonic(),
+        bad_words_ids=bad_words,
+    )
+
+
+def _token_ids(name: str, ids: SequenceOf[int], vocab_size: int) -> list[int]:
+    """Returns the ids as a new list of ints; numpy and torch integers are accepted."""
+    if isinstance(ids, str | bytes):
+        raise RequestError(f"{name} is a {type(ids).__name__}; it must be token ids. Tokenize the text, or use LLM")
+    try:
+        if any(isinstance(token, bool) for token in ids):
+            raise TypeError("a bool is no token id")
+        out = [operator.index(token) for token in ids]
+    except TypeError as error:
+        raise RequestError(f"{name} must be a sequence of integers, not of {_kind(ids)} ({error})") from None
+    if out and not (0 <= min(out) and max(out) < vocab_size):
+        position = next(i for i, token in enumerate(out) if not 0 <= token < vocab_size)
+        raise RequestError(
+            f"{name}[{position}] is {out[position]}; token ids must be in 0..{vocab_size - 1} "
+            f"(vocab_size {vocab_size}). Was another model's tokenizer used?"
+        )
+    return out
+
+
+def _kind(ids: object) -> str:
+    try:
+        return next((type(i).__name__ for i in ids if type(i) is not int), "nothing")  # type: ignore[attr-defined]
+    except TypeError:
+        return type(ids).__name__
+
+
+def _check_prompt(prompt: list[int], limits: EngineLimits) -> None:
+    if not prompt:
+        raise RequestError("prompt_token_ids is empty; at least one token is needed (for example the bos token)")
+    longest = limits.max_seq_len - 1
+    if limits.max_input_len is not None:
+        longest = min(longest, limits.max_input_len)
+    if len(prompt) > longest:
+        raise RequestError(
+            f"the prompt has {len(prompt)} tokens; at most {longest} are allowed (max_seq_len {limits.max_seq_len}, "
+            f"one of them generated; max_input_len {limits.max_input_len}). Shorten it, set "
+            "SamplingParams.truncate_prompt_tokens, or build with a larger max_seq_len"
+        )
+    if not limits.can_chunk_prompts and len(prompt) > limits.max_num_tokens:
+        raise RequestError(
+            f"the prompt has {len(prompt)} tokens and max_num_tokens is {limits.max_num_tokens}; set "
+            "SchedulerConfig(enable_chunked_prefill=True) or build with a larger max_num_tokens"
+        )
+
+
+def _check_params(params: SamplingParams, limits: EngineLimits, decoder: TextDecoder | None) -> None:
+    if params.use_beam_search and params.width > limits.max_beam_width:
+        raise RequestError(
+            f"SamplingParams: the beam width is {params.width}; this engine allows at most {limits.max_beam_width}. "
+            "Lower best_of (or n), or build with a larger max_beam_width"
+        )
+    most = min(limits.max_batch_size, limits.max_num_tokens) if not params.use_beam_search else limits.max_num_tokens
+    if params.width > most:
+        raise RequestError(
+            f"SamplingParams: n={params.n}, best_of={params.best_of} needs {params.width} sequences in one step; this "
+            f"engine computes at most {most} (max_batch_size {limits.max_batch_size}, max_num_tokens "
+            f"{limits.max_num_tokens}). Lower n and best_of, or build with larger limits"
+        )
+    if params.stop and decoder is None:
+        raise RequestError(
+            f"SamplingParams.stop is {params.stop!r}, but there is no decoder to make text; pass decoder=, use LLM "
+            "with a tokenizer, or use stop_token_ids"
+        )
+    vocab = limits.vocab_size
+    _token_ids("SamplingParams.stop_token_ids", params.stop_token_ids or (), vocab)
+    _token_ids("SamplingParams.bad_token_ids", params.bad_token_ids or (), vocab)
+    bias = params.embedding_bias
+    if bias is not None and bias.shape[0] != vocab:
+        raise RequestError(
+            f"SamplingParams.embedding_bias has {bias.shape[0]} entries; it needs vocab_size, {vocab}, one per token"
+        )
+
+
+def _check_bad_words(params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> None:
+    if params.bad and not bad_words:
+        raise RequestError(
+            f"SamplingParams.bad is {params.bad!r}, but no token ids were given for it; pass bad_words_ids=, or use "
+            "LLM with a tokenizer"
+        )
+    if len(bad_words) > MAX_BAD_WORDS:
+        raise RequestError(f"bad_words_ids has {len(bad_words)} entries; at most {MAX_BAD_WORDS} are allowed")
+    for word in bad_words:
+        if not 0 < len(word) <= MAX_BAD_WORD_TOKENS:
+            raise RequestError(f"bad_words_ids: an entry has {len(word)} tokens; allowed: 1 to {MAX_BAD_WORD_TOKENS}")

@@ -1,0 +1,107 @@
+"""EngineThread: runs an engine loop on one background thread, from its start to its bounded end."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Protocol
+
+from lamella_executor.mailbox import Abort, Command, Mailbox, Submit
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 4.0  # how long a stop waits for the step that runs
+_numbers = itertools.count(1)  # for thread names only
+
+
+class Loop(Protocol):
+    """What the thread drives; `lamella_executor.loop.EngineLoop`."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def submit(self, command: Submit) -> None: ...
+
+    def abort(self, request_id: int) -> None: ...
+
+    def step(self) -> None: ...
+
+    def fail_all(self, make_error: Callable[[], Exception]) -> None:
+        """Ends every request the loop holds."""
+        ...
+
+
+class EngineThread:
+    """Owns the thread. Holds nothing that leads back to the executor, so dropping the executor can end it.
+
+    An exception that leaves ``loop.step`` is fatal: the mailbox is closed with it as cause and every request the engine
+    holds, or was sent, fails with EngineDeadError.
+    """
+
+    def __init__(self, loop: Loop, mailbox: Mailbox) -> None:
+        self._mailbox = mailbox
+        self._thread = threading.Thread(
+            target=_run, args=(loop, mailbox), name=f"lamella-engine-{next(_numbers)}", daemon=True
+        )
+        self._thread.start()
+        atexit.register(self.stop)  # the interpreter must not tear down under a running kernel
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def request_stop(self) -> None:
+        """Tells the loop to end after the step that runs; does not wait. Safe inside a garbage collection."""
+        self._mailbox.close()
+        atexit.unregister(self.stop)
+
+    def stop(self, timeout: float = STOP_TIMEOUT_S) -> bool:
+        """Ends the loop and waits for it; returns whether the thread ended within ``timeout`` seconds. Idempotent."""
+        self.request_stop()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+        if self._thread.is_alive():
+            logger.warning("the engine thread has not ended within %.1f s; a step is still running", timeout)
+            return False
+        return True
+
+
+def _run(loop: Loop, mailbox: Mailbox) -> None:
+    try:
+        cause = _drive(loop, mailbox)
+        if cause is not None:
+            traceback.clear_frames(cause.__traceback__)  # the error may outlive the engine; the model must not
+        mailbox.close(cause)
+        loop.fail_all(mailbox.dead_error)
+    finally:
+        mailbox.close(RuntimeError("the engine thread ended unexpectedly"))
+        for command in mailbox.take_rest():
+            if isinstance(command, Submit):
+                command.fail(mailbox.dead_error())
+
+
+def _drive(loop: Loop, mailbox: Mailbox) -> BaseException | None:
+    """Steps until the mailbox is closed; returns the error that broke the loop, if one did."""
+    try:
+        while True:
+            commands = mailbox.take(wait=not loop.has_work)
+            if commands is None:
+                return None
+            for command in commands:
+                _apply(loop, command)
+            if loop.has_work:
+                loop.step()
+    except BaseException as error:  # whatever broke the loop, every waiter must hear of it
+        logger.exception("the engine loop failed; the executor is dead")
+        return error
+
+
+def _apply(loop: Loop, command: Command) -> None:
+    if isinstance(command, Abort):
+        loop.abort(command.request_id)
+    else:
+        loop.submit(command)

@@ -1,0 +1,247 @@
+"""GenerationExecutor: an engine that serves token-id requests from a background thread; no tokenizer needed."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, overload
+
+from lamella_core.errors import RequestError
+from lamella_executor.admission import EngineLimits, make_request
+from lamella_executor.config import KvCacheConfig, SchedulerConfig
+from lamella_executor.engine_thread import STOP_TIMEOUT_S, EngineThread, Loop
+from lamella_executor.mailbox import Abort, Mailbox, Submit
+from lamella_executor.result import GenerationResult
+from lamella_executor.sampling_params import SamplingParams
+from lamella_executor.sequence import RequestState, TextDecoder
+from lamella_executor.stats import IterationStats, StatsBuffer
+
+if TYPE_CHECKING:
+    from lamella_core.engine import Engine
+
+PromptIds = SequenceOf[int]
+
+
+class GenerationExecutor:
+    """Serves requests by in-flight batching. Every method may be called from any thread.
+
+    Use it as a context manager, call `shutdown`, or drop it: in each case its thread ends after the step that runs, and
+    requests that are not done fail with EngineDeadError. It also ends when the interpreter exits.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        limits: EngineLimits,
+        *,
+        stats: StatsBuffer | None = None,
+        check_fits: Callable[[RequestState], None] | None = None,
+    ) -> None:
+        """Starts the thread around a loop made elsewhere; users call `create`.
+
+        Args:
+            loop: the executor takes it over; only its thread may touch it afterwards.
+            limits: checked before a request is accepted.
+            stats: the buffer that the loop fills.
+            check_fits: raises RequestError for a request whose KV cache can never fit; called on submitting threads.
+        """
+        self._limits = limits
+        self._stats = stats or StatsBuffer()
+        self._check_fits = check_fits
+        self._ids = itertools.count(1)
+        self._mailbox = Mailbox()
+        self._thread = EngineThread(loop, self._mailbox)
+        self._finalizer = weakref.finalize(self, self._thread.request_stop)
+        self._finalizer.atexit = False  # EngineThread has its own, which waits
+
+    @classmethod
+    def create(
+        cls,
+        engine: Engine | str | Path,
+        kv_cache_config: KvCacheConfig | None = None,
+        scheduler_config: SchedulerConfig | None = None,
+        *,
+        max_batch_size: int | None = None,
+        max_num_tokens: int | None = None,
+        stats_capacity: int = 1000,
+    ) -> GenerationExecutor:
+        """Loads an engine, allocates its KV cache and starts serving.
+
+        Args:
+            engine: an `Engine`, or the directory of a saved one.
+            kv_cache_config: size and behaviour of the KV cache; see `lamella_executor.memory` for the default size.
+            scheduler_config: admission policy.
+            max_batch_size: lowers the engine's own limit.
+            max_num_tokens: lowers the engine's own limit of tokens per step.
+            stats_capacity: iterations that `get_stats` remembers.
+
+        Raises:
+            CheckpointError: the directory is no engine, or is damaged.
+            ConfigError: options contradict the engine.
+            OutOfMemoryError: the KV cache does not fit in memory, or is too small for one token.
+        """
+        from lamella_executor.assemble import assemble  # imports torch; keeps `import lamella_executor` light
+
+        parts = assemble(
+            engine,
+            kv_cache_config or KvCacheConfig(),
+            scheduler_config or SchedulerConfig(),
+            max_batch_size=max_batch_size,
+            max_num_tokens=max_num_tokens,
+            stats_capacity=stats_capacity,
+        )
+        return cls(parts.loop, parts.limits, stats=parts.stats, check_fits=parts.check_fits)
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What bounds each request."""
+        return self._limits
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are accepted."""
+        return not self._mailbox.is_closed
+
+    @overload
+    def generate(
+        self, prompt_token_ids: PromptIds, sampling_params: SamplingParams | None = None
+    ) -> GenerationResult: ...
+
+    @overload
+    def generate(
+        self,
+        prompt_token_ids: SequenceOf[PromptIds],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+    ) -> list[GenerationResult]: ...
+
+    def generate(
+        self,
+        prompt_token_ids: PromptIds | SequenceOf[PromptIds],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+    ) -> GenerationResult | list[GenerationResult]:
+        """Generates for one prompt or a list of prompts and waits; results keep the order.
+
+        Args:
+            prompt_token_ids: token ids, or a list of them; one in, one out.
+            sampling_params: one for all prompts, or one per prompt.
+
+        Raises:
+            RequestError: a prompt or its parameters are invalid (nothing runs then), or a request failed.
+            EngineDeadError: the engine stopped.
+        """
+        if not isinstance(prompt_token_ids, SequenceOf) or not _is_batch(prompt_token_ids):
+            if isinstance(sampling_params, list | tuple):
+                raise RequestError("sampling_params is a list for a single prompt; pass one SamplingParams")
+            return self.generate_async(prompt_token_ids, sampling_params).result()  # type: ignore[arg-type]
+        all_params = _per_prompt(sampling_params, len(prompt_token_ids))
+        commands = [self._prepare(p, s) for p, s in zip(prompt_token_ids, all_params)]  # type: ignore[arg-type]
+        results = [self._submit(command) for command in commands]
+        try:
+            return [result.result() for result in results]
+        except BaseException:
+            for result in results:
+                result.abort()
+            raise
+
+    def generate_async(
+        self,
+        prompt_token_ids: PromptIds,
+        sampling_params: SamplingParams | None = None,
+        streaming: bool = False,
+        *,
+        decoder: TextDecoder | None = None,
+        bad_words_ids: Iterable[PromptIds] = (),
+    ) -> GenerationResult:
+        """Submits one request and returns at once.
+
+        Args:
+            prompt_token_ids: at least one token id.
+            sampling_params: default: ``SamplingParams()``, greedy.
+            streaming: publish outputs after every step rather than at the end only.
+            decoder: makes the outputs' text; needed for stop strings. The request owns it from now on.
+            bad_words_ids: token sequences that must not be generated, the tokenized ``sampling_params.bad``.
+
+        Raises:
+            RequestError: the request is invalid; names the field, its value, what is allowed and the remedy.
+            EngineDeadError: the executor was shut down or its engine died.
+        """
+        return self._submit(
+            self._prepare(
+                prompt_token_ids, sampling_params, streaming=streaming, decoder=decoder, bad_words_ids=bad_words_ids
+            )
+        )
+
+    def abort(self, request_id: int) -> None:
+        """Cancels a request; unknown and finished ids are ignored."""
+        if self.is_alive:
+            self._mailbox.put(Abort(request_id))
+
+    def get_stats(self) -> list[IterationStats]:
+        """Returns the most recent iterations, oldest first."""
+        return self._stats.snapshot()
+
+    def shutdown(self, timeout: float = STOP_TIMEOUT_S) -> None:
+        """Stops the engine and waits at most ``timeout`` seconds for its thread. Idempotent.
+
+        Requests that are not done fail with EngineDeadError.
+        """
+        self._finalizer.detach()
+        self._thread.stop(timeout)
+
+    def __enter__(self) -> GenerationExecutor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _prepare(
+        self,
+        prompt_token_ids: PromptIds,
+        sampling_params: SamplingParams | None,
+        *,
+        streaming: bool = False,
+        decoder: TextDecoder | None = None,
+        bad_words_ids: Iterable[PromptIds] = (),
+    ) -> Submit:
+        """Checks a request completely; nothing of it has reached the engine when this raises."""
+        if not self.is_alive:
+            raise self._mailbox.dead_error()
+        request = make_request(
+            next(self._ids),
+            prompt_token_ids,
+            sampling_params if sampling_params is not None else SamplingParams(),
+            self._limits,
+            decoder=decoder,
+            bad_words_ids=bad_words_ids,
+        )
+        if self._check_fits is not None:
+            self._check_fits(request)
+        prompt = list(request.sequences[0].token_ids)
+        result = GenerationResult(request.request_id, prompt, request.params, self._mailbox, streaming=streaming)
+        return Submit(request, result)
+
+    def _submit(self, command: Submit) -> GenerationResult:
+        self._mailbox.put(command)
+        return command.result
+
+
+def _is_batch(prompts: SequenceOf[object]) -> bool:
+    return len(prompts) > 0 and isinstance(prompts[0], SequenceOf) and not isinstance(prompts[0], str | bytes)
+
+
+def _per_prompt(
+    params: SamplingParams | SequenceOf[SamplingParams] | None, count: int
+) -> SequenceOf[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise RequestError(
+            f"sampling_params has {len(params)} entries for {count} prompts; pass one, or one per prompt"
+        )
+    return params
