@@ -32,16 +32,19 @@ class WeightRule:
             whole model (a pipeline stage or an expert rank keeps the global numbers).
         target: parameter name in the model, with the same placeholders. A target without ``{e}`` under a source with
             ``{e}`` is a stacked parameter ``[experts on this rank, ...]``: the source fills one slot of it.
-        section: the section of a fused parameter that the source fills (a name of its `ShardSpec`); None: the source
-            covers the parameter's sections in their order (all of it).
+        section: the section of a fused parameter that the source fills (a name of its `ShardSpec`), or several names
+            when the source is itself fused in that order; None: the source covers the whole parameter, in its order.
         transpose: the source is stored ``[in, out]``; the parameter is ``[out, in]``.
-        optional: the parameter may be left unfilled by this rule (a tied output layer, for example); the source may
-            be missing.
+        optional: the source may be missing; what it would have filled is then zero (a bias, for example). A tied output
+            layer needs no such mark: its parameter is the embedding's, and its source is then left unread.
+
+    Several rules may name the same target and section: the first whose source exists counts (checkpoints of the same
+    model written in different formats).
     """
 
     source: str
     target: str
-    section: str | None = None
+    section: str | tuple[str, ...] | None = None
     transpose: bool = False
     optional: bool = False
 
