@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
 from lamella_core.errors import ConfigError, nearest_name
 from lamella_core.mapping import Mapping
 from lamella_core.quantization.config import QuantConfig
+
+if TYPE_CHECKING:
+    from lamella_core.hf_config import HfConfig
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -99,6 +102,11 @@ class ModelConfig:
         if kv % tp and tp % kv:
             raise ConfigError(f"tp_size {tp} and num_key_value_heads {kv}: one must be a multiple of the other")
         resolve_dtype(self.dtype)
+
+    @classmethod
+    def from_hf(cls, hf: HfConfig) -> dict[str, Any]:
+        """Returns the architecture's fields as read from a Hugging Face config; each architecture implements it."""
+        raise NotImplementedError(f"{cls.__name__} does not say how it is read from a Hugging Face config")
 
     @property
     def torch_dtype(self) -> torch.dtype:

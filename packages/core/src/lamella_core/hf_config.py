@@ -1,0 +1,274 @@
+"""HfConfig: a Hugging Face config.json, read as plain data and resolved into a `ModelConfig`.
+
+No code of the model's repository runs, and transformers' own config classes are not involved: each model file says in
+`from_hf` which keys it reads. Keys are recorded as they are read, which is how an unknown override is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping as MappingABC
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from lamella_core.config import ModelConfig, RopeConfig, resolve_dtype
+from lamella_core.errors import CheckpointError, ConfigError, UnsupportedModelError, nearest_name
+from lamella_core.layers.activation import get_activation
+from lamella_core.mapping import Mapping
+from lamella_core.quantization.config import QuantConfig
+
+C = TypeVar("C", bound=ModelConfig)
+
+_REQUIRED = object()
+_ARGUMENTS = ("architecture", "model_type", "dtype", "mapping")  # fields that overrides cannot name
+
+# Parameters of each rope type: True where config.json must give them.
+_ROPE_PARAMETERS: dict[str, dict[str, bool]] = {
+    "default": {},
+    "linear": {"factor": True},
+    "dynamic": {"factor": True},
+    "llama3": {"factor": True, "low_freq_factor": True, "high_freq_factor": True,
+               "original_max_position_embeddings": False},
+    "yarn": {"factor": False, "original_max_position_embeddings": False, "attention_factor": False, "beta_fast": False,
+             "beta_slow": False, "mscale": False, "mscale_all_dim": False, "truncate": False},
+    "longrope": {"short_factor": True, "long_factor": True, "factor": False, "attention_factor": False,
+                 "original_max_position_embeddings": False},
+}  # fmt: skip
+_ROPE_ALIASES = {"su": "longrope"}
+
+
+class HfConfig:
+    """The keys of one config.json, with overrides laid over them.
+
+    Attributes:
+        where: the file, for messages.
+        architecture: the first entry of ``architectures``.
+        model_type: the entry of that name, "" when absent.
+    """
+
+    def __init__(
+        self, data: dict[str, Any], where: str, overrides: dict[str, Any] | None = None, generation: Any = None
+    ) -> None:
+        self.where = where
+        self._data = data
+        self._overrides = dict(overrides or {})
+        self._generation = generation if isinstance(generation, dict) else {}
+        self._read: set[str] = set()
+        names = data.get("architectures")
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ConfigError(
+                f"{where} names no architecture: 'architectures' is {names!r}; it must be a list such as "
+                '["LlamaForCausalLM"]. Add the class that the weights belong to'
+            )
+        self.architecture: str = names[0]
+        self.model_type: str = str(data.get("model_type") or "")
+
+    def get(self, *names: str, default: Any = _REQUIRED) -> Any:
+        """Returns the value of the first of ``names`` that is present (it may be null), else the default.
+
+        Raises:
+            ConfigError: none is present and there is no default.
+        """
+        self._read.update(names)
+        for source in (self._overrides, self._data):
+            for name in names:
+                if name in source:
+                    return source[name]
+        if default is _REQUIRED:
+            raise ConfigError(f"{self.where} lacks {names[0]!r}, which {self.architecture} needs")
+        return default
+
+    def require(self, name: str, allowed: Sequence[Any], default: Any) -> Any:
+        """Returns the value of ``name``, which must be one of ``allowed``.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.get(name, default=default)
+        if value not in allowed:
+            raise ConfigError(
+                f"{self.where}: {name} is {value!r}; {self.architecture} supports {' or '.join(map(repr, allowed))}"
+            )
+        return value
+
+    def require_architecture(self, architectures: Sequence[str], owner: str) -> None:
+        """Checks that the file is of one of ``architectures``.
+
+        Raises:
+            UnsupportedModelError: it is of another; ``owner`` names the class in the message.
+        """
+        if self.architecture not in architectures:
+            raise UnsupportedModelError(
+                f"{self.where} holds {self.architecture}; {owner} loads {', '.join(architectures)}. "
+                "AutoModelForCausalLM picks the class by itself"
+            )
+
+    def head_dim(self, hidden_size: int, heads: int) -> int:
+        """Returns head_dim: as given, else hidden_size / heads.
+
+        Raises:
+            ConfigError: it is not given and the heads do not divide the hidden size.
+        """
+        given = self.get("head_dim", default=None)
+        if given is not None:
+            return given
+        if not isinstance(heads, int) or heads < 1 or not isinstance(hidden_size, int) or hidden_size % heads:
+            raise ConfigError(
+                f"{self.where}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}; "
+                "correct one of them or give head_dim"
+            )
+        return hidden_size // heads
+
+    def activation(self, *names: str, default: str) -> str:
+        """Returns the name of the activation function.
+
+        Raises:
+            ConfigError: it is not supported.
+        """
+        value = self.get(*names, default=default)
+        get_activation(value)
+        return value
+
+    def rope(self, head_dim: int, default_theta: float = 10000.0) -> RopeConfig:
+        """Returns the rotary embedding: from ``rope_parameters``, or ``rope_theta`` and ``rope_scaling`` in older files.
+
+        Raises:
+            ConfigError: an unknown rope type, or one whose parameters are incomplete.
+        """
+        given = self.get("rope_scaling", default=None) or self.get("rope_parameters", default=None) or {}
+        if not isinstance(given, dict):
+            raise ConfigError(f"{self.where}: rope_parameters is {given!r}; it must be an object")
+        given = dict(given)
+        theta = self.get("rope_theta", default=None)
+        theta = given.get("rope_theta") or theta or default_theta
+        kind = given.get("rope_type") or given.get("type") or "default"
+        kind = _ROPE_ALIASES.get(kind, kind)
+        if kind not in _ROPE_PARAMETERS:
+            raise ConfigError(
+                f"{self.where}: rope type is {kind!r}; supported: {', '.join(_ROPE_PARAMETERS)}"
+                f"{nearest_name(str(kind), _ROPE_PARAMETERS)}"
+            )
+        partial = given.get("partial_rotary_factor", self.get("partial_rotary_factor", default=None))
+        return RopeConfig(
+            theta=float(theta),
+            rotary_dim=int(head_dim * (1.0 if partial is None else partial)),
+            rope_type=kind,
+            scaling=self._rope_scaling(kind, given),
+        )
+
+    def _rope_scaling(self, kind: str, given: dict[str, Any]) -> dict[str, Any]:
+        known = _ROPE_PARAMETERS[kind]
+        missing = [name for name, needed in known.items() if needed and given.get(name) is None]
+        if missing:
+            raise ConfigError(f"{self.where}: rope type {kind!r} needs {', '.join(missing)} in rope_parameters")
+        scaling = {name: given[name] for name in known if given.get(name) is not None}
+        if "original_max_position_embeddings" in known:
+            longest = self.get("max_position_embeddings")
+            original = self.get("original_max_position_embeddings", default=None)
+            original = original or scaling.get("original_max_position_embeddings") or longest
+            scaling["original_max_position_embeddings"] = original
+            scaling.setdefault("factor", longest / original)
+        return scaling
+
+    def token_ids(self) -> dict[str, Any]:
+        """Returns the special token fields; generation_config.json, where present, says which tokens end a text."""
+        eos = self._generation.get("eos_token_id")
+        if eos is None or "eos_token_id" in self._overrides:
+            eos = self.get("eos_token_id", default=None)
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        return {
+            "bos_token_id": self.get("bos_token_id", default=None),
+            "eos_token_ids": tuple(ids),
+            "pad_token_id": self.get("pad_token_id", default=None),
+        }
+
+    def decoder_fields(self) -> dict[str, Any]:
+        """Returns the `ModelConfig` fields whose keys are the same in most decoders (Llama's names)."""
+        hidden, heads = self.get("hidden_size"), self.get("num_attention_heads")
+        kv_heads = self.get("num_key_value_heads", default=None)
+        return {
+            "vocab_size": self.get("vocab_size"),
+            "hidden_size": hidden,
+            "num_hidden_layers": self.get("num_hidden_layers"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads if kv_heads is None else kv_heads,
+            "head_dim": self.head_dim(hidden, heads),
+            "intermediate_size": self.get("intermediate_size"),
+            "max_position_embeddings": self.get("max_position_embeddings"),
+            "hidden_act": self.activation("hidden_act", default="silu"),
+            "tie_word_embeddings": bool(self.get("tie_word_embeddings", default=False)),
+            **self.token_ids(),
+        }
+
+    def resolve(
+        self,
+        config_class: type[C],
+        *,
+        dtype: str | torch.dtype | None = "auto",
+        mapping: Mapping | None = None,
+        quantization: QuantConfig | None = None,
+    ) -> C:
+        """Returns the configuration of the architecture, overrides included.
+
+        Raises:
+            ConfigError: contradictory or unsupported values, or an override that the architecture does not know.
+        """
+        if self._data.get("quantization_config"):
+            raise ConfigError(
+                f"{self.where}: the weights are quantized (quantization_config), which cannot be read; "
+                "use the unquantized model"
+            )
+        stored = self._data.get("dtype") or self._data.get("torch_dtype")
+        config = config_class(
+            **config_class.from_hf(self),
+            architecture=self.architecture,
+            model_type=self.model_type or config_class.hf_model_types[0],
+            dtype=resolve_dtype(dtype, stored),
+            mapping=mapping or Mapping(),
+            quantization=quantization or QuantConfig(),
+        )
+        return replace(config, **self._field_overrides(config_class))
+
+    def _field_overrides(self, config_class: type[ModelConfig]) -> dict[str, Any]:
+        """Returns the overrides that name a field and no key of config.json; checks that nothing else is left."""
+        names = {f.name for f in fields(config_class)} - set(_ARGUMENTS)
+        for name in self._overrides:
+            if name not in names | self._read:
+                raise ConfigError(
+                    f"{self.architecture} has no configuration field {name!r}{nearest_name(name, names | self._read)}"
+                )
+        return {name: value for name, value in self._overrides.items() if name not in self._read}
+
+
+def read_hf_config(directory: str | os.PathLike[str], overrides: MappingABC[str, Any] | None = None) -> HfConfig:
+    """Reads the config.json (and generation_config.json) of a directory.
+
+    Raises:
+        CheckpointError: config.json is missing or is not a JSON object.
+        ConfigError: it names no architecture.
+    """
+    path = Path(directory) / "config.json"
+    generation = Path(directory) / "generation_config.json"
+    return HfConfig(
+        _read_object(path),
+        str(path),
+        dict(overrides or {}),
+        _read_object(generation) if generation.is_file() else None,
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist: {path.parent} is not a Hugging Face model directory") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}; it must be an object")
+    return data

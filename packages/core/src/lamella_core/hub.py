@@ -1,0 +1,69 @@
+"""The only place that talks to the Hugging Face hub: a local directory or a hub id becomes a local directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from lamella_core.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_WEIGHT_FILES = ["*.safetensors", "*.bin"]
+
+
+def resolve_model_dir(dir_or_id: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True) -> Path:
+    """Returns the local directory of a model.
+
+    Args:
+        dir_or_id: an existing directory, or an id such as ``org/name`` whose files are downloaded into the hub cache.
+        revision: branch, tag or commit on the hub; by default the main branch.
+        weights: whether weight files are needed too.
+
+    Raises:
+        CheckpointError: neither a directory nor a hub id that can be reached; says how to pass a local directory.
+    """
+    text = os.fspath(dir_or_id)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{text} is a file; pass the directory that holds it")
+    if not text or isinstance(dir_or_id, os.PathLike) or not _HUB_ID.fullmatch(text):
+        raise CheckpointError(f"no directory {text!r}; pass an existing local directory or a hub id such as 'org/name'")
+    return _download(text, revision, weights)
+
+
+def _download(hub_id: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = _CONFIG_FILES + (_WEIGHT_FILES if weights else [])
+    advice = "pass a local directory that holds config.json and the weights instead, e.g. './my-model'"
+    try:
+        if weights and _has_safetensors(hub_id, revision):
+            patterns.remove("*.bin")
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"there is no directory {hub_id!r} here and no such model on the hub; {advice}"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ConnectionError) as error:
+        raise CheckpointError(
+            f"there is no directory {hub_id!r} here and the hub cannot be reached ({type(error).__name__}); {advice}"
+        ) from error
+
+
+def _has_safetensors(hub_id: str, revision: str | None) -> bool:
+    """Whether the repository holds safetensors, so that its .bin copies need no download; False when offline."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        files = HfApi().list_repo_files(hub_id, revision=revision)
+    except RepositoryNotFoundError:
+        raise
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return False
+    return any(name.endswith(".safetensors") for name in files)

@@ -1,0 +1,91 @@
+"""Activation functions under their Hugging Face names.
+
+In float32 an element's result must not depend on where it lies in the tensor: torch's fused silu, sigmoid and tanh-gelu
+use another exponential for the last elements of a buffer than for the others, torch.exp, tanh and erf do not. The
+functions below are made of those and of exactly rounded arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from lamella_core.errors import ConfigError, nearest_name
+from lamella_core.kernels.cpu import ops
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """1 / (1 + e^-x), computed in float32, in x's dtype."""
+    return ((-x.float()).exp_().add_(1.0).reciprocal_()).to(x.dtype)
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """X times its sigmoid."""
+    wide = x.float()
+    return (wide / (-wide).exp_().add_(1.0)).to(x.dtype)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """X times the normal distribution function of x (Hendrycks and Gimpel 2016), by erf."""
+    wide = x.float()
+    return ((wide * math.sqrt(0.5)).erf_().add_(1.0).mul_(wide).mul_(0.5)).to(x.dtype)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """The tanh approximation of `gelu` (same source)."""
+    wide = x.float()
+    inner = (wide * wide * wide).mul_(0.044715).add_(wide).mul_(math.sqrt(2.0 / math.pi))
+    return (inner.tanh_().add_(1.0).mul_(wide * 0.5)).to(x.dtype)
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """X times the sigmoid of 1.702 x."""
+    wide = x.float()
+    return (wide / (wide * -1.702).exp_().add_(1.0)).to(x.dtype)
+
+
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """The square of max(x, 0) (So et al. 2021)."""
+    return torch.relu(x).square_()
+
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": silu,
+    "swish": silu,
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_python_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "relu": torch.relu,
+    "relu2": relu_squared,
+}
+
+
+def get_activation(name: str) -> Activation:
+    """Returns the function called ``name`` in a Hugging Face config.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise ConfigError(f"activation (hidden_act) is {name!r}; supported: {known}{nearest_name(name, _ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def gated(name: str) -> Activation:
+    """Returns the function that maps [T, 2 I], gate and up side by side, to activation(gate) * up [T, I]."""
+    activation = get_activation(name)
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    fused = getattr(ops, "silu_and_mul", None) if activation is silu else None
+    return fused or apply

@@ -1,0 +1,67 @@
+"""Attention: projects, applies rotary positions, and leaves keys, values and softmax to the runtime's context."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lamella_core.config import ModelConfig
+from lamella_core.context import AttentionSpec, ForwardContext
+from lamella_core.layers.linear import QKVParallelLinear, RowParallelLinear
+from lamella_core.layers.rotary import RotaryEmbedding
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023), heads split over the tensor-parallel ranks: [T, H] -> [T, H].
+
+    Args:
+        config: of the whole model.
+        index: layer number in the whole model.
+        name: dotted path of this module.
+        rotary: applied to queries and keys; None for models with other position encodings.
+        qkv_bias: whether the query, key and value projections have one.
+        out_bias: whether the output projection has one.
+        scale: multiplies the scores; by default ``head_dim ** -0.5``.
+        sliding_window: last keys a query sees, its own included; None: all.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        *,
+        name: str,
+        rotary: RotaryEmbedding | None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        scale: float | None = None,
+        sliding_window: int | None = None,
+    ) -> None:
+        super().__init__()
+        tp = config.mapping.tp_size
+        self.spec = AttentionSpec(
+            layer_idx=index,
+            num_heads=config.num_attention_heads // tp,
+            num_kv_heads=max(1, config.num_key_value_heads // tp),
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5 if scale is None else scale,
+            sliding_window=sliding_window,
+        )
+        self.rotary = rotary
+        self.qkv_proj = QKVParallelLinear(qkv_bias, config=config, name=f"{name}.qkv_proj")
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            out_bias,
+            config=config,
+            name=f"{name}.o_proj",
+        )
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        spec, tokens = self.spec, x.shape[0]
+        heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        q, k, v = self.qkv_proj(x, ctx).view(tokens, sum(heads), spec.head_dim).split(heads, dim=1)
+        if self.rotary is not None:
+            q, k = self.rotary.apply(q, k, positions)
+        out = ctx.attend(spec, q, k, v)
+        return self.o_proj(out.reshape(tokens, spec.num_heads * spec.head_dim), ctx)

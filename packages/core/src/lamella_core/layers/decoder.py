@@ -1,0 +1,29 @@
+"""DecoderLayer: the pre-norm block that most decoders share (attention, then feed-forward, each added to the stream)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lamella_core.context import ForwardContext
+from lamella_core.layers.attention import Attention
+from lamella_core.layers.norm import Norm
+
+
+class DecoderLayer(nn.Module):
+    """Takes and returns (hidden [T, H], residual [T, H] or None): their sum is the stream, added by the next norm."""
+
+    def __init__(self, *, input_norm: Norm, attention: Attention, mlp_norm: Norm, mlp: nn.Module) -> None:
+        super().__init__()
+        self.input_norm = input_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor, ctx: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, residual = self.input_norm(hidden, residual)
+        attended = self.attention(normed, positions, ctx)
+        normed, residual = self.mlp_norm(attended, residual)
+        return self.mlp(normed, ctx), residual

@@ -1,0 +1,119 @@
+"""Linear layers split over the tensor-parallel ranks (Shoeybi et al. 2019), each with a quantization method.
+
+Column parallel splits the outputs and needs no communication; row parallel splits the inputs and sums over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lamella_core.config import ModelConfig
+from lamella_core.context import ForwardContext
+from lamella_core.kernels.matmul import MatmulPlan
+from lamella_core.layers.parameter import Parameter, empty_parameter
+from lamella_core.layers.sharding import Section, ShardSpec, fused, split, split_heads, whole
+from lamella_core.quantization.base import LinearMethod, linear_method
+
+
+class Linear(nn.Module):
+    """x [T, in] -> [T, out] on this rank's part of the weight, without communication.
+
+    ``plan`` says in which layout ``weight`` lies and which kernel multiplies by it. ``experts`` stacks the weights of
+    several experts along a leading dimension.
+    """
+
+    weight: Parameter
+    bias: Parameter | None
+    plan: MatmulPlan
+
+    def __init__(
+        self,
+        in_section: Section,
+        out_sections: Sequence[Section],
+        bias: bool,
+        *,
+        config: ModelConfig,
+        name: str,
+        experts: Section | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.dtype = config.torch_dtype
+        self.in_section = in_section
+        self.out_sections = tuple(out_sections)
+        self.experts = experts
+        self.in_features_local = in_section.padded_length
+        self.out_features_local = sum(s.padded_length for s in self.out_sections)
+        self.method: LinearMethod = linear_method(config.quantization, name)
+        self.method.create_weights(self)
+        self.bias = empty_parameter(ShardSpec(dims=(self.out_sections,)), self.dtype) if bias else None
+
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        return self.method.apply(self, x, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features_local}, out={self.out_features_local}, bias={self.bias is not None}"
+
+
+class ReplicatedLinear(Linear):
+    """Every rank holds the whole weight."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, *, config: ModelConfig, name: str) -> None:
+        super().__init__(whole(in_features), (whole(out_features),), bias, config=config, name=name)
+
+
+class ColumnParallelLinear(Linear):
+    """Each rank computes its part of the outputs."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, *, config: ModelConfig, name: str) -> None:
+        mapping = config.mapping
+        section = split(out_features, mapping.tp_size, mapping.tp_rank, what=f"the output size of {name}")
+        super().__init__(whole(in_features), (section,), bias, config=config, name=name)
+
+
+class MergedColumnParallelLinear(Linear):
+    """Several projections of one input in one product, e.g. gate and up; each is split over the ranks by itself."""
+
+    def __init__(
+        self, in_features: int, out_features: dict[str, int], bias: bool, *, config: ModelConfig, name: str
+    ) -> None:
+        tp, rank = config.mapping.tp_size, config.mapping.tp_rank
+        sections = fused(
+            [split(size, tp, rank, what=f"the {key} size of {name}", name=key) for key, size in out_features.items()]
+        )
+        super().__init__(whole(in_features), sections, bias, config=config, name=name)
+
+
+class QKVParallelLinear(Linear):
+    """Query, key and value projections in one product, split by heads.
+
+    With fewer key/value heads than ranks, each key/value head lives on several ranks.
+    """
+
+    def __init__(self, bias: bool, *, config: ModelConfig, name: str) -> None:
+        tp, rank, head_dim = config.mapping.tp_size, config.mapping.tp_rank, config.head_dim
+        kv_heads = config.num_key_value_heads
+        sections = fused(
+            [
+                split_heads(config.num_attention_heads, head_dim, tp, rank, name="q"),
+                split_heads(kv_heads, head_dim, tp, rank, name="k"),
+                split_heads(kv_heads, head_dim, tp, rank, name="v"),
+            ]
+        )
+        super().__init__(whole(config.hidden_size), sections, bias, config=config, name=name)
+
+
+class RowParallelLinear(Linear):
+    """Each rank multiplies its part of the inputs; the sum over the ranks is the result. Bias is added once."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, *, config: ModelConfig, name: str) -> None:
+        mapping = config.mapping
+        section = split(in_features, mapping.tp_size, mapping.tp_rank, what=f"the input size of {name}")
+        super().__init__(section, (whole(out_features),), bias, config=config, name=name)
+        self.adds_bias = mapping.tp_rank == 0
+
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        return ctx.tp.all_reduce(self.method.apply(self, x, self.bias if self.adds_bias else None))

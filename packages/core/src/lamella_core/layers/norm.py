@@ -1,0 +1,51 @@
+"""Norms that also carry the residual stream: one pass adds the layer's output to it and normalises the sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lamella_core.layers.parameter import Parameter, empty_parameter
+from lamella_core.layers.sharding import replicated
+
+
+class Norm(nn.Module):
+    """Called with x [T, H] and the residual stream [T, H] (or None); returns (normed sum, sum)."""
+
+    weight: Parameter
+
+    def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = empty_parameter(replicated(hidden_size), dtype)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x if residual is None else x + residual
+        return self.normalize(total), total
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the norm of each row, in x's dtype."""
+        raise NotImplementedError
+
+
+class RMSNorm(Norm):
+    """x / rms(x) * weight (Zhang and Sennrich 2019); the statistics in float32."""
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
+
+
+class LayerNorm(Norm):
+    """(x - mean) / deviation * weight + bias (Ba et al. 2016)."""
+
+    bias: Parameter | None
+
+    def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype, bias: bool = True) -> None:
+        super().__init__(hidden_size, eps, dtype)
+        self.bias = empty_parameter(replicated(hidden_size), dtype) if bias else None
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)

@@ -1,0 +1,189 @@
+"""Rotary position embedding (Su et al. 2021) with the context extensions found in Hugging Face configs.
+
+Cosines and sines are computed per position in float32 and kept as tables, so that a token's rotation is the same bits
+in every batch. Two extensions choose frequencies by the length of the sequence; here a position decides for itself:
+
+* dynamic (NTK): position p >= max_position_embeddings rotates as in a sequence that ends with it.
+* longrope (Ding et al. 2024): short factors below the original context length, long ones from there on, until
+  `RotaryEmbedding.set_max_seq_len` says that sequences will be longer: then long factors for all.
+
+Both equal transformers when it generates token by token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lamella_core.config import RopeConfig
+from lamella_core.errors import ConfigError
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_FIRST_CAPACITY = 2048  # positions in the first table
+
+
+class RotaryEmbedding:
+    """Rotates the first ``rotary_dim`` elements of queries and keys by their positions. Shared by a model's layers."""
+
+    def __init__(self, rope: RopeConfig, max_position_embeddings: int) -> None:
+        if rope.rotary_dim < 2 or rope.rotary_dim % 2:
+            raise ConfigError(f"rotary_dim is {rope.rotary_dim}; rotary positions need an even number of at least 2")
+        self.rope = rope
+        self.max_position_embeddings = max_position_embeddings
+        self.max_seq_len: int | None = None
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin: [positions, rotary_dim / 2] float32
+
+    def set_max_seq_len(self, max_seq_len: int) -> None:
+        """Makes the tables for all positions below ``max_seq_len`` now; with longrope also chooses the factors."""
+        self.max_seq_len = max_seq_len
+        self._tables = rotary_tables(self.rope, max_seq_len, self.max_position_embeddings, max_seq_len)
+
+    def reserve(self, positions: torch.Tensor) -> None:
+        """Sees to it that the tables reach all of ``positions`` [T]; call once before the layers of a step."""
+        needed = int(positions.max()) + 1 if positions.numel() else 0
+        held = self._tables[0].shape[0] if self._tables is not None else 0
+        if needed > held:
+            capacity = max(_FIRST_CAPACITY, 1 << (needed - 1).bit_length())
+            self._tables = rotary_tables(self.rope, capacity, self.max_position_embeddings, self.max_seq_len)
+
+    def apply(
+        self,
+        q: torch.Tensor,  # [T, Hq, D]
+        k: torch.Tensor,  # [T, Hkv, D]
+        positions: torch.Tensor,  # [T] int64
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns q and k rotated; the tables must have been reserved. The arguments may be overwritten."""
+        if self._tables is None:
+            raise ConfigError("rotary tables are missing: call reserve(positions) before the layers run")
+        cos, sin = (table[positions].unsqueeze(1) for table in self._tables)
+        return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+
+    def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        dim = self.rope.rotary_dim
+        turned = x[..., :dim].float()
+        if self.rope.interleaved:
+            first, second = turned[..., 0::2], turned[..., 1::2]
+        else:
+            first, second = turned.chunk(2, dim=-1)
+        halves = (first * cos - second * sin, second * cos + first * sin)
+        rotated = torch.stack(halves, -1).flatten(-2) if self.rope.interleaved else torch.cat(halves, -1)
+        return torch.cat((rotated.to(x.dtype), x[..., dim:]), dim=-1)
+
+
+def rotary_tables(
+    rope: RopeConfig, num_positions: int, max_position_embeddings: int, max_seq_len: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns cos and sin, each [num_positions, rotary_dim / 2] float32.
+
+    ``max_seq_len`` is the longest sequence to come when that is known (longrope chooses its factors by it).
+    """
+    if rope.rope_type not in _FREQUENCIES:
+        raise ConfigError(f"rope type is {rope.rope_type!r}; supported: {', '.join(ROPE_TYPES)}")
+    positions = torch.arange(num_positions, dtype=torch.float32)
+    frequencies, amplitude = _FREQUENCIES[rope.rope_type](rope, positions, max_position_embeddings, max_seq_len)
+    angles = positions[:, None] * frequencies
+    return angles.cos() * amplitude, angles.sin() * amplitude
+
+
+def _exponents(rope: RopeConfig) -> torch.Tensor:
+    """2 i / rotary_dim for each pair i: [rotary_dim / 2] float32."""
+    return torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
+
+
+Frequencies = tuple[torch.Tensor, float]  # radians per position, [rotary_dim / 2] or one row per position; amplitude
+
+
+def _default(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
+    return 1.0 / rope.theta ** _exponents(rope), 1.0
+
+
+def _linear(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
+    """Position interpolation (Chen et al. 2023)."""
+    return 1.0 / rope.theta ** _exponents(rope) / rope.scaling["factor"], 1.0
+
+
+def _dynamic(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
+    """NTK-aware interpolation whose base grows with the sequence beyond the trained length."""
+    factor, dim = rope.scaling["factor"], rope.rotary_dim
+    lengths = [max(int(p) + 1, max_positions) for p in positions[max_positions:].tolist()]
+    plain = 1.0 / rope.theta ** _exponents(rope)
+    if not lengths:
+        return plain, 1.0
+    if dim == 2:
+        raise ConfigError("rope type 'dynamic' needs a rotary_dim above 2")
+    grown = [
+        1.0 / (rope.theta * (factor * n / max_positions - (factor - 1)) ** (dim / (dim - 2))) ** _exponents(rope)
+        for n in lengths
+    ]
+    return torch.cat((plain.expand(min(max_positions, len(positions)), -1), torch.stack(grown))), 1.0
+
+
+def _llama3(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
+    """Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, those between blended."""
+    s = rope.scaling
+    plain = 1.0 / rope.theta ** _exponents(rope)
+    original, low, high = s["original_max_position_embeddings"], s["low_freq_factor"], s["high_freq_factor"]
+    wavelength = 2 * math.pi / plain
+    blend = (original / wavelength - low) / (high - low)
+    blended = (1 - blend) * plain / s["factor"] + blend * plain
+    stretched = torch.where(wavelength > original / low, plain / s["factor"], plain)
+    between = (wavelength >= original / high) & (wavelength <= original / low)
+    return torch.where(between, blended, stretched), 1.0
+
+
+def _yarn(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
+    """YaRN (Peng et al. 2023): interpolates per frequency and sharpens attention through the amplitude."""
+    s, dim = rope.scaling, rope.rotary_dim
+    factor, original = s["factor"], s["original_max_position_embeddings"]
+
+    def pair_of(rotations: float) -> float:
+        """The pair (as a real number) that turns ``rotations`` times over the original context."""
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_of(s.get("beta_fast") or 32), pair_of(s.get("beta_slow") or 1)
+    if s.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    periods = rope.theta ** _exponents(rope)
+    frequencies = 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept
+    return frequencies, _yarn_amplitude(s, factor)
+
+
+def _yarn_amplitude(s: dict[str, Any], factor: float) -> float:
+    def sharpening(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if s.get("attention_factor") is not None:
+        return float(s["attention_factor"])
+    if s.get("mscale") and s.get("mscale_all_dim"):
+        return sharpening(s["mscale"]) / sharpening(s["mscale_all_dim"])
+    return sharpening(1.0)
+
+
+def _longrope(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
+    s = rope.scaling
+    factor, original = s["factor"], s["original_max_position_embeddings"]
+    amplitude = s.get("attention_factor")
+    if amplitude is None:
+        amplitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    periods = rope.theta ** _exponents(rope)
+    short = 1.0 / (torch.tensor(s["short_factor"], dtype=torch.float32) * periods)
+    long = 1.0 / (torch.tensor(s["long_factor"], dtype=torch.float32) * periods)
+    if max_len is not None and max_len > original:
+        return long, float(amplitude)
+    return torch.where((positions >= original)[:, None], long, short), float(amplitude)
+
+
+_FREQUENCIES: dict[str, Callable[[RopeConfig, torch.Tensor, int, int | None], Frequencies]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

@@ -1,0 +1,48 @@
+"""Weight rules of the tensor names that most decoders on the hub share; a model file puts its table together from them."""
+
+from __future__ import annotations
+
+from lamella_core.checkpoint.rules import WeightRule
+
+_LAYER = "model.layers.{i}"
+
+
+def vocabulary_rules() -> list[WeightRule]:
+    """Embedding, final norm and output layer."""
+    return [
+        WeightRule("model.embed_tokens.weight", "embed_tokens.weight"),
+        WeightRule("model.norm.weight", "norm.weight"),
+        WeightRule("lm_head.weight", "lm_head.weight"),
+    ]
+
+
+def norm_rules() -> list[WeightRule]:
+    """The two norms of a pre-norm layer."""
+    return [
+        WeightRule(f"{_LAYER}.input_layernorm.weight", "layers.{i}.input_norm.weight"),
+        WeightRule(f"{_LAYER}.post_attention_layernorm.weight", "layers.{i}.mlp_norm.weight"),
+    ]
+
+
+def attention_rules() -> list[WeightRule]:
+    """Separate query, key and value projections fused into one; biases where the model has them."""
+    fused = [
+        WeightRule(f"{_LAYER}.self_attn.{s}_proj.{leaf}", f"layers.{{i}}.attention.qkv_proj.{leaf}", section=s)
+        for s in ("q", "k", "v")
+        for leaf in ("weight", "bias")
+    ]
+    return [*fused, *_both(f"{_LAYER}.self_attn.o_proj", "layers.{i}.attention.o_proj")]
+
+
+def gated_mlp_rules() -> list[WeightRule]:
+    """Gate and up projections fused into one; biases where the model has them."""
+    fused = [
+        WeightRule(f"{_LAYER}.mlp.{s}_proj.{leaf}", f"layers.{{i}}.mlp.gate_up_proj.{leaf}", section=s)
+        for s in ("gate", "up")
+        for leaf in ("weight", "bias")
+    ]
+    return [*fused, *_both(f"{_LAYER}.mlp.down_proj", "layers.{i}.mlp.down_proj")]
+
+
+def _both(source: str, target: str) -> list[WeightRule]:
+    return [WeightRule(f"{source}.{leaf}", f"{target}.{leaf}") for leaf in ("weight", "bias")]

@@ -1,0 +1,218 @@
+"""CausalLM: what every decoder has in common, from construction and loading to the forward pass of one rank.
+
+A model's parameters are made without memory and then filled: by a checkpoint (`from_hugging_face`, `from_checkpoint`),
+an engine, or with dummy values (``Model(config)``). A rank builds only its pipeline stage's layers and its tensor shard.
+
+Shape legend: T tokens of this step (packed, no padding), H hidden size, R rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from lamella_core.checkpoint.rules import WeightRule
+from lamella_core.config import ModelConfig
+from lamella_core.context import AttentionSpec, ForwardContext
+from lamella_core.errors import ConfigError
+from lamella_core.hf_config import read_hf_config
+from lamella_core.hub import resolve_model_dir
+from lamella_core.layers.attention import Attention
+from lamella_core.layers.embedding import LMHead, VocabParallelEmbedding
+from lamella_core.layers.norm import Norm
+from lamella_core.layers.rotary import RotaryEmbedding
+from lamella_core.mapping import Mapping
+from lamella_core.models._dummy import fill_dummy
+from lamella_core.quantization.config import QuantConfig
+
+L = TypeVar("L", bound="CausalLM")
+
+
+class _DummyByDefault(type):
+    """Makes ``Model(config)`` a model with dummy weights; `CausalLM.empty` makes one without memory."""
+
+    def __call__(cls, config: ModelConfig) -> Any:
+        model = super().__call__(config)
+        fill_dummy(model)
+        return model
+
+    def _construct(cls, config: ModelConfig) -> Any:
+        return super().__call__(config)
+
+
+class CausalLM(nn.Module, metaclass=_DummyByDefault):
+    """A decoder-only language model on one rank.
+
+    Subclasses set ``config_class`` and ``WEIGHTS`` and build their layers in `make_layer` and `make_norm`. Parameter
+    names count layers over the whole model, whatever the pipeline stage.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    architectures: ClassVar[tuple[str, ...]] = ()  # set by `register`
+    WEIGHTS: ClassVar[Sequence[WeightRule]]
+    SOURCE_PREFIX: ClassVar[str] = "model."  # that source names may lack (saved from the bare decoder)
+    IGNORED: ClassVar[Sequence[str]] = ()  # name patterns of source tensors that hold no weights
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        mapping = config.mapping
+        rope = config.rope
+        self.rotary = RotaryEmbedding(rope, config.max_position_embeddings) if rope else None
+        self.embed_tokens = VocabParallelEmbedding(config) if mapping.is_first_pp_rank else None
+        self.layers = nn.ModuleDict(
+            {str(index): self.make_layer(index) for index in mapping.pp_layers(config.num_hidden_layers)}
+        )
+        self.norm = self.make_norm() if mapping.is_last_pp_rank else None
+        tied = self.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = LMHead(config, tied_to=tied) if mapping.is_last_pp_rank else None
+
+    def make_layer(self, index: int) -> nn.Module:
+        """Returns layer ``index``: called with (hidden, residual or None, positions, ctx), returns (hidden, residual)."""
+        raise NotImplementedError
+
+    def make_norm(self) -> Norm:
+        """Returns the norm before the output layer."""
+        raise NotImplementedError
+
+    def embed(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """Returns the first layer's input [T, H]. Runs on the first pipeline stage only."""
+        if self.embed_tokens is None:
+            raise ConfigError("this pipeline stage has no embedding: pass the previous stage's result as `hidden`")
+        return self.embed_tokens(input_ids, ctx)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [T] int64
+        positions: torch.Tensor,  # [T] int64, each token's place in its request
+        ctx: ForwardContext,
+        hidden: torch.Tensor | None = None,  # [T, H], the previous pipeline stage's result
+    ) -> torch.Tensor:
+        """Returns hidden states [T, H]: the next stage's input, or what `compute_logits` takes on the last stage."""
+        if hidden is None:
+            hidden = self.embed(input_ids, positions, ctx)
+        if self.rotary is not None:
+            self.rotary.reserve(positions)
+        residual = None
+        for layer in self.layers.values():
+            hidden, residual = layer(hidden, residual, positions, ctx)
+        if self.norm is None:
+            return hidden + residual
+        return self.norm(hidden, residual)[0]
+
+    def compute_logits(self, hidden: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """Returns logits [R, vocab_size] float32 of rows [R, H] of the last stage's hidden states, on every tp rank."""
+        if self.lm_head is None:
+            raise ConfigError("this pipeline stage has no output layer: only the last stage computes logits")
+        return self.lm_head(hidden, ctx)
+
+    def attention_specs(self) -> list[AttentionSpec]:
+        """Returns one spec per attention layer of this rank, in layer order: what KV caches are sized from."""
+        return [module.spec for module in self.modules() if isinstance(module, Attention)]
+
+    def set_max_seq_len(self, max_seq_len: int) -> None:
+        """Tells position encodings the longest sequence to come, so that tables are made now and not while serving.
+
+        Changes results only with rope_type "longrope": see `RotaryEmbedding.set_max_seq_len`.
+        """
+        if self.rotary is not None:
+            self.rotary.set_max_seq_len(max_seq_len)
+
+    def num_parameters(self) -> int:
+        """Returns how many numbers this rank's weights are, tied ones once, padding included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def weight_bytes(self) -> int:
+        """Returns the bytes of this rank's weights as they are stored."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+
+    def weight_rules(self, source_names: Collection[str]) -> list[WeightRule]:
+        """Returns `WEIGHTS` adapted to this rank and to a source that holds tensors of these names.
+
+        Sources saved from the bare decoder lack `SOURCE_PREFIX`. With tied embeddings a stored output layer is left
+        unread (see `ignored_sources`) and the embedding fills the output layer's own copy, which only a last pipeline
+        stage that is not the first has.
+        """
+        rules = list(self.WEIGHTS)
+        prefix = self.SOURCE_PREFIX
+        if prefix and not any(name.startswith(prefix) for name in source_names):
+            rules = [dataclasses.replace(rule, source=rule.source.removeprefix(prefix)) for rule in rules]
+        if self.config.tie_word_embeddings:
+            embedding = next(rule for rule in rules if rule.target == "embed_tokens.weight")
+            rules = [rule for rule in rules if rule.target != "lm_head.weight"]
+            if self.lm_head is not None and self.embed_tokens is None:
+                rules.append(dataclasses.replace(embedding, target="lm_head.weight"))
+        return rules
+
+    def ignored_sources(self) -> list[str]:
+        """Returns name patterns (shell style) of source tensors that no parameter needs."""
+        tied = [rule.source for rule in self.WEIGHTS if rule.target == "lm_head.weight"]
+        return [*self.IGNORED, *(tied if self.config.tie_word_embeddings else [])]
+
+    @classmethod
+    def empty(cls: type[L], config: ModelConfig) -> L:
+        """Returns the model with parameters that have shape, dtype and shard but no memory (meta device)."""
+        return cls._construct(config)
+
+    @classmethod
+    def from_hugging_face(
+        cls: type[L],
+        dir_or_id: str | os.PathLike[str],
+        dtype: str | torch.dtype = "auto",
+        mapping: Mapping | None = None,
+        quant_config: QuantConfig | None = None,
+        load_format: str = "auto",
+        **overrides: Any,
+    ) -> L:
+        """Returns this rank's model with the weights of a Hugging Face directory or hub id.
+
+        Args:
+            dir_or_id: local directory, or a hub id that is downloaded.
+            dtype: of the weights; "auto" takes what config.json says.
+            mapping: which shard this rank holds; by default everything.
+            quant_config: how linears are quantized; by default not at all.
+            load_format: "auto" reads the weights, "dummy" makes random ones from config.json alone.
+            overrides: fields of the configuration to replace.
+
+        Raises:
+            ConfigError: an unknown override or load format, or a config.json that contradicts itself.
+            CheckpointError: files are missing, damaged or do not fit the model.
+            UnsupportedModelError: the directory holds another architecture than this class implements.
+        """
+        if load_format not in ("auto", "dummy"):
+            raise ConfigError(f"load_format is {load_format!r}; allowed: 'auto', 'dummy'")
+        directory = resolve_model_dir(dir_or_id, weights=load_format == "auto")
+        hf = read_hf_config(directory, overrides)
+        hf.require_architecture(cls.architectures, cls.__name__)
+        config = hf.resolve(cls.config_class, dtype=dtype, mapping=mapping, quantization=quant_config)
+        if load_format == "dummy":
+            return cls(config)
+        from lamella_core.checkpoint.loader import load_weights
+        from lamella_core.checkpoint.source import WeightSource
+
+        model = cls.empty(config)
+        load_weights(model, WeightSource(directory))
+        return model
+
+    @classmethod
+    def from_checkpoint(cls: type[L], directory: str | os.PathLike[str], rank: int = 0) -> L:
+        """Returns the model of a Lamella checkpoint directory as ``rank`` holds it.
+
+        Raises:
+            CheckpointError: files are missing, damaged or do not fit the model.
+        """
+        from lamella_core.checkpoint.native import load_checkpoint
+
+        return load_checkpoint(cls, Path(directory), rank)
+
+    def save_checkpoint(self, directory: str | os.PathLike[str]) -> None:
+        """Writes this rank's weights and the configuration as a Lamella checkpoint directory."""
+        from lamella_core.checkpoint.native import save_checkpoint
+
+        save_checkpoint(self, Path(directory))

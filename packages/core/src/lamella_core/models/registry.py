@@ -1,0 +1,68 @@
+"""Which class implements an architecture: models register themselves, their files are found by name.
+
+A file ``lamella_core/models/<model_type>.py`` that uses `register` is all it takes to add a model.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+from typing import TypeVar
+
+from lamella_core import models
+from lamella_core.errors import ConfigError, UnsupportedModelError, nearest_name
+from lamella_core.models.base import CausalLM
+
+M = TypeVar("M", bound=type[CausalLM])
+
+_ARCHITECTURES: dict[str, type[CausalLM]] = {}
+
+
+def register(*architectures: str) -> Callable[[M], M]:
+    """Class decorator: the class implements these Hugging Face architecture names.
+
+    Raises:
+        ConfigError: another class has the name already.
+    """
+
+    def add(cls: M) -> M:
+        for name in architectures:
+            other = _ARCHITECTURES.setdefault(name, cls)
+            if other is not cls:
+                raise ConfigError(f"architecture {name!r} is implemented by {other.__module__} and {cls.__module__}")
+        cls.architectures = architectures
+        return cls
+
+    return add
+
+
+def _import_all() -> None:
+    for module in pkgutil.iter_modules(models.__path__):
+        import_module(f"{models.__name__}.{module.name}")
+
+
+def registered_architectures() -> list[str]:
+    """Returns the names of all supported architectures, sorted."""
+    _import_all()
+    return sorted(_ARCHITECTURES)
+
+
+def get_model_class(architecture: str, model_type: str | None = None) -> type[CausalLM]:
+    """Returns the class that implements ``architecture``; ``model_type`` saves importing the other models.
+
+    Raises:
+        UnsupportedModelError: none does; the message lists the supported ones and the nearest.
+    """
+    if architecture not in _ARCHITECTURES and model_type:
+        known = {module.name for module in pkgutil.iter_modules(models.__path__)}
+        if model_type.replace("-", "_") in known:
+            import_module(f"{models.__name__}.{model_type.replace('-', '_')}")
+    if architecture not in _ARCHITECTURES:
+        supported = registered_architectures()
+        if architecture not in _ARCHITECTURES:
+            raise UnsupportedModelError(
+                f"architecture {architecture!r} is not supported; supported: {', '.join(supported)}"
+                f"{nearest_name(architecture, supported)}"
+            )
+    return _ARCHITECTURES[architecture]

@@ -1,0 +1,53 @@
+"""LinearMethod: how a linear layer stores its weights and multiplies by them; one class per quantization scheme."""
+
+from __future__ import annotations
+
+import fnmatch
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from lamella_core.errors import ConfigError
+from lamella_core.quantization.config import QuantAlgo, QuantConfig
+
+if TYPE_CHECKING:
+    from lamella_core.layers.linear import Linear
+
+# Where each scheme's LinearMethod lives; imported when a model asks for it.
+_METHODS: dict[QuantAlgo | None, tuple[str, str]] = {
+    None: ("lamella_core.quantization.unquantized", "Unquantized"),
+}
+
+
+class LinearMethod(Protocol):
+    """What a linear layer delegates to. Stateless between layers; a layer's tensors and plan live on the layer."""
+
+    def create_weights(self, layer: Linear) -> None:
+        """Gives ``layer`` its parameters (empty, each a `Parameter` with its shard) and what `apply` needs."""
+        ...
+
+    def apply(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, expert: int | None = None
+    ) -> torch.Tensor:
+        """Returns x [T, in on this rank] times the weight, plus bias: [T, out on this rank] in x's dtype.
+
+        ``expert`` selects the weight of a layer that stacks several: an index among those of this rank.
+        """
+        ...
+
+
+def linear_method(config: QuantConfig, name: str) -> LinearMethod:
+    """Returns the method for the linear called ``name`` (dotted path in the model).
+
+    Raises:
+        ConfigError: the configured scheme has no implementation.
+    """
+    algo = config.quant_algo
+    if algo is not None and any(fnmatch.fnmatchcase(name, pattern) for pattern in config.exclude_modules):
+        algo = None
+    if algo not in _METHODS:
+        known = ", ".join(a.value if a else "none" for a in _METHODS)
+        raise ConfigError(f"quant_algo {algo.value if algo else None} cannot run yet; available: {known}")
+    module, attribute = _METHODS[algo]
+    return getattr(import_module(module), attribute)()

@@ -1,0 +1,38 @@
+"""Unquantized: weights in the model's dtype, multiplied by the kernel that the layer's plan names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lamella_core.kernels.matmul import default_plan
+from lamella_core.layers.parameter import empty_parameter
+from lamella_core.layers.sharding import ShardSpec
+
+if TYPE_CHECKING:
+    from lamella_core.layers.linear import Linear
+
+
+class Unquantized:
+    """weight [out, in] (or [experts, out, in]), row-major until a builder lays it out for a kernel."""
+
+    def create_weights(self, layer: Linear) -> None:
+        shard = ShardSpec(
+            dims=(*((layer.experts,),) * (layer.experts is not None), layer.out_sections, (layer.in_section,)),
+            stacked_experts=layer.experts is not None,
+        )
+        layer.weight = empty_parameter(shard, layer.dtype)
+        layer.plan = default_plan(
+            layer.dtype,
+            layer.out_features_local,
+            layer.in_features_local,
+            batch_invariant=layer.dtype == torch.float32,
+            layout="rows",
+        )
+
+    def apply(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, expert: int | None = None
+    ) -> torch.Tensor:
+        weight = layer.weight if expert is None else layer.weight[expert]
+        return layer.plan.run(x, weight, layer.out_features_local, bias)
