@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from lamella_core.kernels.matmul import MatmulPlan, from_layout, to_layout
-from lamella_core.layers.embedding import LMHead, VocabParallelEmbedding
+from lamella_core.layers.embedding import LMHead, VocabMatrix, VocabParallelEmbedding
 from lamella_core.layers.linear import Linear
 
 if TYPE_CHECKING:
@@ -23,22 +22,23 @@ class MatmulWeight:
     """One weight [n, k] (or [experts, n, k]) of this rank and the layer that holds it and its plan."""
 
     name: str  # of the parameter
-    module: nn.Module  # has `weight` and `plan`
+    module: Linear | VocabMatrix | LMHead  # has `weight` and `plan`
     n: int  # output features on this rank
     k: int  # input features on this rank
     is_output_layer: bool  # multiplies only the rows whose logits are wanted
 
     @property
     def plan(self) -> MatmulPlan:
-        return self.module.plan  # type: ignore[no-any-return]
-
-    @plan.setter
-    def plan(self, plan: MatmulPlan) -> None:
-        self.module.plan = plan
+        return self.module.plan
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.module.weight.detach()  # type: ignore[operator, union-attr, no-any-return]
+        return self.module.weight.detach()
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the weight has a leading dimension of experts."""
+        return self.module.weight.shard.stacked_experts
 
 
 def matmul_weights(model: CausalLM) -> list[MatmulWeight]:
@@ -48,16 +48,16 @@ def matmul_weights(model: CausalLM) -> list[MatmulWeight]:
         key = f"{name}.weight"
         if isinstance(module, Linear) and hasattr(module, "weight"):
             found.append(MatmulWeight(key, module, module.out_features_local, module.in_features_local, False))
-        elif _is_output_layer(model, module):
+        elif isinstance(module, (LMHead, VocabParallelEmbedding)) and _is_output_layer(model, module):
             found.append(MatmulWeight(key, module, module.rows.padded_length, model.config.hidden_size, True))
     return found
 
 
-def _is_output_layer(model: CausalLM, module: nn.Module) -> bool:
+def _is_output_layer(model: CausalLM, module: LMHead | VocabParallelEmbedding) -> bool:
+    """Whether logits are computed with the module's own weight."""
     if isinstance(module, LMHead):
         return "weight" in module._parameters
-    tied = model.config.tie_word_embeddings and model.lm_head is not None
-    return tied and isinstance(module, VocabParallelEmbedding)
+    return model.config.tie_word_embeddings and model.lm_head is not None
 
 
 def arrange(weight: torch.Tensor, layout: str) -> torch.Tensor:
@@ -79,6 +79,5 @@ def plain_weights(model: CausalLM) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for held in matmul_weights(model):
         if held.plan.layout != PLAIN_LAYOUT:
-            stacked = len(held.module.weight.shard.dims) == 3  # type: ignore[union-attr]
-            weights[held.name] = restore(held.weight, held.plan.layout, held.n, stacked=stacked)
+            weights[held.name] = restore(held.weight, held.plan.layout, held.n, stacked=held.is_stacked)
     return weights

@@ -59,11 +59,11 @@ def load_checkpoint(model_class: type[L], directory: Path | str, rank: int = 0) 
     """
     directory = Path(directory)
     found, config = read_checkpoint_config(directory, rank)
-    if not issubclass(found, model_class):
+    if found is not model_class and not issubclass(model_class, found):
         raise CheckpointError(
             f"{directory} holds a {found.__name__}, not a {model_class.__name__}; load it with its class"
         )
-    model = model_class.empty(config) if model_class is found else found.empty(config)
+    model = model_class.empty(config)
     file = SafetensorsFile(directory / rank_file(rank))
     parameters = dict(model.named_parameters())
     problems = [f"missing: {name}" for name in parameters.keys() - file.tensors.keys()]
@@ -71,9 +71,8 @@ def load_checkpoint(model_class: type[L], directory: Path | str, rank: int = 0) 
     for name in parameters.keys() & file.tensors.keys():
         need, info = parameters[name], file.info(name)
         if tuple(need.shape) != info.shape or need.dtype != info.dtype:
-            problems.append(
-                f"wrong: {name} is {info.dtype} {list(info.shape)}, the configuration needs {need.dtype} {list(need.shape)}"
-            )
+            have = f"{info.dtype} {list(info.shape)}"
+            problems.append(f"wrong: {name} is {have}, the configuration needs {need.dtype} {list(need.shape)}")
     if problems:
         raise CheckpointError(f"{file.path} does not fit {CONFIG_FILE} beside it:\n  " + "\n  ".join(sorted(problems)))
     for name in parameters:
