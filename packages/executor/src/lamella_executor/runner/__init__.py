@@ -1,1 +1,1 @@
-""""""
+"""Runners: what computes the logits of a step."""

@@ -1,0 +1,163 @@
+"""Paged attention on a CPU: the KV cache's tensors, one step's metadata, and the ForwardContext over both.
+
+Legend: T tokens of the step (packed), S sequences in it, B longest block table, Hq and Hkv heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamella_core.context import AttentionSpec, Communicator
+from lamella_core.kernels.cpu import ops
+from lamella_executor.scheduler.plan import StepPlan
+from lamella_executor.sequence import EVICTED_BLOCK
+
+_ALIGNMENT = 64  # bytes; a vector load of a key never straddles two cache lines
+
+
+class PagedKvCache:
+    """Keys and values of every attention layer, in blocks; owns the memory.
+
+    Memory is reserved but not touched: the machine provides pages as blocks are first written.
+    """
+
+    def __init__(
+        self, specs: SequenceOf[AttentionSpec], num_blocks: int, tokens_per_block: int, dtype: torch.dtype
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.tokens_per_block = tokens_per_block
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer_idx -> k, v [num_blocks, Hkv, tokens_per_block, D]
+        for spec in specs:
+            shape = (num_blocks, spec.num_kv_heads, tokens_per_block, spec.head_dim)
+            self._layers[spec.layer_idx] = (_reserve(shape, dtype), _reserve(shape, dtype))
+
+    def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Returns keys and values of a layer, each [num_blocks, Hkv, tokens_per_block, D]."""
+        return self._layers[layer_idx]
+
+    def copy_blocks(self, copies: SequenceOf[tuple[int, int]]) -> None:
+        """Copies whole blocks (source, destination) in every layer, in order: a later copy sees the earlier ones."""
+        for source, destination in copies:
+            for keys, values in self._layers.values():
+                keys[destination].copy_(keys[source])
+                values[destination].copy_(values[source])
+
+
+def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Returns zeros whose pages are not in memory yet (numpy's come from calloc), aligned to cache lines."""
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(raw[start : start + num_bytes]).view(dtype).view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The packed inputs of one step; made once, read by every layer."""
+
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64: block * tokens_per_block + offset, where a token's keys and values go
+    block_tables: Tensor  # [S, B] int32; EVICTED_BLOCK where the window has passed, and as padding
+    query_start: Tensor  # [S + 1] int32
+    context_lens: Tensor  # [S] int32, keys of each sequence including this step's
+    logit_rows: Tensor | None  # [R] int64, rows whose logits are wanted; None: all
+
+
+def make_batch(plan: StepPlan, tokens_per_block: int) -> StepBatch:
+    """Packs the items of a plan, in their order."""
+    items = plan.items
+    count = len(items)
+    starts = np.fromiter((item.start for item in items), np.int64, count)
+    lengths = np.fromiter((item.num_tokens for item in items), np.int64, count)
+    query_start = np.zeros(count + 1, np.int64)
+    np.cumsum(lengths, out=query_start[1:])
+    ids: list[int] = []
+    for item in items:
+        ids += item.sequence.token_ids[item.start : item.start + item.num_tokens]
+    tables = np.full((count, max(len(item.sequence.blocks) for item in items)), EVICTED_BLOCK, np.int32)
+    for row, item in zip(tables, items):
+        blocks = item.sequence.blocks
+        row[: len(blocks)] = blocks
+    owner = np.repeat(np.arange(count), lengths)  # the item of each token
+    positions = np.arange(len(ids)) + (starts - query_start[:-1])[owner]
+    slots = tables[owner, positions // tokens_per_block].astype(np.int64) * tokens_per_block
+    slots += positions % tokens_per_block
+    return StepBatch(
+        input_ids=torch.tensor(ids, dtype=torch.int64),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(slots),
+        block_tables=torch.from_numpy(tables),
+        query_start=torch.from_numpy(query_start.astype(np.int32)),
+        context_lens=torch.from_numpy((starts + lengths).astype(np.int32)),
+        logit_rows=_logit_rows(plan, query_start),
+    )
+
+
+def _logit_rows(plan: StepPlan, query_start: np.ndarray) -> Tensor | None:
+    """Returns the last ``num_logits`` rows of each item, [R]; None if those are all rows."""
+    if all(item.num_logits == item.num_tokens for item in plan.items):
+        return None
+    rows = [np.arange(end - item.num_logits, end) for item, end in zip(plan.items, query_start[1:])]
+    return torch.from_numpy(np.concatenate(rows))
+
+
+@dataclass(frozen=True)
+class LayerWindow:
+    """What a layer's queries see: the last ``length`` keys (0: all) and the first ``num_sinks``."""
+
+    length: int = 0
+    num_sinks: int = 0
+
+
+def layer_windows(
+    specs: SequenceOf[AttentionSpec], max_attention_window: tuple[int, ...] | None, num_sinks: int
+) -> dict[int, LayerWindow]:
+    """Resolves each layer's window: the smaller of the model's own and the configured one, cycled over the layers.
+
+    The sink tokens stay visible beside either.
+    """
+    windows: dict[int, LayerWindow] = {}
+    for position, spec in enumerate(specs):
+        limits = [spec.sliding_window] if spec.sliding_window else []
+        if max_attention_window:
+            limits.append(max_attention_window[position % len(max_attention_window)])
+        windows[spec.layer_idx] = LayerWindow(min(limits), num_sinks) if limits else LayerWindow()
+    return windows
+
+
+class PagedAttentionContext:
+    """One step's `lamella_core.context.ForwardContext` over the paged cache."""
+
+    def __init__(
+        self, cache: PagedKvCache, batch: StepBatch, windows: dict[int, LayerWindow], tp: Communicator
+    ) -> None:
+        self._cache = cache
+        self._batch = batch
+        self._windows = windows
+        self.tp = tp
+
+    def attend(
+        self,
+        spec: AttentionSpec,
+        q: Tensor,  # [T, Hq, D]
+        k: Tensor,  # [T, Hkv, D]
+        v: Tensor,  # [T, Hkv, D]
+        *,
+        alibi_slopes: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Writes this step's keys and values, then attends over the cache; returns [T, Hq, D]."""
+        batch, window = self._batch, self._windows[spec.layer_idx]
+        keys, values = self._cache.layer(spec.layer_idx)
+        ops.write_kv(k, v, keys, values, batch.slots)
+        return ops.paged_attention(
+            q, keys, values, batch.block_tables, batch.query_start, batch.context_lens, spec.scale,
+            sliding_window=window.length, num_sinks=window.num_sinks, softcap=spec.softcap or 0.0,
+            alibi_slopes=alibi_slopes, sink_logits=sink_logits,
+        )  # fmt: skip

@@ -1,0 +1,160 @@
+"""How large the KV cache becomes, and how much memory this machine has left for it.
+
+On a CPU the default is what ``max_batch_size`` sequences of ``max_seq_len`` tokens need, but no more than
+`DEFAULT_FRACTION` of the memory that is free once the weights are mapped. ``max_tokens`` and ``host_memory_bytes`` of
+`KvCacheConfig` replace the default (the smaller wins); they may claim up to `EXPLICIT_FRACTION`.
+``free_gpu_memory_fraction`` speaks of device memory and has no effect here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lamella_core.context import AttentionSpec
+from lamella_core.errors import OutOfMemoryError
+from lamella_executor.config import KvCacheConfig
+
+DEFAULT_FRACTION = 0.5
+EXPLICIT_FRACTION = 0.95  # the rest is for activations and the process itself
+_UNKNOWN_MEMORY = 4 << 30  # bytes assumed free where the system does not tell
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class KvCachePlan:
+    """The size of the KV cache; memory is reserved, and provided by the machine as blocks are used."""
+
+    num_blocks: int
+    tokens_per_block: int
+    block_bytes: int  # keys and values of all layers of this rank
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.tokens_per_block
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+@dataclass(frozen=True)
+class KvCacheDemand:
+    """What the engine's limits can make use of at most."""
+
+    max_sequences: int  # computed side by side, beams included
+    max_resident_tokens: int  # that one sequence keeps: max_seq_len, or less behind a sliding window
+
+
+def plan_kv_cache(
+    specs: SequenceOf[AttentionSpec],
+    dtype: torch.dtype,
+    tokens_per_block: int,
+    config: KvCacheConfig,
+    demand: KvCacheDemand,
+    free_bytes: int | None = None,
+) -> KvCachePlan:
+    """Decides the number of KV blocks; allocates nothing.
+
+    Args:
+        specs: this rank's attention layers.
+        dtype: of keys and values.
+        tokens_per_block: resolved.
+        config: the user's limits.
+        demand: bounds the default size.
+        free_bytes: memory to plan with; None asks the machine.
+
+    Raises:
+        OutOfMemoryError: what was asked for exceeds the free memory, or not even one block fits.
+    """
+    free = available_bytes() if free_bytes is None else free_bytes
+    block_bytes = tokens_per_block * sum(2 * s.num_kv_heads * s.head_dim for s in specs) * dtype.itemsize
+    if block_bytes == 0:
+        return KvCachePlan(num_blocks=1, tokens_per_block=tokens_per_block, block_bytes=0)
+    asked: dict[str, int] = {}  # knob -> blocks
+    if config.max_tokens is not None:
+        asked["max_tokens"] = -(-config.max_tokens // tokens_per_block)
+    if config.host_memory_bytes is not None:
+        asked["host_memory_bytes"] = config.host_memory_bytes // block_bytes
+    if asked:
+        knob = min(asked, key=lambda name: asked[name])
+        num_blocks, most = asked[knob], int(free * EXPLICIT_FRACTION) // block_bytes
+        value = f"KvCacheConfig.{knob} is {getattr(config, knob)}"
+        if num_blocks > most:
+            raise OutOfMemoryError(
+                f"{value}, which takes {num_blocks * block_bytes / _MIB:.0f} MiB of KV cache; {free / _MIB:.0f} MiB "
+                f"are free and {EXPLICIT_FRACTION:.0%} of them may be used. At most {most * tokens_per_block} tokens fit: "
+                f"lower {knob}"
+            )
+    else:
+        per_sequence = -(-demand.max_resident_tokens // tokens_per_block)
+        num_blocks = min(demand.max_sequences * per_sequence, int(free * DEFAULT_FRACTION) // block_bytes)
+        value = f"{DEFAULT_FRACTION:.0%} of {free / _MIB:.0f} MiB free memory"
+    if num_blocks < 1:
+        raise OutOfMemoryError(
+            f"{value}, less than one KV block: {tokens_per_block} tokens take {block_bytes} bytes. Raise "
+            "KvCacheConfig.host_memory_bytes, free memory, or lower tokens_per_block"
+        )
+    return KvCachePlan(num_blocks, tokens_per_block, block_bytes)
+
+
+def available_bytes() -> int:
+    """Returns the bytes this process may still use: free memory of the machine, or of its control group if less."""
+    if sys.platform == "linux":
+        return min(_linux_free(), _cgroup_free())
+    try:
+        pages = os.sysconf("SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES")
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return _UNKNOWN_MEMORY
+
+
+def _linux_free() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return _UNKNOWN_MEMORY
+    return _UNKNOWN_MEMORY
+
+
+def _cgroup_free() -> int:
+    """Returns the least room left in this process's memory control groups (versions 1 and 2); huge if unlimited."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return sys.maxsize
+    room = sys.maxsize
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            room = min(room, _group_room(folder, limit, usage))
+            if folder == root:
+                break
+    return room
+
+
+def _group_room(folder: Path, limit: str, usage: str) -> int:
+    """Returns limit minus usage of one group; file pages that can be dropped count as room."""
+    try:
+        most = (folder / limit).read_text(encoding="ascii").strip()
+        if most == "max":
+            return sys.maxsize
+        used = int((folder / usage).read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return max(0, int(most) - used + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0)))
+    except (OSError, ValueError):
+        return sys.maxsize

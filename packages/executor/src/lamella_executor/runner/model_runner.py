@@ -1,0 +1,47 @@
+"""ModelRunner: one model on one rank, over a paged KV cache on the CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from lamella_core.context import Communicator, SingleRank
+from lamella_core.models.base import CausalLM
+from lamella_executor.attention.paged_cpu import LayerWindow, PagedAttentionContext, PagedKvCache, make_batch
+from lamella_executor.scheduler.plan import StepPlan
+
+
+class ModelRunner:
+    """Runs step plans eagerly."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        cache: PagedKvCache,
+        windows: dict[int, LayerWindow],
+        tp: Communicator | None = None,
+    ) -> None:
+        """Takes over the cache; the model is only read.
+
+        Args:
+            model: one rank's model, weights in place.
+            cache: keys and values of the model's attention layers.
+            windows: by layer index, see `layer_windows`.
+            tp: tensor-parallel group; default: this process alone.
+        """
+        self._model = model
+        self._cache = cache
+        self._windows = windows
+        self._tp = tp or SingleRank()
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        """Returns logits [plan.num_logits, vocab_size] float32; see `Runner.run`."""
+        self._cache.copy_blocks(plan.block_copies)
+        batch = make_batch(plan, self._cache.tokens_per_block)
+        ctx = PagedAttentionContext(self._cache, batch, self._windows, self._tp)
+        hidden = self._model(batch.input_ids, batch.positions, ctx)  # [T, H]
+        if batch.logit_rows is not None:
+            if batch.logit_rows.numel() == 0:
+                return torch.empty(0, self._model.config.vocab_size)
+            hidden = hidden.index_select(0, batch.logit_rows)
+        return self._model.compute_logits(hidden, ctx)
