@@ -143,7 +143,7 @@ class ModelConfig:
         for name in data:
             if name not in known:
                 raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest_name(name, known)}")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         values["mapping"] = Mapping.from_dict({**data.get("mapping", {}), "rank": rank})
         values["quantization"] = QuantConfig.from_dict(data.get("quantization", {}))
         if values.get("rope") is not None:

@@ -135,7 +135,7 @@ class HfConfig:
         return value
 
     def rope(self, head_dim: int, default_theta: float = 10000.0) -> RopeConfig:
-        """Returns the rotary embedding: from ``rope_parameters``, or ``rope_theta`` and ``rope_scaling`` in older files.
+        """Returns the rotary embedding, from ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``.
 
         Raises:
             ConfigError: an unknown rope type, or one whose parameters are incomplete.

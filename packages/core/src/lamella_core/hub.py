@@ -46,12 +46,10 @@ def _download(hub_id: str, revision: str | None, weights: bool) -> Path:
             patterns.remove("*.bin")
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"there is no directory {hub_id!r} here and no such model on the hub; {advice}"
-        ) from error
+        raise CheckpointError(f"no directory {hub_id!r} here and no such model on the hub; {advice}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ConnectionError) as error:
         raise CheckpointError(
-            f"there is no directory {hub_id!r} here and the hub cannot be reached ({type(error).__name__}); {advice}"
+            f"no directory {hub_id!r} here and the hub cannot be reached ({type(error).__name__}); {advice}"
         ) from error
 
 

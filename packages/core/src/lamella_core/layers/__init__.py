@@ -1,1 +1,1 @@
-""""""
+"""Layers: parallel, quantizable building blocks of models."""

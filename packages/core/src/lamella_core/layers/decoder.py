@@ -1,4 +1,4 @@
-"""DecoderLayer: the pre-norm block that most decoders share (attention, then feed-forward, each added to the stream)."""
+"""DecoderLayer: the pre-norm block that most decoders share: attention, then feed-forward, each added to the stream."""
 
 from __future__ import annotations
 

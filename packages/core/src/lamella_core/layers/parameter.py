@@ -33,7 +33,7 @@ class Parameter(nn.Parameter):
 
 
 def empty_parameter(shard: ShardSpec, dtype: torch.dtype) -> Parameter:
-    """Returns a parameter of the shard's shape without memory (meta device): a loader or the dummy filler gives it data."""
+    """Returns a parameter of the shard's shape without memory (meta device); whoever fills it calls `set_parameter`."""
     return Parameter(torch.empty(shard.shape, dtype=dtype, device="meta"), shard)
 
 

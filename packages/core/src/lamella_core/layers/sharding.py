@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from lamella_core.errors import CheckpointError, ConfigError
+from lamella_core.errors import ConfigError
 
 Slices = tuple[slice, ...]
 
@@ -34,8 +34,8 @@ class Piece:
     """One copy from a source tensor into a parameter.
 
     ``source`` indexes the tensor as stored; when ``transpose`` is set, the last two dimensions of the part read are
-    swapped before it is written. ``target`` indexes the parameter; the number of elements is the same on both sides (one
-    expert's part lacks the target's leading 1: copying broadcasts it).
+    swapped before it is written. ``target`` indexes the parameter; the number of elements is the same on both sides
+    (one expert's part lacks the target's leading 1: copying broadcasts it).
     """
 
     source: Slices
@@ -133,9 +133,7 @@ class ShardSpec:
     def _only_piece(self, section: str | None, expert: int | None, transpose: bool) -> Piece | None:
         found = self.pieces(section, expert=expert, transpose=transpose)
         if len(found) > 1:
-            raise CheckpointError(
-                f"a source fused of {self.section_names} is cut into {len(found)} pieces: use pieces()"
-            )
+            raise ConfigError(f"a source fused of {self.section_names} is cut into {len(found)} pieces: use pieces()")
         return found[0] if found else None
 
     def _selected(self, section: str | Sequence[str] | None) -> tuple[tuple[Section, ...], ...]:

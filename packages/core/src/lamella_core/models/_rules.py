@@ -1,4 +1,4 @@
-"""Weight rules of the tensor names that most decoders on the hub share; a model file puts its table together from them."""
+"""Weight rules of tensor names that most decoders on the hub share; model files put their tables together from them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """CausalLM: what every decoder has in common, from construction and loading to the forward pass of one rank.
 
 A model's parameters are made without memory and then filled: by a checkpoint (`from_hugging_face`, `from_checkpoint`),
-an engine, or with dummy values (``Model(config)``). A rank builds only its pipeline stage's layers and its tensor shard.
+an engine, or with dummy values (``Model(config)``). A rank builds only its stage's layers and its tensor shard.
 
 Shape legend: T tokens of this step (packed, no padding), H hidden size, R rows whose logits are wanted.
 """
@@ -17,6 +17,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from lamella_core.checkpoint.loader import load_weights
+from lamella_core.checkpoint.native import load_checkpoint, save_checkpoint
 from lamella_core.checkpoint.rules import WeightRule
 from lamella_core.config import ModelConfig
 from lamella_core.context import AttentionSpec, ForwardContext
@@ -74,7 +76,7 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         self.lm_head = LMHead(config, tied_to=tied) if mapping.is_last_pp_rank else None
 
     def make_layer(self, index: int) -> nn.Module:
-        """Returns layer ``index``: called with (hidden, residual or None, positions, ctx), returns (hidden, residual)."""
+        """Returns layer ``index``: called with hidden, residual or None, positions, ctx; returns hidden, residual."""
         raise NotImplementedError
 
     def make_norm(self) -> Norm:
@@ -99,12 +101,12 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
             hidden = self.embed(input_ids, positions, ctx)
         if self.rotary is not None:
             self.rotary.reserve(positions)
-        residual = None
+        residual: torch.Tensor | None = None
         for layer in self.layers.values():
             hidden, residual = layer(hidden, residual, positions, ctx)
-        if self.norm is None:
-            return hidden + residual
-        return self.norm(hidden, residual)[0]
+        if self.norm is not None:
+            return self.norm(hidden, residual)[0]
+        return hidden if residual is None else hidden + residual
 
     def compute_logits(self, hidden: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """Returns logits [R, vocab_size] float32 of rows [R, H] of the last stage's hidden states, on every tp rank."""
@@ -135,25 +137,19 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
     def weight_rules(self, source_names: Collection[str]) -> list[WeightRule]:
         """Returns `WEIGHTS` adapted to this rank and to a source that holds tensors of these names.
 
-        Sources saved from the bare decoder lack `SOURCE_PREFIX`. With tied embeddings a stored output layer is left
-        unread (see `ignored_sources`) and the embedding fills the output layer's own copy, which only a last pipeline
-        stage that is not the first has.
+        Sources saved from the bare decoder lack `SOURCE_PREFIX`. With tied embeddings either tensor may be stored; the
+        embedding is preferred, also for the copy that the output layer of a later pipeline stage needs.
         """
         rules = list(self.WEIGHTS)
         prefix = self.SOURCE_PREFIX
         if prefix and not any(name.startswith(prefix) for name in source_names):
             rules = [dataclasses.replace(rule, source=rule.source.removeprefix(prefix)) for rule in rules]
         if self.config.tie_word_embeddings:
-            embedding = next(rule for rule in rules if rule.target == "embed_tokens.weight")
-            rules = [rule for rule in rules if rule.target != "lm_head.weight"]
-            if self.lm_head is not None and self.embed_tokens is None:
-                rules.append(dataclasses.replace(embedding, target="lm_head.weight"))
+            ends = ("embed_tokens.weight", "lm_head.weight")
+            sources = [next(rule for rule in rules if rule.target == end) for end in ends]
+            tied = [dataclasses.replace(source, target=end) for source in sources for end in ends]
+            rules = [*tied, *(rule for rule in rules if rule.target not in ends)]
         return rules
-
-    def ignored_sources(self) -> list[str]:
-        """Returns name patterns (shell style) of source tensors that no parameter needs."""
-        tied = [rule.source for rule in self.WEIGHTS if rule.target == "lm_head.weight"]
-        return [*self.IGNORED, *(tied if self.config.tie_word_embeddings else [])]
 
     @classmethod
     def empty(cls: type[L], config: ModelConfig) -> L:
@@ -193,11 +189,8 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         config = hf.resolve(cls.config_class, dtype=dtype, mapping=mapping, quantization=quant_config)
         if load_format == "dummy":
             return cls(config)
-        from lamella_core.checkpoint.loader import load_weights
-        from lamella_core.checkpoint.source import WeightSource
-
         model = cls.empty(config)
-        load_weights(model, WeightSource(directory))
+        load_weights(model, directory)
         return model
 
     @classmethod
@@ -207,12 +200,8 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         Raises:
             CheckpointError: files are missing, damaged or do not fit the model.
         """
-        from lamella_core.checkpoint.native import load_checkpoint
-
         return load_checkpoint(cls, Path(directory), rank)
 
     def save_checkpoint(self, directory: str | os.PathLike[str]) -> None:
         """Writes this rank's weights and the configuration as a Lamella checkpoint directory."""
-        from lamella_core.checkpoint.native import save_checkpoint
-
         save_checkpoint(self, Path(directory))

@@ -18,9 +18,9 @@ class Unquantized:
     """weight [out, in] (or [experts, out, in]), row-major until a builder lays it out for a kernel."""
 
     def create_weights(self, layer: Linear) -> None:
+        stack = () if layer.experts is None else ((layer.experts,),)
         shard = ShardSpec(
-            dims=(*((layer.experts,),) * (layer.experts is not None), layer.out_sections, (layer.in_section,)),
-            stacked_experts=layer.experts is not None,
+            dims=(*stack, layer.out_sections, (layer.in_section,)), stacked_experts=layer.experts is not None
         )
         layer.weight = empty_parameter(shard, layer.dtype)
         layer.plan = default_plan(

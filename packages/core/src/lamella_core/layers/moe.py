@@ -1,0 +1,93 @@
+"""Mixture of experts: a router picks experts per token; experts are split over ranks by number and by inner size.
+
+A token's result is the sum over its experts in rising order of their numbers, each computed with row-independent
+products, so that in float32 it does not depend on the tokens computed with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lamella_core.config import ModelConfig
+from lamella_core.context import ForwardContext
+from lamella_core.errors import ConfigError
+from lamella_core.layers.activation import gated
+from lamella_core.layers.linear import Linear, ReplicatedLinear
+from lamella_core.layers.sharding import Section, fused, split, whole
+
+
+class TopKRouter(nn.Module):
+    """Softmax over all experts in float32, the ``top_k`` largest, optionally rescaled to sum to one."""
+
+    def __init__(
+        self, config: ModelConfig, num_experts: int, top_k: int, *, name: str, renormalize: bool = True
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ConfigError(f"num_experts_per_tok is {top_k}; it must be in 1..{num_experts}, the number of experts")
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.gate = ReplicatedLinear(config.hidden_size, num_experts, False, config=config, name=f"{name}.gate")
+
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns expert numbers [T, top_k] int64 and their float32 weights [T, top_k]."""
+        weights, experts = torch.softmax(self.gate(x, ctx).float(), dim=-1).topk(self.top_k, dim=-1)
+        if self.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return experts, weights
+
+
+class GatedExperts(nn.Module):
+    """The gated MLPs of this rank's experts, stacked: parameters [experts on this rank, out, in]."""
+
+    def __init__(self, config: ModelConfig, num_experts: int, inner: int, *, name: str) -> None:
+        super().__init__()
+        mapping = config.mapping
+        self.local_experts = mapping.ep_experts(num_experts)
+        held = len(self.local_experts)
+        stack = Section(num_experts, self.local_experts.start, held, held)
+        tp, rank, what = mapping.moe_tp_size, mapping.moe_tp_rank, f"the expert size of {name}"
+        hidden = whole(config.hidden_size)
+        both = fused([split(inner, tp, rank, what=what, name=key) for key in ("gate", "up")])
+        self.gate_up_proj = Linear(hidden, both, False, config=config, name=f"{name}.gate_up_proj", experts=stack)
+        self.activation = gated(config.hidden_act)
+        down = split(inner, tp, rank, what=what)
+        self.down_proj = Linear(down, (hidden,), False, config=config, name=f"{name}.down_proj", experts=stack)
+
+    def forward(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Returns this rank's part of the weighted sum over each token's experts: [T, H].
+
+        Args:
+            x: [T, H].
+            experts: numbers of each token's experts, [T, top_k].
+            weights: of those experts, [T, top_k] float32.
+        """
+        top_k = experts.shape[1]
+        by_expert, order = experts.flatten().sort(stable=True)  # assignments (token, choice) in order of experts
+        held = torch.arange(self.local_experts.start, self.local_experts.stop + 1, device=x.device)
+        bounds = torch.searchsorted(by_expert, held).tolist()
+        tokens, scale = order // top_k, weights.flatten()[order].unsqueeze(-1)
+        out = torch.zeros_like(x)
+        for local in range(len(self.local_experts)):
+            begin, end = bounds[local], bounds[local + 1]
+            if begin < end:
+                rows = tokens[begin:end]
+                inner = self.activation(self.gate_up_proj.method.apply(self.gate_up_proj, x[rows], None, local))
+                result = self.down_proj.method.apply(self.down_proj, inner, None, local)
+                out.index_add_(0, rows, (result * scale[begin:end]).to(x.dtype))
+        return out
+
+
+class MoE(nn.Module):
+    """Router and experts; the ranks' parts are summed: [T, H] -> [T, H]."""
+
+    def __init__(
+        self, config: ModelConfig, *, num_experts: int, top_k: int, inner: int, name: str, renormalize: bool = True
+    ) -> None:
+        super().__init__()
+        self.router = TopKRouter(config, num_experts, top_k, name=f"{name}.router", renormalize=renormalize)
+        self.experts = GatedExperts(config, num_experts, inner, name=f"{name}.experts")
+
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        return ctx.tp.all_reduce(self.experts(x, *self.router(x, ctx)))
