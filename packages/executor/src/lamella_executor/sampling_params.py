@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -97,6 +97,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
 
+    _edits_logits: bool = field(init=False, repr=False, compare=False, default=False)
+    _is_plain_greedy: bool = field(init=False, repr=False, compare=False, default=False)
+
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "bad", "bad_token_ids"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
@@ -111,6 +114,18 @@ class SamplingParams:
         self._check_floats()
         self._check_lists()
         self._check_contradictions()
+        edits = (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.no_repeat_ngram_size > 0
+            or bool(self.bad_token_ids)
+            or self.embedding_bias is not None
+            or bool(self.logits_processor)
+        )
+        is_plain = self.is_greedy and not edits and self.logprobs is None and self.min_tokens == 0
+        object.__setattr__(self, "_edits_logits", edits)
+        object.__setattr__(self, "_is_plain_greedy", is_plain)
 
     @property
     def width(self) -> int:
@@ -122,6 +137,16 @@ class SamplingParams:
         if self.use_beam_search or self.temperature == 0:
             return not self.use_beam_search
         return all(v is None for v in (self.temperature, self.top_k, self.top_p, self.min_p))
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether penalties, bans, a bias or processors change the logits (beside min_tokens and tokenized bad words)."""
+        return self._edits_logits
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the next token is just the argmax of the logits, and nothing else is asked for."""
+        return self._is_plain_greedy
 
     def replace(self, **changes: Any) -> SamplingParams:
         """Returns a validated copy with some fields changed."""
