@@ -21,6 +21,8 @@ SIGNATURES: dict[str, list[type]] = {
     # x, w, bias, out, m, n, k, x_stride, dtype, bias_dtype, out_dtype, threads
     "lamella_matmul_panels": [P, P, P, P, I64, I64, I64, I64, I32, I32, I32, I32],
     "lamella_gemv_rows": [P, P, P, P, I64, I64, I64, I64, I32, I32, I32, I32],
+    # threads
+    "lamella_team_size": [I32],
     # x, residual, weight, y, sum_out, rows, hidden, eps, dtype, threads
     "lamella_rms_norm": [P, P, P, P, P, I64, I64, F32, I32, I32],
     # gate_up, out, rows, size, stride, dtype, threads

@@ -175,16 +175,19 @@ def _compile(sources: list[Path], toolchain: _Toolchain, target: Path) -> None:
         ) from error
 
 
-def _load(path: Path, toolchain: _Toolchain) -> ctypes.CDLL:
+def _load(path: Path, toolchain: _Toolchain, *, must: bool = False) -> ctypes.CDLL | None:
+    """Load the library; one that is damaged gives None, or, when it ``must`` load, the reason as `_Unavailable`."""
     try:
         if toolchain.openmp_path:  # already in the process: this only makes its symbols visible to the kernels
             ctypes.CDLL(toolchain.openmp_path, mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise _Unavailable(f"{path} does not load ({error}); delete that folder to compile again") from error
+        if not must:
+            return None
+        raise _Unavailable(f"{path} does not load ({error}); set CXX to another compiler") from error
 
 
-def _build_and_load() -> tuple[NativeStatus, ctypes.CDLL]:
+def _build_and_load() -> tuple[NativeStatus, ctypes.CDLL | None]:
     if os.environ.get("LAMELLA_DISABLE_NATIVE", "0") not in ("", "0"):
         raise _Unavailable("LAMELLA_DISABLE_NATIVE is set; unset it to use the native kernels")
     if sys.platform == "win32":
@@ -196,10 +199,11 @@ def _build_and_load() -> tuple[NativeStatus, ctypes.CDLL]:
     toolchain = _find_toolchain()
     digest = _digest(sources + headers, toolchain)
     path = cache_dir() / digest / LIBRARY_NAME
-    if not path.exists():
+    library = _load(path, toolchain) if path.exists() else None
+    if library is None:
         logger.info("compiling the CPU kernels with %s into %s (once per machine)", toolchain.command, path.parent)
         _compile(sources, toolchain, path)
-    library = _load(path, toolchain)
+        library = _load(path, toolchain, must=True)
     status = NativeStatus(
         available=True,
         path=str(path),

@@ -163,8 +163,9 @@ def _attend(
 
 
 def _gather(cache: Tensor, table: Tensor, length: int) -> Tensor:
-    """First ``length`` keys or values of one sequence from its blocks: [length, Hkv, D] float32."""
-    return cache[table.clamp_min(0)].transpose(1, 2).flatten(0, 1)[:length].float()
+    """First ``length`` keys or values of one sequence from its blocks, zero where evicted: [length, Hkv, D] float32."""
+    blocks = cache[table.clamp_min(0)].masked_fill((table < 0)[:, None, None, None], 0.0)
+    return blocks.transpose(1, 2).flatten(0, 1)[:length].float()
 
 
 def paged_attention(  # noqa: PLR0913 - mirrors the native kernel

@@ -288,9 +288,10 @@ LAMELLA_API std::int32_t lamella_matmul_panels(const void* x, const void* w, con
   return kBadDType;
 }
 
-LAMELLA_API std::int32_t lamella_openmp_threads() {
+// How many threads a region asking for `threads` gets from the OpenMP runtime that the kernels are bound to.
+LAMELLA_API std::int32_t lamella_team_size(std::int32_t threads) {
   std::int32_t count = 0;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
 #pragma omp single
   count = omp_get_num_threads();
   return count;

@@ -1,0 +1,210 @@
+"""Paged attention against a float64 oracle that knows nothing of blocks, and its bitwise independence of batching."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from lamella_core.kernels.cpu import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BOUND = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    dtype: torch.dtype = torch.float32
+    head_dim: int = 64
+    q_heads: int = 8
+    kv_heads: int = 2
+    block_size: int = 16
+    query_lens: tuple = (5, 1, 70)
+    context_lens: tuple = (50, 133, 70)
+    window: int = 0
+    sinks: int = 0
+    softcap: float = 0.0
+    alibi: bool = False
+    sink_logits: bool = False
+
+
+class Batch:
+    """Random queries and per-sequence keys and values, laid out in shuffled blocks; window-evicted blocks are -1."""
+
+    def __init__(self, case, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.case = case
+        self.q = [torch.randn(n, case.q_heads, case.head_dim, generator=g).to(case.dtype) for n in case.query_lens]
+        shape = (case.kv_heads, case.head_dim)
+        self.k, self.v = (
+            [torch.randn(n, *shape, generator=g).to(case.dtype) for n in case.context_lens] for _ in range(2)
+        )
+        self.options = {
+            "scale": 1 / math.sqrt(case.head_dim),
+            "sliding_window": case.window,
+            "num_sinks": case.sinks,
+            "softcap": case.softcap,
+            "alibi_slopes": torch.rand(case.q_heads, generator=g) if case.alibi else None,
+            "sink_logits": torch.randn(case.q_heads, generator=g) if case.sink_logits else None,
+        }
+
+    def run(self, parts, function=ops.paged_attention, shuffle=3):
+        """Attention of ``parts`` = [(sequence, first query, end query)] in one call; one output per part."""
+        case, size = self.case, self.case.block_size
+        contexts = [self.case.context_lens[s] - len(self.q[s]) + end for s, _, end in parts]
+        width = max(-(-n // size) for n in contexts) + 1
+        count = sum(-(-n // size) for n in contexts) + 2
+        ids = iter(torch.randperm(count, generator=torch.Generator().manual_seed(shuffle)).tolist())
+        tables = torch.full((len(parts), width), -1, dtype=torch.int32)
+        caches = [torch.full((count, case.kv_heads, size, case.head_dim), float("nan"), dtype=case.dtype) for _ in "kv"]
+        for row, ((s, first, end), context) in enumerate(zip(parts, contexts)):
+            oldest = context - (end - first) - case.window + 1 if case.window else 0
+            for block in range(-(-context // size)):
+                if block * size >= case.sinks and (block + 1) * size <= oldest:
+                    continue  # evicted
+                tables[row, block] = next(ids)
+                keys = slice(block * size, min((block + 1) * size, context))
+                for cache, source in zip(caches, (self.k[s], self.v[s])):
+                    cache[tables[row, block], :, : keys.stop - keys.start] = source[keys].transpose(0, 1)
+        lengths = [end - first for _, first, end in parts]
+        starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+        q = torch.cat([self.q[s][first:end] for s, first, end in parts])
+        wide = torch.cat([q, torch.full_like(q, float("nan"))], dim=1)[
+            :, : case.q_heads
+        ]  # strided like a fused projection
+        out = function(wide, *caches, tables, starts, torch.tensor(contexts, dtype=torch.int32), **self.options)
+        return out.split(lengths)
+
+    def whole(self, **kwargs):
+        return self.run([(s, 0, len(q)) for s, q in enumerate(self.q)], **kwargs)
+
+    def oracle(self, s):
+        case, o = self.case, self.options
+        group = case.q_heads // case.kv_heads
+        k, v = (x[s].double().repeat_interleave(group, dim=1) for x in (self.k, self.v))
+        scores = torch.einsum("qhd,khd->hqk", self.q[s].double(), k) * o["scale"]
+        if case.softcap:
+            scores = case.softcap * torch.tanh(scores / case.softcap)
+        positions = torch.arange(len(self.q[s])) + len(k) - len(self.q[s])
+        distance = positions[:, None] - torch.arange(len(k))[None]
+        if case.alibi:
+            scores = scores - o["alibi_slopes"].double()[:, None, None] * distance
+        seen = distance >= 0
+        if case.window:
+            seen &= (distance < case.window) | (torch.arange(len(k))[None] < case.sinks)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if case.sink_logits:
+            scores = torch.cat([scores, o["sink_logits"].double()[:, None, None].expand(*scores.shape[:2], 1)], -1)
+        return torch.einsum("hqk,khd->qhd", torch.softmax(scores, -1)[..., : len(k)], v)
+
+
+CASES = {
+    "gqa": Case(),
+    "mha": Case(q_heads=4, kv_heads=4),
+    "mqa": Case(q_heads=6, kv_heads=1),
+    "wide_group": Case(q_heads=71, kv_heads=1, query_lens=(2,), context_lens=(40,)),
+    "head_128": Case(head_dim=128),
+    "head_256": Case(head_dim=256),
+    "head_80": Case(head_dim=80),
+    "head_8": Case(head_dim=8),
+    "head_12": Case(head_dim=12),
+    "odd_blocks": Case(block_size=7),
+    "big_blocks": Case(block_size=64),
+    "window": Case(window=33),
+    "window_1": Case(window=1),
+    "sinks": Case(window=20, sinks=4, block_size=4, query_lens=(5, 1, 70), context_lens=(50, 333, 170)),
+    "softcap": Case(softcap=3.0),
+    "alibi": Case(alibi=True),
+    "sink_logits": Case(sink_logits=True),
+    "empty_query": Case(query_lens=(0, 3), context_lens=(10, 3)),
+}
+
+
+@pytest.mark.parametrize("function", [ops.paged_attention, reference.paged_attention], ids=["ops", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_float64_attention(case, dtype, function):
+    batch = Batch(replace(case, dtype=dtype))
+    for s, out in enumerate(batch.whole(function=function)):
+        assert out.dtype == dtype
+        assert len(out) == 0 or (out.double() - batch.oracle(s)).abs().max() < BOUND[dtype]
+
+
+@pytest.mark.parametrize(
+    "name", ["gqa", "mha", "head_128", "head_80", "odd_blocks", "window", "sinks", "softcap", "alibi", "sink_logits"]
+)
+@pytest.mark.parametrize("function", [ops.paged_attention, reference.paged_attention], ids=["ops", "reference"])
+def test_float32_query_has_the_same_bits_however_it_is_computed(name, function):
+    if function is reference.paged_attention and name not in ("gqa", "sinks"):
+        pytest.skip("two cases suffice for the slow version")
+    batch = Batch(CASES[name])
+    batch.run = functools.partial(batch.run, function=function)
+    whole = batch.whole()
+    for s, q in enumerate(batch.q):
+        alone = batch.run([(s, 0, len(q))], shuffle=5)[0]
+        assert torch.equal(alone, whole[s])
+        for cuts in ([1], [len(q) // 2], [3, 4, len(q) - 1]):
+            edges = [0, *sorted({c for c in cuts if 0 < c < len(q)}), len(q)]
+            chunks = [batch.run([(s, a, b)], shuffle=a)[0] for a, b in zip(edges, edges[1:])]
+            assert torch.equal(torch.cat(chunks), whole[s])
+    mixed = batch.run([(2, 60, 61), (0, 0, 5), (1, 0, 1), (2, 10, 40)])
+    assert torch.equal(mixed[0], whole[2][60:61]) and torch.equal(mixed[3], whole[2][10:40])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, batch.whole(), whole))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_block_size_does_not_change_the_bits():
+    whole = Batch(Case()).whole()
+    for size in (1, 5, 32, 128):
+        assert all(map(torch.equal, Batch(Case(block_size=size)).whole(), whole))
+
+
+def test_nan_stays_in_its_sequence_and_behind_its_position():
+    batch = Batch(Case())
+    clean = batch.whole()
+    batch.v[2][40:], batch.k[0][:] = float("nan"), float("nan")
+    dirty = batch.whole()
+    assert dirty[0].isnan().all() and torch.equal(dirty[1], clean[1])
+    assert torch.equal(dirty[2][:40], clean[2][:40]) and dirty[2][40:].isnan().all()
+
+
+def test_large_scores_do_not_overflow():
+    batch = Batch(Case(query_lens=(3,), context_lens=(64,)))
+    batch.q[0] *= 1e4
+    out = batch.whole()[0]
+    assert out.isfinite().all()
+    assert (out.double() - batch.oracle(0)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"block_tables": torch.tensor([[0, 9]], dtype=torch.int32)}, "out of range"),
+        ({"block_tables": torch.tensor([[0]], dtype=torch.int32)}, "out of range"),
+        ({"context_lens": torch.tensor([1], dtype=torch.int32)}, "out of range"),
+        ({"query_start": torch.tensor([0, 5], dtype=torch.int32)}, "out of range"),
+        ({"query_start": torch.tensor([0], dtype=torch.int32)}, "query_start"),
+        ({"alibi_slopes": torch.zeros(3)}, "per-head"),
+        ({"q": torch.zeros(2, 3, 8)}, "does not fit"),
+        ({"v_cache": torch.zeros(2, 2, 4, 9)}, "differ in shape"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(change, message):
+    arguments = {
+        "q": torch.zeros(2, 4, 8),
+        "k_cache": torch.zeros(2, 2, 4, 8),
+        "v_cache": torch.zeros(2, 2, 4, 8),
+        "block_tables": torch.tensor([[0, 1]], dtype=torch.int32),
+        "query_start": torch.tensor([0, 2], dtype=torch.int32),
+        "context_lens": torch.tensor([6], dtype=torch.int32),
+        "scale": 1.0,
+    }
+    assert ops.paged_attention(**arguments).shape == (2, 4, 8)
+    with pytest.raises(ValueError, match=message):
+        ops.paged_attention(**(arguments | change))
