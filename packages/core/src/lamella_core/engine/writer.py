@@ -24,9 +24,9 @@ from lamella_core.errors import CheckpointError, EngineFormatError
 
 # What tokenizer loaders read from a model directory.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json", "config.json",
 )  # fmt: skip
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -40,7 +40,9 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 class EngineWriter:
-    """Writes the engine of one or several ranks, holding one rank's weights at a time::
+    """Writes the engine of one or several ranks, holding one rank's weights at a time.
+
+    Use::
 
         with EngineWriter(directory) as writer:
             for rank in range(world_size):
