@@ -1,0 +1,333 @@
+"""KvCacheManager: gives sequences their blocks, shares equal prefixes, copies on write, evicts behind the window.
+
+It writes `Sequence.blocks` and, when a prefix is attached, `Sequence.num_computed_tokens`; it never touches tensors.
+``Sequence.token_ids`` must only ever be appended to while the sequence is known here.
+
+Copies: a block that must be written but is shared or findable is first copied (`take_copies`). The source stays held
+until the copies are taken, so within one step no source is also a destination and no destination occurs twice: the
+runner may carry them out in any order, before the forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lamella_executor.kv_cache.block_pool import BlockPool
+from lamella_executor.kv_cache.prefix import PrefixIndex, pack
+from lamella_executor.sequence import EVICTED_BLOCK, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class KvCacheStats:
+    """Blocks by place (live + cached + free == total), and what prefix reuse has saved so far."""
+
+    num_live: int
+    num_cached: int
+    num_free: int
+    num_total: int
+    num_queried_tokens: int  # tokens of sequences that were started with a look-up
+    num_reused_tokens: int  # of those, found in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """What the cache holds of a sequence's beginning; valid until the next change of the cache."""
+
+    blocks: tuple[int, ...] = ()  # whole blocks; EVICTED_BLOCK where the window has passed already
+    num_tokens: int = 0  # tokens that need not be computed, those of the partial head included
+    num_idle: int = 0  # of the blocks, how many nobody holds (attaching makes them unavailable)
+    head_source: int = EVICTED_BLOCK  # block whose head continues the prefix and would be copied
+
+    @property
+    def num_held(self) -> int:
+        """Blocks the sequence will hold by attaching, without the copy of the head."""
+        return len(self.blocks) - self.blocks.count(EVICTED_BLOCK)
+
+
+NO_MATCH = PrefixMatch()
+
+
+class KvCacheManager:
+    """Block tables of all sequences of one engine. Not thread-safe: the loop's thread owns it.
+
+    Args:
+        num_blocks: blocks in total.
+        tokens_per_block: tokens a block holds.
+        enable_block_reuse: whole blocks are kept after use and shared with sequences that begin with the same tokens.
+        enable_partial_reuse: the matching head of a block that differs later is copied instead of computed.
+        window: tokens visible to a query at most, over all layers, its own included; None: some layer sees everything.
+        num_sinks: first tokens that stay visible beside the window.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        tokens_per_block: int,
+        *,
+        enable_block_reuse: bool = True,
+        enable_partial_reuse: bool = True,
+        window: int | None = None,
+        num_sinks: int = 0,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.tokens_per_block = tokens_per_block
+        self.enable_block_reuse = enable_block_reuse
+        self.window = window
+        self.num_sink_blocks = -(-num_sinks // tokens_per_block)
+        self._min_head_tokens = max(1, tokens_per_block // 8) if enable_partial_reuse else tokens_per_block
+        self._index = PrefixIndex()
+        self._pool = BlockPool(num_blocks, on_evict=self._index.remove)
+        self._root = self._index.root()
+        self._chains: dict[Sequence, list[bytes]] = {}  # digests of a sequence's leading whole blocks, as far as needed
+        self._copies: dict[int, int] = {}  # destination -> source, not yet taken
+        self._pins: dict[int, int] = {}  # source -> references held for its copies
+        self._num_queried_tokens = 0
+        self._num_reused_tokens = 0
+
+    # sizes
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be handed out now: free or evictable."""
+        return self._pool.num_available
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Returns how many blocks hold that many tokens."""
+        return -(-num_tokens // self.tokens_per_block)
+
+    def num_held(self, sequence: Sequence) -> int:
+        return len(sequence.blocks) - (sequence.blocks.count(EVICTED_BLOCK) if self.window is not None else 0)
+
+    def stats(self) -> KvCacheStats:
+        pool = self._pool
+        return KvCacheStats(
+            num_live=pool.num_live,
+            num_cached=pool.num_cached,
+            num_free=pool.num_free,
+            num_total=pool.num_blocks,
+            num_queried_tokens=self._num_queried_tokens,
+            num_reused_tokens=self._num_reused_tokens,
+        )
+
+    def check_invariants(self, sequences: list[Sequence] | None = None) -> None:
+        """Verifies the books; with all live ``sequences``, also that their tables account for every reference.
+
+        Raises:
+            RuntimeError: a block is lost, held twice, or findable without being kept.
+        """
+        self._pool.check_invariants()
+        findable = [b for b in range(self.num_blocks) if self._pool.is_cacheable(b)]
+        if len(findable) != len(self._index) or any(b not in self._index for b in findable):
+            raise RuntimeError("the pool and the prefix index disagree about what is cached")
+        if sequences is None:
+            return
+        expected = [self._pins.get(b, 0) for b in range(self.num_blocks)]
+        for sequence in sequences:
+            for block in sequence.blocks:
+                if block != EVICTED_BLOCK:
+                    expected[block] += 1
+        for block, refs in enumerate(expected):
+            if refs != self._pool.refs(block):
+                raise RuntimeError(f"KV block {block} has {self._pool.refs(block)} references, {refs} holders")
+
+    # the life of a sequence
+
+    def match_prefix(self, sequence: Sequence) -> PrefixMatch:
+        """Looks up how much of a sequence without blocks is cached; changes nothing.
+
+        At most ``num_tokens - 1`` tokens match, so that the last one is always computed.
+        """
+        if not self.enable_block_reuse or sequence.blocks:
+            return NO_MATCH
+        size, limit = self.tokens_per_block, sequence.num_tokens - 1
+        blocks: list[int] = []
+        while (len(blocks) + 1) * size <= limit:
+            block = self._index.lookup(self._digest(sequence, len(blocks)))
+            if block is None:
+                break
+            blocks.append(block)
+        num_tokens = len(blocks) * size
+        source, num_head = self._match_head(sequence, len(blocks), limit)
+        for i in range(self.num_sink_blocks, self._first_visible_block(num_tokens + num_head)):
+            if i < len(blocks):
+                blocks[i] = EVICTED_BLOCK
+        num_idle = sum(1 for b in blocks if b != EVICTED_BLOCK and self._pool.refs(b) == 0)
+        # The source is held beside everything this sequence needs; without room for that, go without the head.
+        if num_head and self._pool.num_available - num_idle <= self.blocks_for(sequence.num_tokens) - len(blocks):
+            source, num_head = EVICTED_BLOCK, 0
+        return PrefixMatch(tuple(blocks), num_tokens + num_head, num_idle, source)
+
+    def attach(self, sequence: Sequence, match: PrefixMatch) -> None:
+        """Starts a sequence on what `match_prefix` found just before."""
+        for block in match.blocks:
+            if block != EVICTED_BLOCK:
+                self._pool.share(block)
+        sequence.blocks = list(match.blocks)
+        if match.head_source != EVICTED_BLOCK:
+            self._pool.share(match.head_source)
+            sequence.blocks.append(self._copy(match.head_source))
+        sequence.num_computed_tokens = match.num_tokens
+        self._num_queried_tokens += sequence.num_tokens
+        self._num_reused_tokens += match.num_tokens
+
+    def allocate(self, sequence: Sequence, upto_tokens: int) -> bool:
+        """Makes tokens [num_computed_tokens, upto_tokens) writable: new blocks, and copies of those held by others.
+
+        Returns:
+            False, and nothing changed, if there are not enough blocks.
+        """
+        blocks = sequence.blocks
+        num_new = -(-upto_tokens // self.tokens_per_block) - len(blocks)
+        first = sequence.num_computed_tokens // self.tokens_per_block
+        shared = [i for i in range(first, len(blocks)) if not self._is_writable(blocks[i])]
+        if max(num_new, 0) + len(shared) > self._pool.num_available:
+            return False
+        for i in shared:
+            blocks[i] = self._copy(blocks[i])
+        for _ in range(num_new):
+            blocks.append(self._pool.take())
+        return True
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Gives ``child``, a `Sequence.fork` of ``parent``, the same blocks; whoever writes first gets a copy."""
+        if child.blocks:
+            raise RuntimeError(f"sequence {child.index} already has blocks and cannot become a fork")
+        for block in parent.blocks:
+            if block != EVICTED_BLOCK:
+                self._pool.share(block)
+        child.blocks = list(parent.blocks)
+        if parent in self._chains:
+            self._chains[child] = list(self._chains[parent])
+
+    def share_prefix(self, source: Sequence, sequence: Sequence, num_tokens: int) -> bool:
+        """Starts a sequence without blocks on the first ``num_tokens`` of another, which has computed them.
+
+        The caller has checked that both begin with the same ``num_tokens`` tokens.
+
+        Returns:
+            False, and nothing changed, if ``source`` has given back blocks that are still visible there.
+        """
+        blocks = source.blocks[: self.blocks_for(num_tokens)]
+        visible = self._first_visible_block(num_tokens)
+        if any(b == EVICTED_BLOCK and (i < self.num_sink_blocks or i >= visible) for i, b in enumerate(blocks)):
+            return False
+        for block in blocks:
+            if block != EVICTED_BLOCK:
+                self._pool.share(block)
+        sequence.blocks = blocks
+        sequence.num_computed_tokens = num_tokens
+        return True
+
+    def commit(self, sequence: Sequence, start: int = 0, limit: int | None = None) -> None:
+        """Makes the blocks filled by tokens [start, num_computed_tokens) findable.
+
+        Args:
+            sequence: its leading num_computed_tokens tokens are in the cache.
+            start: first token computed since the last commit.
+            limit: only blocks wholly within the first ``limit`` tokens.
+        """
+        size = self.tokens_per_block
+        end = sequence.num_computed_tokens
+        first, last = start // size, (end if limit is None else min(end, limit)) // size
+        if first >= last or not self.enable_block_reuse:
+            return
+        for i in range(first, last):
+            block = sequence.blocks[i]
+            if block == EVICTED_BLOCK:
+                continue
+            digest = self._digest(sequence, i)
+            parent = self._digest(sequence, i - 1) if i else self._root
+            if self._index.add(block, digest, parent, pack(sequence.token_ids[i * size : (i + 1) * size])):
+                self._pool.mark_cacheable(block)
+
+    def evict_window(self, sequence: Sequence) -> None:
+        """Gives back the blocks that no later token of the sequence can see; sinks stay."""
+        if self.window is None:
+            return
+        blocks = sequence.blocks
+        i = self._first_visible_block(sequence.num_computed_tokens) - 1
+        while i >= self.num_sink_blocks and blocks[i] != EVICTED_BLOCK:
+            self._release(blocks[i])
+            blocks[i] = EVICTED_BLOCK
+            i -= 1
+
+    def free(self, sequence: Sequence, *, cache: bool = True) -> None:
+        """Takes all blocks from a sequence, which then has computed nothing; harmless when repeated.
+
+        Deeper blocks are released first and so evicted first: prefixes, which more sequences share, stay longer.
+
+        Args:
+            sequence: one that ended, was aborted or is paused.
+            cache: False when its contents cannot be trusted (a failed step): nobody will find its blocks again.
+        """
+        for block in reversed(sequence.blocks):
+            if block == EVICTED_BLOCK:
+                continue
+            if not cache and block in self._index:
+                self._index.remove(block)
+                self._pool.unmark_cacheable(block)
+            self._release(block)
+        sequence.blocks = []
+        sequence.num_computed_tokens = 0
+        self._chains.pop(sequence, None)
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """Returns the (source, destination) copies to carry out before the forward, and lets go of the sources."""
+        if not self._copies:
+            return []
+        copies = [(source, destination) for destination, source in self._copies.items()]
+        self._copies.clear()
+        for source, num_pins in self._pins.items():
+            for _ in range(num_pins):
+                self._pool.release(source)
+        self._pins.clear()
+        return copies
+
+    # parts
+
+    def _first_visible_block(self, num_computed_tokens: int) -> int:
+        """Index of the first block, sinks aside, that the token at this position can see."""
+        if self.window is None:
+            return 0
+        return max(num_computed_tokens - self.window + 1, 0) // self.tokens_per_block
+
+    def _is_writable(self, block: int) -> bool:
+        is_exclusive = self._pool.refs(block) - self._pins.get(block, 0) == 1
+        return is_exclusive and not self._pool.is_cacheable(block)
+
+    def _copy(self, source: int) -> int:
+        """Queues a copy of ``source`` into a new block; the caller's reference to the source becomes the copy's."""
+        destination = self._pool.take()
+        self._copies[destination] = source
+        self._pins[source] = self._pins.get(source, 0) + 1
+        return destination
+
+    def _release(self, block: int) -> None:
+        if block in self._copies:  # a destination that is given back in the step that made it
+            source = self._copies.pop(block)
+            self._pins[source] -= 1
+            if not self._pins[source]:
+                del self._pins[source]
+            self._pool.release(source)
+        self._pool.release(block)
+
+    def _match_head(self, sequence: Sequence, num_blocks: int, limit: int) -> tuple[int, int]:
+        """Finds a cached block whose head continues the sequence after ``num_blocks`` whole ones."""
+        start = num_blocks * self.tokens_per_block
+        tokens = sequence.token_ids[start : min(start + self.tokens_per_block, limit)]
+        if len(tokens) >= self._min_head_tokens:
+            parent = self._digest(sequence, num_blocks - 1) if num_blocks else self._root
+            source, num_head = self._index.best_head(parent, pack(tokens))
+            if num_head >= self._min_head_tokens:
+                return source, num_head
+        return EVICTED_BLOCK, 0
+
+    def _digest(self, sequence: Sequence, i: int) -> bytes:
+        """Digest of the sequence's block ``i``; hashed once."""
+        chain = self._chains.setdefault(sequence, [])
+        size = self.tokens_per_block
+        while len(chain) <= i:
+            parent = chain[-1] if chain else self._root
+            tokens = sequence.token_ids[len(chain) * size : (len(chain) + 1) * size]
+            chain.append(self._index.extend(parent, pack(tokens)))
+        return chain[i]
