@@ -1,7 +1,7 @@
 """Sampling: from logits to the next tokens of every request, and when a request ends.
 
-The engine loop uses four names: `Sampler.sample`, `StopChecker.append`, `select_outputs` and `prompt_logprobs`; streaming
-also `streamable_length` and `streamable_tokens`.
+The engine loop uses `Sampler.sample`, `StopChecker.append`, `select_outputs` and `prompt_logprobs`; streaming also
+`streamable_length` and `streamable_tokens`.
 """
 
 from lamella_executor.sampler.logprobs import needs_logprobs, prompt_logprobs

@@ -101,7 +101,7 @@ def _best_candidates(accumulated: torch.Tensor, request: RequestState) -> list[_
         request: whose beams these are.
     """
     num_beams, vocab_size = accumulated.shape
-    num_ends = (request.end_id is not None) + len(request.extra_end_ids) + len(request.params.stop_token_ids or ())
+    num_ends = (request.end_id is not None) + len(request.extra_end_ids) + len(request.params.stop_ids)
     count = max(2, 1 + num_ends) * request.width
     rate = request.params.beam_search_diversity_rate
     if rate:
@@ -128,10 +128,10 @@ def _ended(request: RequestState, candidate: _Candidate, raw: torch.Tensor, inde
     parent = request.sequences[candidate.parent]
     params = request.params
     may_end = (
-        bool(params.stop)
+        bool(params.stop_strings)
         or parent.num_output_tokens + 1 >= request.max_tokens
         or is_end_token(candidate.token_id, request)
-        or candidate.token_id in params.stop_token_ids  # type: ignore[operator]
+        or candidate.token_id in params.stop_ids
     )
     if not may_end:
         return None

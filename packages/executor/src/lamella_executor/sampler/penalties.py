@@ -48,7 +48,7 @@ def edit_logits(scores: torch.Tensor, request: RequestState) -> None:
             row[torch.tensor(banned, device=row.device)] = _BANNED
     if params.embedding_bias is not None:
         scores += params.embedding_bias.to(scores.device)
-    if params.logits_processor:
+    if params.processors:
         run_processors(scores, request)
 
 
@@ -62,13 +62,13 @@ def _penalize(row: torch.Tensor, sequence: Sequence, params: SamplingParams) -> 
 def _banned_tokens(sequence: Sequence, request: RequestState) -> list[int]:
     """Returns the tokens that may not come next (with repetitions)."""
     params = request.params
-    banned = list[int](params.bad_token_ids or ())
+    banned = list(params.bad_ids)
     if params.no_repeat_ngram_size:
         banned += repeated_ngram_tokens(sequence.token_ids, params.no_repeat_ngram_size)
     if request.bad_words_ids:
         banned += bad_word_tokens(sequence.token_ids, request.bad_words_ids)
     if sequence.num_output_tokens < params.min_tokens:
-        banned += params.stop_token_ids or ()
+        banned += params.stop_ids
         banned += request.extra_end_ids
         banned += () if request.end_id is None else (request.end_id,)
     return banned

@@ -19,7 +19,7 @@ def run_processors(scores: torch.Tensor, request: RequestState) -> None:
         RequestError: a processor raised; the message names it, ``__cause__`` is what it raised.
     """
     view = scores.unsqueeze(0)
-    for processor in request.params.logits_processor or ():  # type: ignore[union-attr]
+    for processor in request.params.processors:
         token_ids = [list(sequence.token_ids) for sequence in request.sequences]
         try:
             processor(request.request_id, view, token_ids, None, None)

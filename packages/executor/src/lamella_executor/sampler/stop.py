@@ -45,7 +45,7 @@ class StopChecker:
             _cut_tokens(sequence, sequence.num_output_tokens - 1)
             _finish(sequence, "stop", None)
             return
-        is_stop_token = may_stop and token_id in params.stop_token_ids  # type: ignore[operator]
+        is_stop_token = may_stop and token_id in params.stop_ids
         if is_stop_token and not params.include_stop_str_in_output:
             _cut_tokens(sequence, sequence.num_output_tokens - 1)
             _finish(sequence, "stop", token_id)
@@ -53,7 +53,7 @@ class StopChecker:
         decoder = sequence.decoder
         if decoder is not None:
             decoder.push(token_id)
-            if params.stop:
+            if params.stop_strings:
                 sequence.text_ends.append(len(decoder.text))
         if self._ends_in_stop_string(sequence, request):
             return
@@ -65,7 +65,7 @@ class StopChecker:
 
     def _ends_in_stop_string(self, sequence: Sequence, request: RequestState) -> bool:
         """Looks for a stop string that ends in the newest token's text; on a match cuts and finishes the sequence."""
-        stops: tuple[str, ...] = request.params.stop  # type: ignore[assignment]
+        stops = request.params.stop_strings
         if not stops or sequence.decoder is None:
             return False
         text = sequence.decoder.text
@@ -100,7 +100,7 @@ def streamable_length(sequence: Sequence, request: RequestState) -> int:
     token to the next.
     """
     text = sequence.text
-    stops: tuple[str, ...] = request.params.stop  # type: ignore[assignment]
+    stops = request.params.stop_strings
     if sequence.finish_reason is not None or not stops:
         return len(text)
     earliest = _first_stoppable(sequence, request)
@@ -117,7 +117,7 @@ def streamable_length(sequence: Sequence, request: RequestState) -> int:
 
 def streamable_tokens(sequence: Sequence, request: RequestState) -> int:
     """Generated tokens that streaming may show: those whose text is within `streamable_length`."""
-    if sequence.finish_reason is not None or not request.params.stop or sequence.decoder is None:
+    if sequence.finish_reason is not None or not request.params.stop_strings or sequence.decoder is None:
         return sequence.num_output_tokens
     return _tokens_within(sequence.text_ends, streamable_length(sequence, request))
 
