@@ -1,0 +1,150 @@
+"""LlmArgs: every keyword of `LLM`, checked once and frozen."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamella_core.config import resolve_dtype
+from lamella_core.engine import BuildConfig
+from lamella_core.errors import ConfigError, nearest_name
+from lamella_core.quantization.config import QuantConfig
+from lamella_executor import KvCacheConfig, SchedulerConfig
+
+if TYPE_CHECKING:
+    from lamella_core.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+LOAD_FORMATS = ("auto", "dummy")
+_BUILD_LIMITS = ("max_batch_size", "max_num_tokens", "max_seq_len", "max_input_len", "max_beam_width")
+_CONFIG_TYPES = {
+    "kv_cache_config": KvCacheConfig,
+    "scheduler_config": SchedulerConfig,
+    "build_config": BuildConfig,
+    "quant_config": QuantConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmArgs:
+    """Arguments of `LLM`. The ``*_config`` fields also take a dict of the class's fields.
+
+    Raises:
+        ConfigError: a value out of range; the message names the field.
+    """
+
+    model: str | Path | Engine  # hub id, HF directory, checkpoint, engine directory, or an Engine
+    tokenizer: Any = None  # None: the model's own; a directory, hub id or object
+    tokenizer_mode: str = "auto"
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    # parallelism
+    pipeline_parallel_size: int = 1
+    moe_tensor_parallel_size: int | None = None
+    moe_expert_parallel_size: int | None = None
+    # loading and building
+    load_format: str = "auto"  # "dummy": random weights from config.json alone
+    build_config: BuildConfig | None = None
+    quant_config: QuantConfig | None = None
+    enable_tqdm: bool = False  # show the steps of building
+    # limits; each overrides the field of build_config
+    max_batch_size: int | None = None
+    max_num_tokens: int | None = None
+    max_seq_len: int | None = None
+    max_input_len: int | None = None
+    max_beam_width: int | None = None
+    # runtime
+    kv_cache_config: KvCacheConfig | None = None
+    scheduler_config: SchedulerConfig | None = None
+    enable_chunked_prefill: bool | None = None  # overrides the field of scheduler_config
+    max_stats_len: int = 1000  # iterations that get_stats remembers
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, str | os.PathLike) and not str(self.model):
+            raise ConfigError("model is empty; pass a directory or a hub id such as 'org/name'")
+        if self.load_format not in LOAD_FORMATS:
+            raise ConfigError(f"load_format is {self.load_format!r}; allowed: {', '.join(LOAD_FORMATS)}")
+        resolve_dtype(self.dtype)
+        for name in _BUILD_LIMITS + ("max_stats_len",):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name} is {value!r}; it must be a positive integer or None")
+        for name, kind in _CONFIG_TYPES.items():
+            object.__setattr__(self, name, _as_config(name, getattr(self, name), kind))
+        self._check_parallel()
+        if self.skip_tokenizer_init and self.tokenizer is not None:
+            raise ConfigError("skip_tokenizer_init=True and tokenizer= contradict each other; drop one of them")
+        if self.trust_remote_code:
+            logger.warning("trust_remote_code=True has no effect: code of a model repository is never run")
+
+    def _check_parallel(self) -> None:
+        sizes = (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "moe_tensor_parallel_size",
+            "moe_expert_parallel_size",
+        )
+        for name in sizes:
+            value = getattr(self, name)
+            if value is None or value == 1:
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
+            raise ConfigError(
+                f"{name} is {value}; this release of LLM runs a model on one rank: leave it at 1. Sharded checkpoints "
+                "and engines can be written with lamella_core.Mapping and lamella_builder.build"
+            )
+
+    @classmethod
+    def create(cls, **values: Any) -> LlmArgs:
+        """Returns the arguments.
+
+        Raises:
+            ConfigError: an unknown keyword (the message names the nearest known one) or a bad value.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"LLM got an unexpected keyword argument {unknown[0]!r}{nearest_name(unknown[0], known)}. "
+                f"Known: {', '.join(known)}"
+            )
+        return cls(**values)
+
+    @property
+    def has_build_options(self) -> bool:
+        """Whether anything was asked for that only building can do."""
+        return self.build_config is not None or any(getattr(self, name) is not None for name in _BUILD_LIMITS)
+
+    def resolved_build_config(self) -> BuildConfig:
+        """Returns ``build_config`` with the limits that were given as keywords."""
+        changes = {name: getattr(self, name) for name in _BUILD_LIMITS if getattr(self, name) is not None}
+        return replace(self.build_config or BuildConfig(), **changes)
+
+    def resolved_scheduler_config(self) -> SchedulerConfig:
+        """Returns ``scheduler_config`` with ``enable_chunked_prefill`` if that was given."""
+        config = self.scheduler_config or SchedulerConfig()
+        if self.enable_chunked_prefill is None:
+            return config
+        return replace(config, enable_chunked_prefill=self.enable_chunked_prefill)
+
+
+def _as_config(name: str, value: Any, kind: Any) -> Any:
+    """Returns ``value`` as an instance of ``kind`` or None."""
+    if value is None or isinstance(value, kind):
+        return value
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} is {type(value).__name__}; pass a {kind.__name__} or a dict of its fields")
+    known = [f.name for f in fields(kind)]
+    for key in value:
+        if key not in known:
+            raise ConfigError(f"{name} has no field {key!r}{nearest_name(key, known)}")
+    return kind(**value)

@@ -1,0 +1,188 @@
+"""LLM: a model, its tokenizer and an executor behind one name. It has an executor; it never is one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lamella.args import LlmArgs
+from lamella.loading import open_engine, save_engine
+from lamella.outputs import RequestOutput, raise_failed, wait_all
+from lamella.prompts import PromptInput, is_single, one_params, params_for, prepare
+from lamella.submission import submit, submit_batch
+from lamella.tokenizer import TokenizerBase
+from lamella.tokenizer_loading import load_tokenizer
+from lamella_core.errors import RequestError
+from lamella_executor import GenerationExecutor, SamplingParams
+
+if TYPE_CHECKING:
+    from lamella_core.engine import Engine
+    from lamella_executor.stats import IterationStats
+
+STATS_POLL_S = 0.05
+
+
+class LLM:
+    """Generates text with a model. Every method may be called from any thread.
+
+    Use it as a context manager, call `shutdown`, or drop it: its thread ends in each case.
+    """
+
+    def __init__(  # noqa: PLR0913 - the field's own signature
+        self,
+        model: str | Path | Engine,
+        tokenizer: str | Path | TokenizerBase | Any | None = None,
+        *,
+        tokenizer_mode: str = "auto",
+        skip_tokenizer_init: bool = False,
+        trust_remote_code: bool = False,
+        tensor_parallel_size: int = 1,
+        dtype: str = "auto",
+        revision: str | None = None,
+        tokenizer_revision: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Loads the model, builds an engine in memory if it is not one yet, and starts serving.
+
+        Args:
+            model: hub id, Hugging Face directory, Lamella checkpoint, engine directory, or an `Engine`.
+            tokenizer: default: the model's own. A directory, a hub id, or any object with ``encode`` and ``decode``.
+            tokenizer_mode: "auto", or "slow" for the Python implementation of `transformers`.
+            skip_tokenizer_init: no tokenizer: prompts are token ids and outputs have no text.
+            trust_remote_code: accepted for callers of other libraries; a repository's code is never run.
+            tensor_parallel_size: 1.
+            dtype: of weights and activations; "auto" is what the directory says.
+            revision: of a hub id.
+            tokenizer_revision: of the tokenizer's hub id; default: ``revision``.
+            **kwargs: the remaining fields of `LlmArgs`.
+
+        Raises:
+            ConfigError: a bad or unknown argument, or one that contradicts the engine.
+            CheckpointError: the directory is missing, damaged or of no known kind.
+            UnsupportedModelError: the architecture is not supported; lists those that are.
+            OutOfMemoryError: weights and KV cache do not fit.
+        """
+        self.args = LlmArgs.create(
+            model=model, tokenizer=tokenizer, tokenizer_mode=tokenizer_mode, skip_tokenizer_init=skip_tokenizer_init,
+            trust_remote_code=trust_remote_code, tensor_parallel_size=tensor_parallel_size, dtype=dtype,
+            revision=revision, tokenizer_revision=tokenizer_revision, **kwargs,
+        )  # fmt: skip
+        args = self.args
+        self._engine, model_dir = open_engine(args)
+        self._tokenizer: TokenizerBase | None = None
+        if not args.skip_tokenizer_init:
+            self._tokenizer = load_tokenizer(
+                args.tokenizer,
+                model_dir=model_dir,
+                mode=args.tokenizer_mode,
+                revision=args.tokenizer_revision or args.revision,
+            )
+        self._executor = GenerationExecutor.create(
+            self._engine,
+            args.kv_cache_config,
+            args.resolved_scheduler_config(),
+            max_batch_size=args.max_batch_size,
+            max_num_tokens=args.max_num_tokens,
+            stats_capacity=args.max_stats_len,
+        )
+
+    @property
+    def tokenizer(self) -> TokenizerBase | None:
+        return self._tokenizer
+
+    def generate(
+        self,
+        inputs: PromptInput | Sequence[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Generates for one prompt or a list of prompts and waits; one in, one out; a list keeps its order.
+
+        A prompt is text, a list of token ids, or a dict with ``prompt`` and/or ``prompt_token_ids``. Text prompts get
+        text; token-id prompts get token ids and ``text == ''``. Ctrl-C aborts these requests and raises at once.
+
+        Args:
+            inputs: prompt or prompts.
+            sampling_params: one for all, or one per prompt; default: greedy, 32 tokens.
+            use_tqdm: show a progress bar for lists, on a terminal.
+
+        Raises:
+            RequestError: a prompt or its parameters are invalid; nothing of the batch runs. Or the single request
+                failed while it ran.
+            BatchError: some requests of a list failed while they ran. It is raised when the others have finished, and
+                its ``outputs`` hold all of them.
+            EngineDeadError: the engine stopped.
+        """
+        single = is_single(inputs)
+        if single:
+            outputs = [self.generate_async(inputs, sampling_params)]  # type: ignore[arg-type]
+        else:
+            prompts = list(inputs)  # type: ignore[arg-type]
+            params = params_for(sampling_params, len(prompts))
+            outputs = submit_batch(self._executor, prompts, params, self._tokenizer)
+        try:
+            wait_all(outputs, show_progress=use_tqdm and not single)
+        except BaseException:
+            for output in outputs:
+                output.abort()
+            raise
+        if single:
+            return outputs[0].result()
+        raise_failed(outputs)
+        return outputs
+
+    def generate_async(
+        self, inputs: PromptInput, sampling_params: SamplingParams | None = None, streaming: bool = False
+    ) -> RequestOutput:
+        """Submits one prompt and returns at once.
+
+        The returned object is awaitable (``await out``), a future (``out.result(timeout)``), an iterator and an async
+        iterator, from any thread and any event loop. With ``streaming`` it yields after every step.
+
+        Raises:
+            RequestError: the prompt or its parameters are invalid.
+            EngineDeadError: the LLM was shut down or its engine died.
+        """
+        if not is_single(inputs):
+            raise RequestError("generate_async takes one prompt; call it once per prompt, or use generate for a list")
+        return submit(self._executor, prepare(inputs, one_params(sampling_params), self._tokenizer), streaming)
+
+    def save(self, engine_dir: str | Path) -> None:
+        """Writes the engine and its tokenizer; ``LLM(engine_dir)`` opens it without building.
+
+        Raises:
+            OSError: the directory cannot be written.
+        """
+        save_engine(self._engine, self._tokenizer, Path(engine_dir))
+
+    def get_stats(self) -> list[IterationStats]:
+        """Returns the most recent iterations of the engine, oldest first."""
+        return self._executor.get_stats()
+
+    async def get_stats_async(self) -> AsyncIterator[IterationStats]:
+        """Yields each iteration of the engine from now on, as it happens, until the LLM is shut down."""
+        seen = max((s.iteration for s in self.get_stats()), default=-1)
+        while self._executor.is_alive:
+            for stats in self.get_stats():
+                if stats.iteration > seen:
+                    seen = stats.iteration
+                    yield stats
+            await asyncio.sleep(STATS_POLL_S)
+
+    def shutdown(self) -> None:
+        """Stops the engine; requests that are not done fail with EngineDeadError. Idempotent."""
+        self._executor.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("an LLM cannot be pickled: it owns a running engine; save(dir) it and open it elsewhere")

@@ -1,0 +1,87 @@
+"""From the ``model`` argument of `LLM` to an engine in memory, and from there back to a directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lamella.args import LlmArgs
+from lamella.tokenizer import TokenizerBase
+from lamella_builder import build
+from lamella_core import AutoModelForCausalLM
+from lamella_core.checkpoint.formats import detect_format
+from lamella_core.config import resolve_dtype
+from lamella_core.engine import Engine
+from lamella_core.errors import ConfigError
+from lamella_core.hub import resolve_model_dir
+
+
+def open_engine(args: LlmArgs) -> tuple[Engine, Path | None]:
+    """Opens or builds the engine that ``args.model`` names.
+
+    Returns:
+        The engine, and the directory to look for a tokenizer in (None: there is none).
+
+    Raises:
+        CheckpointError, UnsupportedModelError, ConfigError: see `LLM`.
+    """
+    if isinstance(args.model, Engine):
+        return _checked(args.model, args), args.model.tokenizer_dir
+    directory = resolve_model_dir(args.model, args.revision, weights=args.load_format != "dummy")
+    kind = detect_format(directory)
+    if kind == "engine":
+        engine = _checked(Engine.load(directory), args)
+        return engine, engine.tokenizer_dir or directory
+    if kind == "checkpoint":
+        model = AutoModelForCausalLM.from_checkpoint(directory)
+        _check_same(args, model.config.dtype, model.config.quantization, "checkpoint")
+    else:
+        model = AutoModelForCausalLM.from_hugging_face(
+            directory, dtype=args.dtype, quant_config=args.quant_config, load_format=args.load_format
+        )
+    return build(model, args.resolved_build_config()), directory
+
+
+def _checked(engine: Engine, args: LlmArgs) -> Engine:
+    """Returns the engine if it is what ``args`` ask for.
+
+    Raises:
+        ConfigError: an option that only another build can grant.
+    """
+    _check_same(args, engine.spec.model.dtype, engine.spec.model.quantization, "engine")
+    built = engine.spec.build
+    for name in ("max_seq_len", "max_input_len", "max_beam_width"):
+        wanted = getattr(args, name)
+        if wanted is not None and wanted != getattr(built, name):
+            raise ConfigError(
+                f"{name} is {wanted}, but the engine was built with {getattr(built, name)}; leave it out, or build "
+                "again from the model"
+            )
+    for name in ("max_batch_size", "max_num_tokens"):
+        wanted = getattr(args, name)
+        if wanted is not None and wanted > getattr(built, name):
+            raise ConfigError(
+                f"{name} is {wanted}; the engine was built for at most {getattr(built, name)}: build again"
+            )
+    if args.build_config is not None:
+        raise ConfigError(
+            "build_config has no effect on an engine that is built; leave it out, or build from the model"
+        )
+    return engine
+
+
+def _check_same(args: LlmArgs, dtype: str, quantization: object, what: str) -> None:
+    if args.load_format == "dummy":
+        raise ConfigError(f"load_format 'dummy' needs a Hugging Face directory; this {what} has its own weights")
+    if args.dtype != "auto" and resolve_dtype(args.dtype) != dtype:
+        raise ConfigError(f"dtype is {args.dtype}, but the {what} holds {dtype}; leave it at 'auto', or convert again")
+    if args.quant_config is not None and args.quant_config != quantization:
+        raise ConfigError(
+            f"quant_config differs from the {what}'s own ({quantization}); leave it out, or convert again"
+        )
+
+
+def save_engine(engine: Engine, tokenizer: TokenizerBase | None, directory: Path) -> None:
+    """Writes an engine directory with the tokenizer's files in it."""
+    engine.save(directory)
+    if tokenizer is not None:
+        tokenizer.save(directory)

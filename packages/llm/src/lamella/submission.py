@@ -1,0 +1,46 @@
+"""Prepared prompts into the executor: one, or a whole batch or nothing of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lamella.outputs import RequestOutput
+from lamella.prompts import PreparedPrompt, prepare
+from lamella.tokenizer import TokenizerBase
+from lamella_core.errors import RequestError
+from lamella_executor import GenerationExecutor, SamplingParams
+
+
+def submit(executor: GenerationExecutor, request: PreparedPrompt, streaming: bool = False) -> RequestOutput:
+    """Submits one request.
+
+    Raises:
+        RequestError: the engine's limits rule it out.
+    """
+    result = executor.generate_async(
+        request.token_ids, request.params, streaming, decoder=request.decoder, bad_words_ids=request.bad_words_ids
+    )
+    return RequestOutput(result, request.text)
+
+
+def submit_batch(
+    executor: GenerationExecutor, prompts: list[Any], params: list[SamplingParams], tokenizer: TokenizerBase | None
+) -> list[RequestOutput]:
+    """Submits every prompt in order, or none if one is invalid.
+
+    Raises:
+        RequestError: names the prompt by its position.
+    """
+    outputs: list[RequestOutput] = []
+    prepared: list[PreparedPrompt] = []
+    try:
+        for prompt, one in zip(prompts, params):
+            prepared.append(prepare(prompt, one, tokenizer))
+        for request in prepared:
+            outputs.append(submit(executor, request))
+    except RequestError as error:
+        for output in outputs:
+            output.abort()
+        index = len(prepared) if len(prepared) < len(prompts) else len(outputs)
+        raise type(error)(f"prompt {index}: {error}") from error
+    return outputs
