@@ -35,7 +35,7 @@ class CapacityModel:
             self._window_chunk = max(1, min(max_num_tokens, room))
 
     def is_whole(self, request: RequestState) -> bool:
-        """Its next chunk is all or nothing: a prompt that may not be split. (What is recomputed may be.)"""
+        """Its next chunk is all or nothing: a prompt that may not be split (what is recomputed may be)."""
         if self._is_chunked or request.finished:
             return False
         return request.sequences[0].num_output_tokens == 0

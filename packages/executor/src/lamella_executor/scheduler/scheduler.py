@@ -121,8 +121,8 @@ class Scheduler:
             size = self._kv.tokens_per_block
             raise RequestError(
                 f"the request needs up to {num_blocks} KV cache blocks ({num_prompt} prompt tokens, max_tokens "
-                f"{request.max_tokens}, {width} sequences), the cache has {self._kv.num_blocks} of {size} tokens; lower "
-                "max_tokens, or raise KvCacheConfig.max_tokens or KvCacheConfig.host_memory_bytes"
+                f"{request.max_tokens}, {width} sequences), the cache has {self._kv.num_blocks} of {size} tokens; "
+                "lower max_tokens, or raise KvCacheConfig.max_tokens or KvCacheConfig.host_memory_bytes"
             )
 
     def add(self, request: RequestState) -> None:
