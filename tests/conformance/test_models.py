@@ -1,0 +1,122 @@
+"""What every registered model must do; float32, transformers as the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.support.reference_context import ReferenceCache, forward_step, greedy, run_ranks
+from tests.support.tiny_models import TINY, hf_model, tiny_cases
+
+from lamella_core.mapping import Mapping
+from lamella_core.models.registry import get_model_class, registered_architectures
+
+LOGITS_BOUND = 3e-5  # largest difference from transformers, logits having a deviation of about 1.5
+NEW_TOKENS = 12
+
+
+def whole(model: Any, prompts: list[list[int]], **kwargs: Any) -> list[torch.Tensor]:
+    """Returns the logits of all tokens of each prompt, all prompts in one step."""
+    return list(forward_step(model, ReferenceCache(), dict(enumerate(prompts)), **kwargs).values())
+
+
+def chunked(model: Any, prompt: list[int], size: int) -> torch.Tensor:
+    cache = ReferenceCache()
+    chunks = [prompt[i : i + size] for i in range(0, len(prompt), size)]
+    return torch.cat([forward_step(model, cache, {"it": chunk})["it"] for chunk in chunks])
+
+
+def test_every_architecture_has_tiny_models() -> None:
+    assert sorted(TINY) == registered_architectures()
+
+
+def test_logits_equal_transformers(case: tuple[str, str], model: Any, prompts: list[list[int]]) -> None:
+    oracle = hf_model(*case)
+    for prompt, logits in zip(prompts, whole(model, prompts), strict=True):
+        with torch.no_grad():
+            expected = oracle(torch.tensor([prompt])).logits[0]
+        assert logits.dtype == torch.float32 and logits.shape == (len(prompt), model.config.vocab_size)
+        assert expected.std() > 0.3
+        assert (logits - expected).abs().max() < LOGITS_BOUND
+
+
+def test_greedy_tokens_equal_transformers(case: tuple[str, str], model: Any, prompts: list[list[int]]) -> None:
+    oracle = hf_model(*case)
+    expected = []
+    for prompt in prompts:
+        ids, cache, tokens = torch.tensor([prompt]), None, []
+        for _ in range(NEW_TOKENS):
+            with torch.no_grad():
+                step = oracle(ids, past_key_values=cache, use_cache=True)
+            cache, ids = step.past_key_values, step.logits[:, -1:].argmax(-1)
+            tokens.append(int(ids))
+        expected.append(tokens)
+    assert greedy(model, prompts, NEW_TOKENS) == expected
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_chunks_equal_whole(model: Any, prompts: list[list[int]], size: int) -> None:
+    assert torch.equal(chunked(model, prompts[2], size), whole(model, prompts[2:])[0])
+
+
+def test_neighbours_change_no_bit(model: Any, prompts: list[list[int]]) -> None:
+    together = whole(model, [*prompts, *([list(range(3, 30))] * 3)])
+    for prompt, logits in zip(prompts, together, strict=False):
+        assert torch.equal(logits, whole(model, [prompt])[0])
+
+
+def check_ranks(hf_dir: Path, model: Any, prompts: list[list[int]], **mapping: int) -> None:
+    """Runs each rank's shard in a thread of its own and compares all logits with the whole model's."""
+
+    def work(rank: int, tp: Any) -> list[torch.Tensor]:
+        shard = type(model).from_hugging_face(hf_dir, mapping=Mapping(rank=rank, **mapping))
+        assert shard.num_parameters() < 0.8 * model.num_parameters()
+        return whole(shard, prompts, tp=tp)
+
+    expected = whole(model, prompts)
+    for rank_logits in run_ranks(mapping["world_size"], work):
+        for logits, one in zip(rank_logits, expected, strict=True):
+            assert (logits - one).abs().max() < LOGITS_BOUND
+
+
+def test_two_tensor_ranks_equal_one(hf_dir: Path, model: Any, prompts: list[list[int]]) -> None:
+    check_ranks(hf_dir, model, prompts, world_size=2, tp_size=2)
+
+
+@pytest.mark.parametrize("case", [c for c in tiny_cases() if "num_local_experts" in TINY[c[0]][c[1]]], ids="-".join)
+@pytest.mark.parametrize(("tp_size", "moe_ep_size"), [(2, 2), (4, 2), (4, 4)])
+def test_expert_ranks_equal_one(
+    hf_dir: Path, model: Any, prompts: list[list[int]], tp_size: int, moe_ep_size: int
+) -> None:
+    check_ranks(hf_dir, model, prompts, world_size=tp_size, tp_size=tp_size, moe_ep_size=moe_ep_size)
+
+
+def test_two_stages_equal_one(case: tuple[str, str], hf_dir: Path, model: Any, prompts: list[list[int]]) -> None:
+    cls = get_model_class(case[0])
+    first, last = (
+        cls.from_hugging_face(hf_dir, mapping=Mapping(world_size=2, pp_size=2, rank=rank)) for rank in (0, 1)
+    )
+    assert [spec.layer_idx for spec in (*first.attention_specs(), *last.attention_specs())] == [0, 1]
+    for logits, one in zip(whole(first, prompts, stages=[last]), whole(model, prompts), strict=True):
+        assert torch.equal(logits, one)
+
+
+def test_dummy_model_builds(model: Any, prompts: list[list[int]]) -> None:
+    dummy, again = type(model)(model.config), type(model)(model.config)
+    weights = dict(dummy.named_parameters())
+    assert {n: p.shape for n, p in weights.items()} == {n: p.shape for n, p in model.named_parameters()}
+    for name, parameter in weights.items():
+        assert parameter.isfinite().all() and 0 < parameter.abs().max() <= 1e-3
+        assert torch.equal(parameter, again.get_parameter(name))
+    heads = {tuple(parameter.flatten()[:8].tolist()) for parameter in weights.values()}
+    assert len(heads) == len(weights), "two parameters hold the same values"
+    assert all(logits.isfinite().all() for logits in whole(dummy, prompts))
+
+
+def test_config_survives_a_round_trip(model: Any) -> None:
+    config = model.config
+    assert type(config).from_dict(config.to_dict()) == config
+    assert dataclasses.replace(config) == config

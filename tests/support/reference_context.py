@@ -1,0 +1,194 @@
+"""A `ForwardContext` that is slow and obviously right, and ranks simulated by threads.
+
+Keys and values of each request lie contiguous in float32 tensors; every query is attended by itself, so a token's result
+cannot depend on chunking or on other requests.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lamella_core.context import AttentionSpec, Communicator, SingleRank
+
+
+@dataclass
+class ReferenceCache:
+    """Keys and values of all requests: (request, layer) -> tensors [tokens so far, Hkv, D]."""
+
+    keys: dict[tuple[Hashable, int], torch.Tensor] = field(default_factory=dict)
+    values: dict[tuple[Hashable, int], torch.Tensor] = field(default_factory=dict)
+    lengths: dict[Hashable, int] = field(default_factory=dict)  # tokens whose forward pass is done
+
+    def append(
+        self, request: Hashable, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for store, new in ((self.keys, k), (self.values, v)):
+            old = store.get((request, layer), new[:0])
+            store[request, layer] = torch.cat((old, new))
+        return self.keys[request, layer], self.values[request, layer]
+
+
+class ReferenceContext:
+    """One step over ``segments``: (request, number of its tokens in this step), packed in that order."""
+
+    def __init__(
+        self, cache: ReferenceCache, segments: list[tuple[Hashable, int]], tp: Communicator | None = None
+    ) -> None:
+        self.cache = cache
+        self.segments = segments
+        self.tp = tp or SingleRank()
+
+    def attend(
+        self,
+        spec: AttentionSpec,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        alibi_slopes: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert q.shape[1:] == (spec.num_heads, spec.head_dim) and k.shape[1:] == (spec.num_kv_heads, spec.head_dim)
+        assert sum(count for _, count in self.segments) == q.shape[0] == k.shape[0] == v.shape[0]
+        out, begin = [], 0
+        for request, count in self.segments:
+            rows = slice(begin, begin + count)
+            keys, values = self.cache.append(request, spec.layer_idx, k[rows].float(), v[rows].float())
+            first = keys.shape[0] - count
+            for offset in range(count):
+                visible = slice(_first_visible(spec, first + offset), first + offset + 1)
+                query = q[begin + offset].float()
+                out.append(_attend_one(spec, query, keys[visible], values[visible], alibi_slopes, sink_logits))
+            begin += count
+        return torch.stack(out).to(q.dtype) if out else q.new_zeros(q.shape)
+
+
+def _first_visible(spec: AttentionSpec, position: int) -> int:
+    return 0 if spec.sliding_window is None else max(0, position - spec.sliding_window + 1)
+
+
+def _attend_one(
+    spec: AttentionSpec,
+    query: torch.Tensor,  # [Hq, D]
+    keys: torch.Tensor,  # [n, Hkv, D]
+    values: torch.Tensor,  # [n, Hkv, D]
+    alibi_slopes: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    group = spec.num_heads // spec.num_kv_heads
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    scores = torch.einsum("hd,nhd->hn", query, keys) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if alibi_slopes is not None:
+        distance = torch.arange(-(keys.shape[0] - 1), 1, dtype=torch.float32)
+        scores = scores + alibi_slopes[:, None] * distance
+    if sink_logits is not None:
+        scores = torch.cat((scores, sink_logits.float()[:, None]), dim=1)
+    weights = torch.softmax(scores, dim=-1)[:, : keys.shape[0]]
+    return torch.einsum("hn,nhd->hd", weights, values)
+
+
+@torch.no_grad()
+def forward_step(
+    model: Any,
+    cache: ReferenceCache,
+    tokens: dict[Hashable, list[int]],
+    tp: Communicator | None = None,
+    stages: list[Any] | None = None,
+) -> dict[Hashable, torch.Tensor]:
+    """Runs the next tokens of each request in one step; returns all their logits, [tokens of the request, vocab].
+
+    ``stages`` are the further pipeline stages after ``model``, run one after the other.
+    """
+    segments = [(request, len(ids)) for request, ids in tokens.items()]
+    ctx = ReferenceContext(cache, segments, tp)
+    ids = torch.tensor([token for chunk in tokens.values() for token in chunk])
+    starts = {request: cache.lengths.get(request, 0) for request in tokens}
+    positions = torch.cat([torch.arange(starts[r], starts[r] + count) for r, count in segments])
+    hidden = model(ids, positions, ctx)
+    for stage in stages or []:
+        model = stage
+        hidden = stage(ids, positions, ctx, hidden=hidden)
+    logits = model.compute_logits(hidden, ctx)
+    cache.lengths.update({request: starts[request] + count for request, count in segments})
+    return dict(zip(tokens, logits.split([count for _, count in segments]), strict=True))
+
+
+def greedy(model: Any, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """Returns ``num_tokens`` greedy tokens for each prompt, all prompts batched."""
+    cache = ReferenceCache()
+    pending: dict[Hashable, list[int]] = dict(enumerate(prompts))
+    out: list[list[int]] = [[] for _ in prompts]
+    for _ in range(num_tokens):
+        logits = forward_step(model, cache, pending)
+        pending = {request: [int(rows[-1].argmax())] for request, rows in logits.items()}
+        for request, (token,) in pending.items():
+            out[request].append(token)
+    return out
+
+
+class ThreadGroup:
+    """Collectives among ``size`` threads of this process: `communicator` gives each rank its `Communicator`."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._slots: list[Any] = [None] * size
+        self._barrier = threading.Barrier(size, timeout=60)
+
+    def communicator(self, rank: int) -> ThreadCommunicator:
+        return ThreadCommunicator(self, rank)
+
+    def exchange(self, rank: int, value: torch.Tensor) -> list[torch.Tensor]:
+        self._slots[rank] = value
+        self._barrier.wait()
+        values = list(self._slots)
+        self._barrier.wait()
+        return values
+
+    def abort(self) -> None:
+        self._barrier.abort()
+
+
+class ThreadCommunicator:
+    """A rank's view of a `ThreadGroup`."""
+
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        self._group = group
+        self.rank = rank
+        self.size = group.size
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        values = self._group.exchange(self.rank, x)
+        return torch.stack(values).sum(0)
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return torch.cat(self._group.exchange(self.rank, x), dim=dim)
+
+
+def run_ranks(size: int, work: Callable[[int, Communicator], Any]) -> list[Any]:
+    """Calls ``work(rank, communicator)`` in one thread per rank; returns the results, or raises the first error."""
+    group = ThreadGroup(size)
+    results: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(rank, group.communicator(rank))
+        except BaseException as error:
+            errors.append(error)
+            group.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return results

@@ -1,0 +1,135 @@
+"""Tiny random Hugging Face checkpoints: one or more for every architecture, covering what is special about it.
+
+An entry of `TINY` is (architecture, variant) -> keyword arguments of the transformers config class. `hf_dir` saves the
+model once per session; weights are seeded and large enough that logits differ clearly.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+BASE = {
+    "vocab_size": 131,  # odd: padded when split over two ranks
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2_BASE = {
+    "vocab_size": 131,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20, "factor": 4.0,
+         "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}  # fmt: skip
+
+
+def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
+    return {**BASE, "rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
+
+
+TINY: dict[str, dict[str, dict[str, Any]]] = {
+    "LlamaForCausalLM": {
+        "grouped": BASE,
+        "biased_tied": {**BASE, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True,
+                        "tie_word_embeddings": True},
+        "one_kv_head": {**BASE, "num_key_value_heads": 1},
+        "wide_heads": {**BASE, "head_dim": 24, "hidden_act": "gelu"},
+        "rope_linear": _rope("linear", factor=4.0),
+        "rope_dynamic": {**_rope("dynamic", factor=2.0), "max_position_embeddings": 20},
+        "rope_llama3": _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                             original_max_position_embeddings=32),
+        "rope_yarn": _rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0),
+        "rope_longrope": {**BASE, "max_position_embeddings": 80, "rope_parameters": _LONG},
+    },
+    "MistralForCausalLM": {
+        "window": {**BASE, "sliding_window": 6},
+        "no_window": {**BASE, "sliding_window": None, "head_dim": 16, "tie_word_embeddings": True},
+    },
+    "Qwen2ForCausalLM": {
+        "full": {**BASE, "tie_word_embeddings": True},
+        "upper_window": {**BASE, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+        "layer_types": {**BASE, "use_sliding_window": True, "sliding_window": 5,
+                        "layer_types": ["sliding_attention", "full_attention"]},
+    },
+    "GPT2LMHeadModel": {
+        "tied": GPT2_BASE,
+        "layer_scaled": {**GPT2_BASE, "scale_attn_by_inverse_layer_idx": True, "n_inner": 40, "tie_word_embeddings": False,
+                         "activation_function": "gelu"},
+        "unscaled": {**GPT2_BASE, "scale_attn_weights": False, "activation_function": "relu"},
+    },
+    "MixtralForCausalLM": {
+        "top2": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "top1_window": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 6,
+                        "num_key_value_heads": 1},
+    },
+}  # fmt: skip
+
+
+def tiny_cases() -> list[tuple[str, str]]:
+    """Returns all (architecture, variant) pairs."""
+    return [(architecture, variant) for architecture, variants in TINY.items() for variant in variants]
+
+
+@functools.cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="tiny-models-")
+
+
+@functools.cache
+def hf_dir(architecture: str, variant: str) -> Path:
+    """Returns a directory with config.json and model.safetensors in float32; the same one all session."""
+    import torch
+    import transformers
+
+    model_class = getattr(transformers, architecture)
+    config = model_class.config_class(**TINY[architecture][variant])
+    directory = Path(_root().name) / f"{architecture}-{variant}"
+    torch_state = torch.get_rng_state()
+    model = model_class(config)
+    torch.set_rng_state(torch_state)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{architecture}/{variant}".encode()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(0.1 * noise + (0.0 if name.endswith("bias") else 1.0))
+            else:
+                parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
+    model.save_pretrained(directory)
+    return directory
+
+
+@functools.cache
+def hf_model(architecture: str, variant: str) -> Any:
+    """Returns transformers' own float32 model of `hf_dir`: the oracle."""
+    import torch
+    import transformers
+
+    directory = hf_dir(architecture, variant)
+    model = getattr(transformers, architecture).from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def write_config(directory: Path, **changes: Any) -> Path:
+    """Writes a config.json of the grouped tiny Llama with ``changes`` (None deletes a key); returns the directory."""
+    data: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", **BASE}
+    data.update(changes)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+    return directory
