@@ -87,5 +87,4 @@ def gated(name: str) -> Activation:
         gate, up = x.chunk(2, dim=-1)
         return activation(gate) * up
 
-    fused = getattr(ops, "silu_and_mul", None) if activation is silu else None
-    return fused or apply
+    return ops.silu_and_mul if activation is silu else apply

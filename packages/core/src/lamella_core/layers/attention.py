@@ -8,7 +8,7 @@ from torch import nn
 from lamella_core.config import ModelConfig
 from lamella_core.context import AttentionSpec, ForwardContext
 from lamella_core.layers.linear import QKVParallelLinear, RowParallelLinear
-from lamella_core.layers.rotary import RotaryEmbedding
+from lamella_core.layers.rotary import Rotation
 
 
 class Attention(nn.Module):
@@ -18,7 +18,6 @@ class Attention(nn.Module):
         config: of the whole model.
         index: layer number in the whole model.
         name: dotted path of this module.
-        rotary: applied to queries and keys; None for models with other position encodings.
         qkv_bias: whether the query, key and value projections have one.
         out_bias: whether the output projection has one.
         scale: multiplies the scores; by default ``head_dim ** -0.5``.
@@ -31,7 +30,6 @@ class Attention(nn.Module):
         index: int,
         *,
         name: str,
-        rotary: RotaryEmbedding | None,
         qkv_bias: bool = False,
         out_bias: bool = False,
         scale: float | None = None,
@@ -47,7 +45,6 @@ class Attention(nn.Module):
             scale=config.head_dim**-0.5 if scale is None else scale,
             sliding_window=sliding_window,
         )
-        self.rotary = rotary
         self.qkv_proj = QKVParallelLinear(qkv_bias, config=config, name=f"{name}.qkv_proj")
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim,
@@ -57,11 +54,12 @@ class Attention(nn.Module):
             name=f"{name}.o_proj",
         )
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext) -> torch.Tensor:
+        """Returns [T, H]; ``rotation`` is None where positions enter in another way."""
         spec, tokens = self.spec, x.shape[0]
         heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         q, k, v = self.qkv_proj(x, ctx).view(tokens, sum(heads), spec.head_dim).split(heads, dim=1)
-        if self.rotary is not None:
-            q, k = self.rotary.apply(q, k, positions)
+        if rotation is not None:
+            rotation.apply_(q, k)  # q and k are views of a tensor made above
         out = ctx.attend(spec, q, k, v)
         return self.o_proj(out.reshape(tokens, spec.num_heads * spec.head_dim), ctx)

@@ -8,6 +8,7 @@ from torch import nn
 from lamella_core.context import ForwardContext
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.norm import Norm
+from lamella_core.layers.rotary import Rotation
 
 
 class DecoderLayer(nn.Module):
@@ -21,9 +22,9 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor, ctx: ForwardContext
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, rotation: Rotation | None, ctx: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normed, residual = self.input_norm(hidden, residual)
-        attended = self.attention(normed, positions, ctx)
+        attended = self.attention(normed, rotation, ctx)
         normed, residual = self.mlp_norm(attended, residual)
         return self.mlp(normed, ctx), residual

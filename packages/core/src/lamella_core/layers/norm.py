@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lamella_core.kernels.cpu import ops
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.sharding import replicated
 
@@ -21,21 +22,14 @@ class Norm(nn.Module):
         self.weight = empty_parameter(replicated(hidden_size), dtype)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        total = x if residual is None else x + residual
-        return self.normalize(total), total
-
-    def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the norm of each row, in x's dtype."""
         raise NotImplementedError
 
 
 class RMSNorm(Norm):
     """x / rms(x) * weight (Zhang and Sennrich 2019); the statistics in float32."""
 
-    def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.rms_norm(x, self.weight, self.eps, residual)
 
 
 class LayerNorm(Norm):
@@ -47,5 +41,6 @@ class LayerNorm(Norm):
         super().__init__(hidden_size, eps, dtype)
         self.bias = empty_parameter(replicated(hidden_size), dtype) if bias else None
 
-    def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x if residual is None else x + residual
+        return F.layer_norm(total, (total.shape[-1],), self.weight, self.bias, self.eps), total

@@ -14,19 +14,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lamella_core.config import RopeConfig
 from lamella_core.errors import ConfigError
+from lamella_core.kernels.cpu import ops
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _FIRST_CAPACITY = 2048  # positions in the first table
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """The rotations of one step's tokens, looked up once for all layers."""
+
+    cos: torch.Tensor  # [T, rotary_dim / 2] float32
+    sin: torch.Tensor  # [T, rotary_dim / 2] float32
+    rotary_dim: int
+    interleaved: bool
+
+    def apply_(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        """Rotates q [T, Hq, D] and k [T, Hkv, D] in place."""
+        ops.rope_inplace(q, k, self.cos, self.sin, self.rotary_dim, self.interleaved)
+
+
 class RotaryEmbedding:
-    """Rotates the first ``rotary_dim`` elements of queries and keys by their positions. Shared by a model's layers."""
+    """Turns positions into rotations of the first ``rotary_dim`` elements of queries and keys."""
 
     def __init__(self, rope: RopeConfig, max_position_embeddings: int) -> None:
         if rope.rotary_dim < 2 or rope.rotary_dim % 2:
@@ -41,36 +57,16 @@ class RotaryEmbedding:
         self.max_seq_len = max_seq_len
         self._tables = rotary_tables(self.rope, max_seq_len, self.max_position_embeddings, max_seq_len)
 
-    def reserve(self, positions: torch.Tensor) -> None:
-        """Sees to it that the tables reach all of ``positions`` [T]; call once before the layers of a step."""
-        needed = int(positions.max()) + 1 if positions.numel() else 0
-        held = self._tables[0].shape[0] if self._tables is not None else 0
-        if needed > held:
+    def __call__(self, positions: torch.Tensor) -> Rotation:
+        """Returns the rotations of ``positions`` [T] int64; the tables grow as needed."""
+        needed = int(positions.max()) + 1 if positions.numel() else 1
+        tables = self._tables
+        if tables is None or needed > tables[0].shape[0]:
             capacity = max(_FIRST_CAPACITY, 1 << (needed - 1).bit_length())
-            self._tables = rotary_tables(self.rope, capacity, self.max_position_embeddings, self.max_seq_len)
-
-    def apply(
-        self,
-        q: torch.Tensor,  # [T, Hq, D]
-        k: torch.Tensor,  # [T, Hkv, D]
-        positions: torch.Tensor,  # [T] int64
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns q and k rotated; the tables must have been reserved. The arguments may be overwritten."""
-        if self._tables is None:
-            raise ConfigError("rotary tables are missing: call reserve(positions) before the layers run")
-        cos, sin = (table[positions].unsqueeze(1) for table in self._tables)
-        return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
-
-    def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        dim = self.rope.rotary_dim
-        turned = x[..., :dim].float()
-        if self.rope.interleaved:
-            first, second = turned[..., 0::2], turned[..., 1::2]
-        else:
-            first, second = turned.chunk(2, dim=-1)
-        halves = (first * cos - second * sin, second * cos + first * sin)
-        rotated = torch.stack(halves, -1).flatten(-2) if self.rope.interleaved else torch.cat(halves, -1)
-        return torch.cat((rotated.to(x.dtype), x[..., dim:]), dim=-1)
+            tables = rotary_tables(self.rope, capacity, self.max_position_embeddings, self.max_seq_len)
+            self._tables = tables
+        cos, sin = (table.index_select(0, positions) for table in tables)
+        return Rotation(cos, sin, self.rope.rotary_dim, self.rope.interleaved)
 
 
 def rotary_tables(

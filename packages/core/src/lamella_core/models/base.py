@@ -76,7 +76,7 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         self.lm_head = LMHead(config, tied_to=tied) if mapping.is_last_pp_rank else None
 
     def make_layer(self, index: int) -> nn.Module:
-        """Returns layer ``index``: called with hidden, residual or None, positions, ctx; returns hidden, residual."""
+        """Returns layer ``index``: called with (hidden, residual, rotation, ctx), returns (hidden, residual)."""
         raise NotImplementedError
 
     def make_norm(self) -> Norm:
@@ -99,11 +99,10 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         """Returns hidden states [T, H]: the next stage's input, or what `compute_logits` takes on the last stage."""
         if hidden is None:
             hidden = self.embed(input_ids, positions, ctx)
-        if self.rotary is not None:
-            self.rotary.reserve(positions)
+        rotation = self.rotary(positions) if self.rotary is not None else None
         residual: torch.Tensor | None = None
         for layer in self.layers.values():
-            hidden, residual = layer(hidden, residual, positions, ctx)
+            hidden, residual = layer(hidden, residual, rotation, ctx)
         if self.norm is not None:
             return self.norm(hidden, residual)[0]
         return hidden if residual is None else hidden + residual

@@ -108,9 +108,7 @@ class GPT2LMHeadModel(CausalLM):
             scale /= index + 1
         return DecoderLayer(
             input_norm=self.make_norm(),
-            attention=Attention(
-                config, index, name=f"{name}.attention", rotary=None, qkv_bias=True, out_bias=True, scale=scale
-            ),
+            attention=Attention(config, index, name=f"{name}.attention", qkv_bias=True, out_bias=True, scale=scale),
             mlp_norm=self.make_norm(),
             mlp=MLP(config, name=f"{name}.mlp"),
         )

@@ -57,7 +57,6 @@ class LlamaForCausalLM(CausalLM):
                 config,
                 index,
                 name=f"{name}.attention",
-                rotary=self.rotary,
                 qkv_bias=config.attention_bias,
                 out_bias=config.attention_bias,
             ),

@@ -49,9 +49,7 @@ class MistralForCausalLM(CausalLM):
         config, name = self.config, f"layers.{index}"
         return DecoderLayer(
             input_norm=self.make_norm(),
-            attention=Attention(
-                config, index, name=f"{name}.attention", rotary=self.rotary, sliding_window=config.sliding_window
-            ),
+            attention=Attention(config, index, name=f"{name}.attention", sliding_window=config.sliding_window),
             mlp_norm=self.make_norm(),
             mlp=GatedMLP(config, name=f"{name}.mlp"),
         )

@@ -76,7 +76,6 @@ class Qwen2ForCausalLM(CausalLM):
                 config,
                 index,
                 name=f"{name}.attention",
-                rotary=self.rotary,
                 qkv_bias=True,
                 sliding_window=config.sliding_window if config.layer_types[index] == SLIDING else None,
             ),
