@@ -1,0 +1,58 @@
+"""build(): model in, Engine out. The function reads as the list of its steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lamella_builder import steps
+from lamella_core import engine
+from lamella_core.engine.build_config import BuildConfig
+
+if TYPE_CHECKING:
+    from lamella_core.engine import Engine
+    from lamella_core.models.base import CausalLM
+
+
+def build(
+    model: CausalLM,
+    build_config: BuildConfig | None = None,
+    *,
+    progress: steps.Progress | None = None,
+    tokenizer_dir: Path | str | None = None,
+) -> Engine:
+    """Compiles one rank's model for this machine and the limits it will run with.
+
+    Fusing and sharding happened when the model read its weights. The weights are laid out in place: the engine shares
+    the model's memory, the model stays usable and may be built again. Only with a ``build_config.dtype`` that differs
+    from the model's do the weights move out of it; the model must not be used afterwards.
+
+    Args:
+        model: from `AutoModelForCausalLM`, a model class, or a checkpoint.
+        build_config: limits; None takes the defaults.
+        progress: called with step name, units done and units in all.
+        tokenizer_dir: directory whose tokenizer files `Engine.save` copies into the engine.
+
+    Raises:
+        ConfigError: limits that the model rules out.
+        OutOfMemoryError: the engine cannot be built or run in this machine's memory.
+    """
+    clock, wanted = steps.StepClock(progress), build_config or BuildConfig()
+    with clock.step("resolve limits"):
+        config = wanted.resolved(model.config)
+    with clock.step("plan memory"):
+        steps.plan_memory(model.config, wanted, loaded_bytes=model.weight_bytes()).check()
+    with clock.step("cast") as advance:
+        steps.to_plain(model)
+        model = steps.cast(model, config.dtype, advance)
+    with clock.step("choose kernels") as advance:
+        choices = steps.choose_kernels(model, config, advance)
+    with clock.step("lay out weights") as advance:
+        steps.lay_out(model, choices, advance)
+    return engine.Engine.from_model(
+        model,
+        config,
+        tokenizer_dir=tokenizer_dir,
+        timings=tuple(choice.to_dict() for choice in choices.values()),
+        step_seconds=clock.seconds,
+    )

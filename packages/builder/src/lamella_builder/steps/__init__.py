@@ -1,0 +1,45 @@
+"""The steps of a build, each a function that can be deleted; `lamella_builder.build` is the list of them.
+
+They load when first used: importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lamella_builder.steps.clock import Progress, StepClock
+
+if TYPE_CHECKING:
+    from lamella_builder.steps.casting import cast
+    from lamella_builder.steps.kernels import choose_kernels
+    from lamella_builder.steps.layout import lay_out, to_plain
+    from lamella_builder.steps.memory import MemoryPlan, plan_memory
+
+__all__ = [
+    "MemoryPlan",
+    "Progress",
+    "StepClock",
+    "cast",
+    "choose_kernels",
+    "lay_out",
+    "plan_memory",
+    "to_plain",
+]
+
+_HOMES = {
+    "MemoryPlan": "memory",
+    "cast": "casting",
+    "choose_kernels": "kernels",
+    "lay_out": "layout",
+    "plan_memory": "memory",
+    "to_plain": "layout",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,162 @@
+"""Choosing a matmul kernel for every weight: candidates of each distinct shape are timed on this machine, once."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lamella_builder.steps.clock import Advance
+from lamella_core.checkpoint.layout import MatmulWeight, arrange, matmul_weights
+from lamella_core.engine.build_config import BuildConfig
+from lamella_core.kernels.matmul import MatmulPlan, candidate_plans, default_plan
+
+if TYPE_CHECKING:
+    from lamella_core.models.base import CausalLM
+
+SECONDS_PER_SHAPE = 3.0  # after which the samples so far decide; less for weights below `FULL_TIME_NUMBERS`
+FULL_TIME_NUMBERS = 1 << 20
+SAMPLES = 7  # per candidate and row count, where time allows
+PREFILL_ROWS = 256  # rows of a long prompt chunk; more changes the time in proportion, not the order
+_HOPELESS = 2.0  # a candidate this many times slower than the best at its first sample is not sampled again
+COLD_BYTES = 64 << 20  # of weights that a decoding step walks through, so that caches are as cold as in a model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a choice depends on."""
+
+    n: int
+    k: int
+    dtype: torch.dtype
+    is_output_layer: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan for one shape, and why.
+
+    ``milliseconds`` maps each candidate (as JSON-ready plan, in order) to its median per row count.
+    """
+
+    shape: Shape
+    plan: MatmulPlan
+    count: int  # weights of this shape
+    milliseconds: tuple[tuple[MatmulPlan, dict[int, float]], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the record that goes into the engine."""
+        return {
+            "n": self.shape.n,
+            "k": self.shape.k,
+            "dtype": str(self.shape.dtype).removeprefix("torch."),
+            "count": self.count,
+            "plan": self.plan.to_dict(),
+            "candidates": [
+                {"plan": plan.to_dict(), "milliseconds": {str(m): round(ms, 5) for m, ms in times.items()}}
+                for plan, times in self.milliseconds
+            ],
+        }
+
+
+def choose_kernels(model: CausalLM, build: BuildConfig, advance: Advance) -> dict[Shape, Choice]:
+    """Returns the choice for each shape of matmul in the model.
+
+    float32 weights get only kernels whose rows do not depend on the rows computed with them.
+
+    Args:
+        model: its weights in the plain layout.
+        build: resolved; gives the row counts and ``kernel_selection``.
+        advance: told of each shape.
+    """
+    groups: dict[Shape, list[MatmulWeight]] = {}
+    for held in matmul_weights(model):
+        shape = Shape(held.n, held.k, held.weight.dtype, held.is_output_layer)
+        groups.setdefault(shape, []).append(held)
+    choices = {}
+    for done, (shape, members) in enumerate(groups.items()):
+        choices[shape] = _choose(shape, len(members), build)
+        advance(done + 1, len(groups))
+    return choices
+
+
+def row_counts(shape: Shape, build: BuildConfig) -> list[int]:
+    """Returns the numbers of rows to time: one decoding request, a full batch, a long prompt chunk."""
+    batch = build.opt_num_tokens or build.max_batch_size
+    rows = {1, min(batch, build.max_num_tokens)}
+    if not shape.is_output_layer:
+        rows.add(min(PREFILL_ROWS, build.max_num_tokens))
+    return sorted(rows)
+
+
+def _choose(shape: Shape, count: int, build: BuildConfig) -> Choice:
+    strict = shape.dtype == torch.float32
+    candidates = candidate_plans(shape.dtype, shape.n, shape.k, require_batch_invariant=strict)
+    if build.kernel_selection == "default" or not candidates:
+        return Choice(shape, default_plan(shape.dtype, shape.n, shape.k, batch_invariant=strict), count)
+    if len(candidates) == 1:
+        return Choice(shape, candidates[0], count)
+    medians = time_plans(candidates, shape, row_counts(shape, build))
+    best = min(range(len(candidates)), key=lambda i: _slowdown(medians[i], medians))
+    return Choice(shape, candidates[best], count, tuple(zip(candidates, medians, strict=True)))
+
+
+def _slowdown(times: dict[int, float], all_times: Sequence[dict[int, float]]) -> float:
+    """Returns the log of the geometric mean, over row counts, of how much slower than the best a candidate is."""
+    return sum(math.log(ms / min(other[m] for other in all_times)) for m, ms in times.items()) / len(times)
+
+
+def time_plans(plans: Sequence[MatmulPlan], shape: Shape, rows: Sequence[int]) -> list[dict[int, float]]:
+    """Returns each plan's median milliseconds per row count.
+
+    Candidates are measured in turns, so that a busy moment of the machine hits all of them; the median drops it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.empty(shape.n, shape.k, dtype=shape.dtype).uniform_(-0.05, 0.05, generator=generator)
+    copies = max(1, min(8, COLD_BYTES // max(1, weight.nbytes)))
+    arranged = {layout: arrange(weight, layout) for layout in {plan.layout for plan in plans}}
+    stored = {layout: [w, *(w.clone() for _ in range(copies - 1))] for layout, w in arranged.items()}
+    results: list[dict[int, float]] = [{} for _ in plans]
+    seconds = SECONDS_PER_SHAPE * min(1.0, weight.numel() / FULL_TIME_NUMBERS) / len(rows)
+    for m in rows:
+        x = torch.empty(m, shape.k).uniform_(-1, 1, generator=generator).to(shape.dtype)
+        runs = [_runner(plan, x, stored[plan.layout], shape.n) for plan in plans]
+        for result, median in zip(results, _interleaved(runs, seconds), strict=True):
+            result[m] = median * 1e3
+    return results
+
+
+def _runner(plan: MatmulPlan, x: torch.Tensor, weights: list[torch.Tensor], n: int) -> Callable[[], None]:
+    turn = 0
+
+    def run() -> None:
+        nonlocal turn
+        plan.run(x, weights[turn % len(weights)], n)
+        turn += 1
+
+    return run
+
+
+def _interleaved(runs: Sequence[Callable[[], None]], seconds: float) -> list[float]:
+    """Returns the median seconds of each callable, sampled in turns until `SAMPLES` or the time is reached."""
+    samples: list[list[float]] = [[] for _ in runs]
+    begin = time.perf_counter()
+    for run in runs:
+        run()  # first call: pages, threads and compiled code are made
+    live = list(range(len(runs)))
+    for turn in range(SAMPLES):
+        for index in live:
+            started = time.perf_counter()
+            runs[index]()
+            samples[index].append(time.perf_counter() - started)
+        if turn == 0:
+            fastest = min(times[0] for times in samples)
+            live = [index for index in live if samples[index][0] <= _HOPELESS * fastest]
+        if time.perf_counter() - begin > seconds:
+            break
+    return [statistics.median(times) for times in samples]

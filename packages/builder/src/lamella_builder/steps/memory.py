@@ -1,0 +1,144 @@
+"""The memory plan of an engine, made from a configuration alone before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lamella_builder.steps.kernels import COLD_BYTES
+from lamella_core.config import DTYPES, ModelConfig
+from lamella_core.engine.build_config import BuildConfig
+from lamella_core.errors import OutOfMemoryError
+from lamella_core.host_memory import available_bytes
+from lamella_core.models.registry import get_model_class
+
+if TYPE_CHECKING:
+    from lamella_core.models.base import CausalLM
+
+_BASE_BYTES = 300 << 20  # the interpreter, torch and its threads
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What building and running an engine takes. Bytes are of one rank where not said otherwise.
+
+    Attributes:
+        weight_bytes: weights of each rank, in rank order.
+        largest_weight_bytes: the largest parameter of any rank, held twice while it is laid out.
+        kv_bytes_per_token: keys and values of all layers of the rank that holds most.
+        kv_tokens_wanted: tokens that fill every limit: max_batch_size x max_beam_width x max_seq_len.
+        kv_tokens_least: tokens of one request of max_seq_len with all its beams; of one block when max_seq_len is only
+            the model's own limit, which shorter requests need not reach.
+        activation_bytes: estimate of the largest step's intermediate tensors.
+        available_bytes: free memory of this machine now.
+        loaded_bytes: weights that are in memory already.
+    """
+
+    weight_bytes: tuple[int, ...]
+    largest_weight_bytes: int
+    kv_bytes_per_token: int
+    kv_tokens_wanted: int
+    kv_tokens_least: int
+    activation_bytes: int
+    available_bytes: int
+    loaded_bytes: int = 0
+
+    @property
+    def build_bytes(self) -> int:
+        """Peak of building, one rank after another."""
+        timing = 3 * max(self.largest_weight_bytes, COLD_BYTES)  # copies of one weight in the layouts compared
+        return max(self.weight_bytes) + timing + _BASE_BYTES
+
+    @property
+    def run_bytes(self) -> int:
+        """The least that running all ranks on this machine takes: weights, one step, one full request."""
+        per_rank = self.activation_bytes + self.kv_tokens_least * self.kv_bytes_per_token + _BASE_BYTES
+        return sum(self.weight_bytes) + per_rank * len(self.weight_bytes)
+
+    @property
+    def kv_tokens_that_fit(self) -> int:
+        """Tokens whose keys and values fit in what weights and one step leave free."""
+        ranks = len(self.weight_bytes)
+        fixed = sum(self.weight_bytes) + (self.activation_bytes + _BASE_BYTES) * ranks
+        left = self.available_bytes + self.loaded_bytes - fixed
+        return max(0, left // max(1, self.kv_bytes_per_token * ranks))
+
+    def check(self) -> None:
+        """Refuses what cannot work on this machine.
+
+        Raises:
+            OutOfMemoryError: building, or serving one request of max_seq_len, needs more than there is.
+        """
+        free, size = self.available_bytes + self.loaded_bytes, format_bytes
+        if self.build_bytes > free:
+            raise OutOfMemoryError(
+                f"building takes {size(self.build_bytes)} (one rank's weights are {size(max(self.weight_bytes))}), "
+                f"{size(free)} are free; choose a smaller dtype, raise tp_size or pp_size, or free memory"
+            )
+        if len(self.weight_bytes) == 1 and self.run_bytes > free:
+            kv = self.kv_tokens_least * self.kv_bytes_per_token
+            raise OutOfMemoryError(
+                f"running takes at least {size(self.run_bytes)}: weights {size(sum(self.weight_bytes))}, one step "
+                f"{size(self.activation_bytes)}, keys and values of one request {size(kv)}; {size(free)} are free. Lower "
+                "max_seq_len or max_beam_width (keys and values) or max_num_tokens (step), or choose a smaller dtype"
+            )
+
+
+def plan_memory(config: ModelConfig, build: BuildConfig, *, loaded_bytes: int = 0) -> MemoryPlan:
+    """Returns the memory plan for all ranks of ``config.mapping``.
+
+    Args:
+        config: the model, from any rank.
+        build: limits as the user gave them.
+        loaded_bytes: weights that are in memory already.
+
+    Raises:
+        ConfigError: limits that the model rules out.
+    """
+    wants_whole = build.max_seq_len is not None
+    build = build.resolved(config)
+    model_class = get_model_class(config.architecture, config.model_type)
+    scale = DTYPES[build.dtype or config.dtype].itemsize / config.torch_dtype.itemsize
+    ranks = [
+        model_class.empty(config.with_mapping(config.mapping.with_rank(rank)))
+        for rank in range(config.mapping.world_size)
+    ]
+    seq_len = build.max_seq_len or config.max_position_embeddings
+    least = _resident_tokens(ranks, seq_len) if wants_whole else build.tokens_per_block
+    sequences = build.max_batch_size * build.max_beam_width
+    return MemoryPlan(
+        weight_bytes=tuple(int(model.weight_bytes() * scale) for model in ranks),
+        largest_weight_bytes=int(max(p.nbytes for model in ranks for p in model.parameters()) * scale),
+        kv_bytes_per_token=0 if build.kv_cache_type == "disabled" else int(max(map(kv_bytes_per_token, ranks)) * scale),
+        kv_tokens_wanted=sequences * seq_len,
+        kv_tokens_least=least * build.max_beam_width,
+        activation_bytes=activation_bytes(config, build),
+        available_bytes=available_bytes(),
+        loaded_bytes=loaded_bytes,
+    )
+
+
+def kv_bytes_per_token(model: CausalLM) -> int:
+    """Returns the bytes that one token's keys and values take in all layers of the model's rank, in its dtype."""
+    numbers = sum(2 * spec.num_kv_heads * spec.head_dim for spec in model.attention_specs())
+    return numbers * model.config.torch_dtype.itemsize
+
+
+def _resident_tokens(ranks: list[CausalLM], max_seq_len: int) -> int:
+    windows = [spec.sliding_window or max_seq_len for model in ranks for spec in model.attention_specs()]
+    return min(max_seq_len, max(windows, default=max_seq_len))
+
+
+def activation_bytes(config: ModelConfig, build: BuildConfig) -> int:
+    """Returns an estimate of one step's peak: residual, normed input, QKV, attention and MLP intermediates, logits."""
+    tp = config.mapping.tp_size
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    per_token = 3 * config.hidden_size + max(2 * heads * config.head_dim, 3 * config.intermediate_size) // tp
+    logits = build.max_batch_size * build.max_beam_width * config.vocab_size * 4 * 2  # float32, and the sampler's copy
+    return build.max_num_tokens * per_token * DTYPES[build.dtype or config.dtype].itemsize + logits
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Returns a size for people."""
+    return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB // 10 else f"{num_bytes / (1 << 20):.1f} MiB"
