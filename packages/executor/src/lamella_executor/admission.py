@@ -31,7 +31,7 @@ class EngineLimits:
     max_beam_width: int = 1
     max_input_len: int | None = None  # prompt tokens; None: max_seq_len - 1
     eos_token_ids: tuple[int, ...] = ()
-    can_chunk_prompts: bool = True  # False: a prompt must fit max_num_tokens
+    max_output_len: int | None = None  # generated tokens; None: what max_seq_len leaves
 
 
 def make_request(
@@ -43,7 +43,7 @@ def make_request(
     decoder: TextDecoder | None = None,
     bad_words_ids: Iterable[SequenceOf[int]] = (),
 ) -> RequestState:
-    """Checks one request against the engine's limits and makes its state.
+    """Checks one request against the engine's limits and makes its state. The scheduler's `check_fits` completes it.
 
     ``max_tokens`` is clipped to what ``max_seq_len`` leaves after the prompt; such a request ends with finish_reason
     "length". ``truncate_prompt_tokens`` keeps the last tokens of the prompt.
@@ -62,15 +62,18 @@ def make_request(
         tuple(_token_ids(f"bad_words_ids[{i}]", word, limits.vocab_size)) for i, word in enumerate(bad_words_ids)
     )
     _check_bad_words(params, bad_words)
-    eos = () if params.ignore_eos else (limits.eos_token_ids if params.end_id is None else (params.end_id,))
+    eos = limits.eos_token_ids if params.end_id is None else (params.end_id,)
+    eos = () if params.ignore_eos or params.end_id == -1 else eos
     return RequestState(
         request_id=request_id,
         params=params,
         seed=secrets.randbits(63) if params.seed is None else params.seed,
-        end_id=eos[0] if eos and eos[0] >= 0 else None,
+        end_id=eos[0] if eos else None,
+        extra_end_ids=tuple(eos[1:]),
         max_tokens=min(params.max_tokens, limits.max_seq_len - len(prompt)),
         sequences=[Sequence(index=0, token_ids=prompt, num_prompt_tokens=len(prompt), decoder=decoder)],
         arrival_s=time.monotonic(),
+        prompt_logprobs=[None] if params.prompt_logprobs is not None else [],  # the first token has none
         bad_words_ids=bad_words,
     )
 
@@ -113,25 +116,13 @@ def _check_prompt(prompt: list[int], limits: EngineLimits) -> None:
             f"one of them generated; max_input_len {limits.max_input_len}). Shorten it, set "
             "SamplingParams.truncate_prompt_tokens, or build with a larger max_seq_len"
         )
-    if not limits.can_chunk_prompts and len(prompt) > limits.max_num_tokens:
-        raise RequestError(
-            f"the prompt has {len(prompt)} tokens and max_num_tokens is {limits.max_num_tokens}; set "
-            "SchedulerConfig(enable_chunked_prefill=True) or build with a larger max_num_tokens"
-        )
 
 
 def _check_params(params: SamplingParams, limits: EngineLimits, decoder: TextDecoder | None) -> None:
-    if params.use_beam_search and params.width > limits.max_beam_width:
+    if limits.max_output_len is not None and params.max_tokens > limits.max_output_len:
         raise RequestError(
-            f"SamplingParams: the beam width is {params.width}; this engine allows at most {limits.max_beam_width}. "
-            "Lower best_of (or n), or build with a larger max_beam_width"
-        )
-    most = min(limits.max_batch_size, limits.max_num_tokens) if not params.use_beam_search else limits.max_num_tokens
-    if params.width > most:
-        raise RequestError(
-            f"SamplingParams: n={params.n}, best_of={params.best_of} needs {params.width} sequences in one step; this "
-            f"engine computes at most {most} (max_batch_size {limits.max_batch_size}, max_num_tokens "
-            f"{limits.max_num_tokens}). Lower n and best_of, or build with larger limits"
+            f"SamplingParams.max_tokens is {params.max_tokens}; this engine was built with kv_cache_type='disabled' "
+            f"and computes prompts only: set max_tokens={limits.max_output_len}, or build with kv_cache_type='paged'"
         )
     if params.stop and decoder is None:
         raise RequestError(

@@ -6,10 +6,10 @@ import atexit
 import itertools
 import logging
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Protocol
 
+from lamella_executor.failures import detach
 from lamella_executor.mailbox import Abort, Command, Mailbox, Submit
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _run(loop: Loop, mailbox: Mailbox) -> None:
     try:
         cause = _drive(loop, mailbox)
         if cause is not None:
-            traceback.clear_frames(cause.__traceback__)  # the error may outlive the engine; the model must not
+            detach(cause)
         mailbox.close(cause)
         loop.fail_all(mailbox.dead_error)
     finally:

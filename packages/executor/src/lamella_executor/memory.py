@@ -88,8 +88,8 @@ def plan_kv_cache(
         if num_blocks > most:
             raise OutOfMemoryError(
                 f"{value}, which takes {num_blocks * block_bytes / _MIB:.0f} MiB of KV cache; {free / _MIB:.0f} MiB "
-                f"are free and {EXPLICIT_FRACTION:.0%} of them may be used. At most {most * tokens_per_block} tokens fit: "
-                f"lower {knob}"
+                f"are free and {EXPLICIT_FRACTION:.0%} of them may be used. At most {most * tokens_per_block} tokens "
+                f"fit: lower {knob}"
             )
     else:
         per_sequence = -(-demand.max_resident_tokens // tokens_per_block)

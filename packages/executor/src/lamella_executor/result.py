@@ -209,6 +209,7 @@ class GenerationResult:
             error = copy.copy(self._error)  # each waiter raises its own: tracebacks are written into the object
             error.__cause__ = self._error.__cause__
             raise error
+        self._take()
         return self
 
     async def _until_done(self) -> None:

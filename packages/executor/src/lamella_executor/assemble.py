@@ -1,0 +1,155 @@
+"""assemble(): an engine and its configuration become the parts that an executor runs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lamella_core.checkpoint.formats import detect_format
+from lamella_core.engine import BuildConfig, Engine
+from lamella_core.errors import ConfigError, EngineFormatError
+from lamella_executor.admission import EngineLimits
+from lamella_executor.attention.paged_cpu import LayerWindow, PagedKvCache, layer_windows
+from lamella_executor.config import KvCacheConfig, SchedulerConfig
+from lamella_executor.kv_cache.manager import KvCacheManager
+from lamella_executor.loop import EngineLoop
+from lamella_executor.memory import KvCacheDemand, plan_kv_cache
+from lamella_executor.runner.model_runner import ModelRunner
+from lamella_executor.sampler.sampler import Sampler
+from lamella_executor.scheduler.scheduler import Scheduler
+from lamella_executor.sequence import RequestState
+from lamella_executor.stats import StatsBuffer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExecutorParts:
+    """What `GenerationExecutor` is made of."""
+
+    loop: EngineLoop
+    limits: EngineLimits
+    stats: StatsBuffer
+    check_fits: Callable[[RequestState], None]
+
+
+def assemble(
+    engine: Engine | str | Path,
+    kv_config: KvCacheConfig,
+    scheduler_config: SchedulerConfig,
+    *,
+    max_batch_size: int | None = None,
+    max_num_tokens: int | None = None,
+    stats_capacity: int = 1000,
+) -> ExecutorParts:
+    """Loads the model, sizes and reserves the KV cache, and connects the parts; see `GenerationExecutor.create`."""
+    engine = _load(engine)
+    engine.check_processes(1)
+    warning = engine.check_cpu()
+    if warning is not None:
+        logger.warning("%s", warning)
+    build, config = engine.spec.build, engine.spec.model
+    limits = _limits(engine, max_batch_size, max_num_tokens)
+    model = engine.model()
+    model.set_max_seq_len(limits.max_seq_len)
+    specs = model.attention_specs()
+    windows = layer_windows(specs, _windows(kv_config), kv_config.sink_token_length)
+    window = _widest(windows)
+    tokens_per_block = _tokens_per_block(build, kv_config, limits.max_seq_len)
+    demand = _demand(build, limits, window, kv_config.sink_token_length, tokens_per_block)
+    plan = plan_kv_cache(specs, config.torch_dtype, tokens_per_block, kv_config, demand)
+    logger.info("KV cache: %d blocks of %d tokens, %d bytes", plan.num_blocks, tokens_per_block, plan.num_bytes)
+    is_paged = build.kv_cache_type == "paged"
+    kv = KvCacheManager(
+        plan.num_blocks,
+        tokens_per_block,
+        enable_block_reuse=kv_config.enable_block_reuse and is_paged,
+        enable_partial_reuse=kv_config.enable_partial_reuse and is_paged,
+        window=window,
+        num_sinks=kv_config.sink_token_length,
+    )
+    scheduler = Scheduler(
+        kv,
+        max_batch_size=limits.max_batch_size,
+        max_num_tokens=limits.max_num_tokens,
+        policy=scheduler_config.capacity_scheduler_policy,
+        enable_chunked_prefill=scheduler_config.enable_chunked_prefill,
+        max_beam_width=limits.max_beam_width,
+    )
+    runner = ModelRunner(model, PagedKvCache(specs, plan.num_blocks, tokens_per_block, config.torch_dtype), windows)
+    stats = StatsBuffer(stats_capacity)
+    loop = EngineLoop(runner, scheduler, kv, Sampler(config.vocab_size), stats)
+    return ExecutorParts(loop, limits, stats, scheduler.check_fits)
+
+
+def _load(engine: Engine | str | Path) -> Engine:
+    if isinstance(engine, Engine):
+        return engine
+    found = detect_format(engine)
+    if found != "engine":
+        what = {"hugging_face": "a Hugging Face directory", "checkpoint": "a Lamella checkpoint"}[found]
+        raise EngineFormatError(
+            f"{engine} is {what}, and the executor runs engines: build one with lamella-build or lamella_builder, "
+            "or use lamella.LLM, which takes all three"
+        )
+    return Engine.load(engine)
+
+
+def _limits(engine: Engine, max_batch_size: int | None, max_num_tokens: int | None) -> EngineLimits:
+    build, config = engine.spec.build, engine.spec.model
+    return EngineLimits(
+        vocab_size=config.vocab_size,
+        max_seq_len=build.max_seq_len or config.max_position_embeddings,
+        max_batch_size=_lowered("max_batch_size", max_batch_size, build.max_batch_size),
+        max_num_tokens=_lowered("max_num_tokens", max_num_tokens, build.max_num_tokens),
+        max_beam_width=build.max_beam_width,
+        max_input_len=build.max_input_len,
+        eos_token_ids=config.eos_token_ids,
+        max_output_len=1 if build.kv_cache_type == "disabled" else None,
+    )
+
+
+def _lowered(name: str, asked: int | None, built: int) -> int:
+    if asked is None:
+        return built
+    if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= built:
+        raise ConfigError(
+            f"{name} is {asked!r}; the engine was built for {built}, so it must be in 1..{built}. Build again for more"
+        )
+    return asked
+
+
+def _windows(kv_config: KvCacheConfig) -> tuple[int, ...] | None:
+    window = kv_config.max_attention_window
+    return (window,) if isinstance(window, int) else window
+
+
+def _widest(windows: dict[int, LayerWindow]) -> int | None:
+    """Returns how far back some layer looks; None if one sees everything."""
+    lengths = [window.length for window in windows.values()]
+    return max(lengths) if lengths and all(lengths) else None
+
+
+def _tokens_per_block(build: BuildConfig, kv_config: KvCacheConfig, max_seq_len: int) -> int:
+    if build.kv_cache_type == "continuous":
+        if kv_config.tokens_per_block not in (None, max_seq_len):
+            raise ConfigError(
+                f"KvCacheConfig.tokens_per_block is {kv_config.tokens_per_block}, but the engine was built with "
+                f"kv_cache_type='continuous', one block of max_seq_len {max_seq_len} per sequence; leave it unset"
+            )
+        return max_seq_len
+    return kv_config.tokens_per_block or build.tokens_per_block
+
+
+def _demand(
+    build: BuildConfig, limits: EngineLimits, window: int | None, num_sinks: int, tokens_per_block: int
+) -> KvCacheDemand:
+    resident = limits.max_seq_len
+    if window is not None:  # sinks, window and the chunk being computed, each rounded up to blocks
+        resident = min(resident, num_sinks + window + limits.max_num_tokens + 2 * tokens_per_block)
+    return KvCacheDemand(limits.max_batch_size * build.max_beam_width, resident)

@@ -1,0 +1,23 @@
+"""Errors that outlive the step they came from."""
+
+from __future__ import annotations
+
+import traceback
+
+
+def detach(error: BaseException) -> None:
+    """Takes the tracebacks out of an error and what caused it; the text becomes a note (Python 3.11 and later).
+
+    A result may be kept long after its engine is gone, and a traceback's frames would keep the model in memory.
+    """
+    text = "".join(traceback.format_exception(error))
+    pending, seen = [error], set()
+    while pending:
+        current = pending.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        current.__traceback__ = None
+        pending += [e for e in (current.__cause__, current.__context__) if e is not None]
+    if hasattr(error, "add_note"):
+        error.add_note(f"Where it came from:\n{text}")
