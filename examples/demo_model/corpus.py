@@ -4,7 +4,8 @@
 
 Document ``i`` of a seed is always the same text. A document belongs to the held-out split when the hash of its key
 falls into the first of ``SPLIT_BUCKETS`` buckets. The key of a story is its shape, hero, species and place, the key of
-a short chat its whole text; both follow from the text alone, so no document occurs in both splits, whatever the seeds.
+a short chat or a fragment its whole text; all follow from the text alone, so no document occurs in both splits,
+whatever the seeds.
 """
 
 from __future__ import annotations
@@ -25,8 +26,18 @@ EOS = "</s>"
 SPLIT_BUCKETS = 40
 SPLITS = ("train", "heldout")
 
-_KINDS = ("story", "titled", "questions", "chapters", "chat_story", "chat_reading", "chat_short", "plain_short")
-_KIND_WEIGHTS = (38, 8, 8, 6, 18, 8, 11, 3)
+_KINDS = (
+    "story",
+    "titled",
+    "questions",
+    "chapters",
+    "chat_story",
+    "chat_reading",
+    "chat_short",
+    "plain_short",
+    "fragment",
+)
+_KIND_WEIGHTS = (34, 8, 8, 6, 18, 8, 11, 3, 8)
 _REQUESTS = (
     "Tell me a story about {t}.",
     "Please tell me a story about {t}.",
@@ -136,6 +147,13 @@ def _short_text(kind: str, rng: random.Random) -> str:
     return render_chat(turns, rng.choice(_SYSTEM_PROMPTS) if rng.random() < 0.1 else "")
 
 
+def _fragment_text(rng: random.Random) -> str:
+    """A story that starts after its first paragraph, with the species put behind the first mention of the hero."""
+    plot = flesh_out(draw_plot(rng), rng)
+    hero = plot.hero
+    return "\n".join(tell(plot, rng)[1:]).replace(f"{hero.name} ", f"{hero.name} the {hero.species.kind} ", 1)
+
+
 def make_document(seed: int, index: int, split: str) -> Document:
     """Document number ``index`` of a seed and split.
 
@@ -147,8 +165,8 @@ def make_document(seed: int, index: int, split: str) -> Document:
     rng = random.Random(f"{seed}/{split}/{index}")
     kind = rng.choices(_KINDS, _KIND_WEIGHTS)[0]
     while True:
-        if kind.endswith("_short"):
-            text = _short_text(kind, rng)
+        if kind == "fragment" or kind.endswith("_short"):
+            text = _fragment_text(rng) if kind == "fragment" else _short_text(kind, rng)
             if split_of(text) == split:
                 return Document(kind, text, text)
             continue

@@ -52,6 +52,12 @@ _HOW_LOST = {
 }
 _SLOW = ("turtle", "hedgehog", "mole", "pig", "duck", "donkey", "badger", "bear", "elephant", "panda", "hen")
 _FAST = ("rabbit", "deer", "pony", "dog", "fox", "goat", "squirrel", "cat", "monkey")
+_SAID = re.compile(r'(," (?:said|asked|called) [A-Z]\w+)\.')
+_VOICE_RATE = 0.25
+_MADE_UP_RATE = 0.06
+_SYLLABLES = (
+    "ba bo da do el fa fi ga jo ka ki la lo lu ma mi mo na ne no pa pi ra ri ro sa shi ta ti to va vi wa zo".split()
+)
 _WITHOUT_ASIDES = ("rain", "night", "snow")
 _ASIDE_RATE = 0.3
 
@@ -188,9 +194,11 @@ def draw_character(
         for s in SPECIES
         if s.gender in ("any", gender) and (not among or s.kind in among) and (avoid is None or s is not avoid.species)
     ]
-    names = SHE_NAMES if gender == "she" else HE_NAMES
+    name = rng.choice(SHE_NAMES if gender == "she" else HE_NAMES)
+    if rng.random() < _MADE_UP_RATE:
+        name = "".join(rng.choices(_SYLLABLES, k=rng.choice((2, 2, 3)))).capitalize()
     small = rng.choice(("little", "little", "little", "small", "young"))
-    return Character(rng.choice(names), rng.choice(kinds), gender, rng.choice(tuple(TRAITS)), small)
+    return Character(name, rng.choice(kinds), gender, rng.choice(tuple(TRAITS)), small)
 
 
 def draw_plot(rng: random.Random, shape: Shape | None = None, hero: Character | None = None) -> Plot:
@@ -302,11 +310,18 @@ def flesh_out(plot: Plot, rng: random.Random) -> Plot:
     return replace(plot, facts=facts)
 
 
+def _beat(wordings: tuple[str, ...], plot: Plot, rng: random.Random) -> str:
+    """One beat in one of its wordings; who speaks sometimes does so in a certain voice."""
+
+    def add_voice(match: re.Match[str]) -> str:
+        return match.group(1) + (fill(" {voice}.", {}, rng) if rng.random() < _VOICE_RATE else ".")
+
+    return _SAID.sub(add_voice, fill(rng.choice(wordings), plot.facts, rng))
+
+
 def tell(plot: Plot, rng: random.Random) -> list[str]:
     """Write a fleshed-out plot as its paragraphs; all but the last may end in an aside about nothing in particular."""
-    paragraphs = [
-        " ".join(fill(rng.choice(beat), plot.facts, rng) for beat in paragraph) for paragraph in plot.shape.paragraphs
-    ]
+    paragraphs = [" ".join(_beat(beat, plot, rng) for beat in paragraph) for paragraph in plot.shape.paragraphs]
     if plot.shape.name in _WITHOUT_ASIDES:
         return paragraphs
     asides = [rng.random() < _ASIDE_RATE and i + 1 < len(paragraphs) for i in range(len(paragraphs))]
