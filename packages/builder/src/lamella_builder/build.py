@@ -10,7 +10,7 @@ from lamella_core import engine
 from lamella_core.engine.build_config import BuildConfig
 
 if TYPE_CHECKING:
-    from lamella_core.engine import Engine
+    from lamella_core.engine import Engine, EngineSpec
     from lamella_core.models.base import CausalLM
 
 
@@ -20,6 +20,7 @@ def build(
     *,
     progress: steps.Progress | None = None,
     tokenizer_dir: Path | str | None = None,
+    like: EngineSpec | None = None,
 ) -> Engine:
     """Compiles one rank's model for this machine and the limits it will run with.
 
@@ -32,6 +33,7 @@ def build(
         build_config: limits; None takes the defaults.
         progress: called with step name, units done and units in all.
         tokenizer_dir: directory whose tokenizer files `Engine.save` copies into the engine.
+        like: spec of another rank of the same model, built before: its kernels are taken over, not timed again.
 
     Raises:
         ConfigError: limits that the model rules out.
@@ -46,7 +48,8 @@ def build(
         steps.to_plain(model)
         model = steps.cast(model, config.dtype, advance)
     with clock.step("choose kernels") as advance:
-        choices = steps.choose_kernels(model, config, advance)
+        known = steps.recorded_choices(like) if like is not None else None
+        choices = steps.choose_kernels(model, config, advance, known)
     with clock.step("lay out weights") as advance:
         steps.lay_out(model, choices, advance)
     return engine.Engine.from_model(

@@ -12,7 +12,7 @@ from lamella_builder.steps.clock import Progress, StepClock
 
 if TYPE_CHECKING:
     from lamella_builder.steps.casting import cast
-    from lamella_builder.steps.kernels import choose_kernels
+    from lamella_builder.steps.kernels import choose_kernels, recorded_choices
     from lamella_builder.steps.layout import lay_out, to_plain
     from lamella_builder.steps.memory import MemoryPlan, plan_memory
 
@@ -24,6 +24,7 @@ __all__ = [
     "choose_kernels",
     "lay_out",
     "plan_memory",
+    "recorded_choices",
     "to_plain",
 ]
 
@@ -33,6 +34,7 @@ _HOMES = {
     "choose_kernels": "kernels",
     "lay_out": "layout",
     "plan_memory": "memory",
+    "recorded_choices": "kernels",
     "to_plain": "layout",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,17 @@ import torch
 
 from lamella_builder.steps.clock import Advance
 from lamella_core.checkpoint.layout import MatmulWeight, arrange, matmul_weights
+from lamella_core.config import DTYPES
 from lamella_core.engine.build_config import BuildConfig
 from lamella_core.kernels.matmul import MatmulPlan, candidate_plans, default_plan
 
 if TYPE_CHECKING:
+    from lamella_core.engine import EngineSpec
     from lamella_core.models.base import CausalLM
 
 SECONDS_PER_SHAPE = 3.0  # after which the samples so far decide; less for weights below `FULL_TIME_NUMBERS`
 FULL_TIME_NUMBERS = 1 << 20
+LEAST_TIMED_NUMBERS = 1 << 16  # below, a call's overhead outweighs its arithmetic: the default plan serves
 SAMPLES = 7  # per candidate and row count, where time allows
 PREFILL_ROWS = 256  # rows of a long prompt chunk; more changes the time in proportion, not the order
 _HOPELESS = 2.0  # a candidate this many times slower than the best at its first sample is not sampled again
@@ -55,6 +58,7 @@ class Choice:
             "n": self.shape.n,
             "k": self.shape.k,
             "dtype": str(self.shape.dtype).removeprefix("torch."),
+            "is_output_layer": self.shape.is_output_layer,
             "count": self.count,
             "plan": self.plan.to_dict(),
             "candidates": [
@@ -64,7 +68,18 @@ class Choice:
         }
 
 
-def choose_kernels(model: CausalLM, build: BuildConfig, advance: Advance) -> dict[Shape, Choice]:
+def recorded_choices(spec: EngineSpec) -> dict[Shape, Choice]:
+    """Returns the choices that an engine was built with, so that another rank of the same model makes the same."""
+    choices = {}
+    for record in spec.timings:
+        shape = Shape(record["n"], record["k"], DTYPES[record["dtype"]], record["is_output_layer"])
+        choices[shape] = Choice(shape, MatmulPlan.from_dict(record["plan"]), record["count"])
+    return choices
+
+
+def choose_kernels(
+    model: CausalLM, build: BuildConfig, advance: Advance, known: Mapping[Shape, Choice] | None = None
+) -> dict[Shape, Choice]:
     """Returns the choice for each shape of matmul in the model.
 
     float32 weights get only kernels whose rows do not depend on the rows computed with them.
@@ -73,14 +88,16 @@ def choose_kernels(model: CausalLM, build: BuildConfig, advance: Advance) -> dic
         model: its weights in the plain layout.
         build: resolved; gives the row counts and ``kernel_selection``.
         advance: told of each shape.
+        known: choices to take over.
     """
+    known = known or {}
     groups: dict[Shape, list[MatmulWeight]] = {}
     for held in matmul_weights(model):
         shape = Shape(held.n, held.k, held.weight.dtype, held.is_output_layer)
         groups.setdefault(shape, []).append(held)
     choices = {}
     for done, (shape, members) in enumerate(groups.items()):
-        choices[shape] = _choose(shape, len(members), build)
+        choices[shape] = known[shape] if shape in known else _choose(shape, len(members), build)
         advance(done + 1, len(groups))
     return choices
 
@@ -97,7 +114,8 @@ def row_counts(shape: Shape, build: BuildConfig) -> list[int]:
 def _choose(shape: Shape, count: int, build: BuildConfig) -> Choice:
     strict = shape.dtype == torch.float32
     candidates = candidate_plans(shape.dtype, shape.n, shape.k, require_batch_invariant=strict)
-    if build.kernel_selection == "default" or not candidates:
+    too_small = shape.n * shape.k < LEAST_TIMED_NUMBERS
+    if build.kernel_selection == "default" or too_small or not candidates:
         return Choice(shape, default_plan(shape.dtype, shape.n, shape.k, batch_invariant=strict), count)
     if len(candidates) == 1:
         return Choice(shape, candidates[0], count)

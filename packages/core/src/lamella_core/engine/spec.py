@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lamella_core import __version__
 from lamella_core.checkpoint.formats import ENGINE_FILE
 from lamella_core.checkpoint.native import stored_config
 from lamella_core.config import ModelConfig
@@ -16,15 +15,6 @@ from lamella_core.engine.build_config import BuildConfig
 from lamella_core.errors import ConfigError, EngineFormatError
 
 SCHEMA_VERSION = 1
-
-
-@lru_cache(maxsize=1)
-def lamella_version() -> str:
-    """Returns the installed version of lamella-core."""
-    try:
-        return version("lamella-core")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ class EngineSpec:
     timings: tuple[Mapping[str, Any], ...] = ()
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
-    lamella_version: str = field(default_factory=lamella_version)
+    lamella_version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-ready fields."""
@@ -116,6 +106,6 @@ def check_schema(data: Mapping[str, Any], path: Path) -> None:
     if found > SCHEMA_VERSION:
         writer = data.get("lamella_version", "a newer version")
         raise EngineFormatError(
-            f"{path} has schema {found}, written by Lamella {writer}; version {lamella_version()} reads up to schema "
+            f"{path} has schema {found}, written by Lamella {writer}; version {__version__} reads up to schema "
             f"{SCHEMA_VERSION}. Upgrade Lamella, or build the engine again"
         )

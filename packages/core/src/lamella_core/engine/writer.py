@@ -87,6 +87,8 @@ class EngineWriter:
             self._spec = spec
         else:
             merged = {**spec.plans, **self._spec.plans}
+            if any(spec.plans[name] != merged[name] for name in spec.plans):
+                raise EngineFormatError(f"rank {rank} was built with other kernels than the ranks before: pass like=")
             self._spec = replace(self._spec, plans=merged)
         path = self._work / rank_file(rank)
         write_safetensors(path, weights)
