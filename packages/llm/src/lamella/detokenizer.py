@@ -1,9 +1,9 @@
 """Text from tokens as they come: the `TextDecoder` that the executor feeds.
 
 A tokenizer's decode is not additive: a character may be split over tokens, and decoders treat the first token
-specially. So each new piece is the difference between two decodes over a short window that starts with tokens whose text is
-already out (they give the context), and nothing is emitted while the window ends in half a character. The cost per
-token does not depend on how long the text is.
+specially. So each new piece is the difference between two decodes over a short window that starts with tokens whose
+text is already out (they give the context), and nothing is emitted while the window ends in half a character. The cost
+per token does not depend on how long the text is.
 
 The pieces add up to the full decode, with one exception: tokenizers with byte fallback turn a whole run of byte tokens
 into U+FFFD when one of them is invalid, which would take back characters that are already out. Those stay.

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from lamella.args import LlmArgs
 from lamella.loading import open_engine, save_engine
@@ -93,6 +93,27 @@ class LLM:
     def tokenizer(self) -> TokenizerBase | None:
         return self._tokenizer
 
+    @property
+    def engine(self) -> Engine:
+        """What runs: weights, limits and kernel choices."""
+        return self._engine
+
+    @overload
+    def generate(
+        self,
+        inputs: str | dict[str, Any] | list[int],
+        sampling_params: SamplingParams | None = ...,
+        use_tqdm: bool = ...,
+    ) -> RequestOutput: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: list[str] | list[dict[str, Any]] | list[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = ...,
+        use_tqdm: bool = ...,
+    ) -> list[RequestOutput]: ...
+
     def generate(
         self,
         inputs: PromptInput | Sequence[PromptInput],
@@ -118,9 +139,9 @@ class LLM:
         """
         single = is_single(inputs)
         if single:
-            outputs = [self.generate_async(inputs, sampling_params)]  # type: ignore[arg-type]
+            outputs = [self.generate_async(inputs, one_params(sampling_params))]  # type: ignore[arg-type]
         else:
-            prompts = list(inputs)  # type: ignore[arg-type]
+            prompts = list(inputs)
             params = params_for(sampling_params, len(prompts))
             outputs = submit_batch(self._executor, prompts, params, self._tokenizer)
         try:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lamella.args import LlmArgs
 from lamella.tokenizer import TokenizerBase
 from lamella_builder import build
-from lamella_core import AutoModelForCausalLM
+from lamella_core.auto import AutoModelForCausalLM
 from lamella_core.checkpoint.formats import detect_format
 from lamella_core.config import resolve_dtype
-from lamella_core.engine import Engine
+from lamella_core.engine import Engine, EngineWriter
 from lamella_core.errors import ConfigError
 from lamella_core.hub import resolve_model_dir
+
+logger = logging.getLogger(__name__)
 
 
 def open_engine(args: LlmArgs) -> tuple[Engine, Path | None]:
@@ -38,7 +44,29 @@ def open_engine(args: LlmArgs) -> tuple[Engine, Path | None]:
         model = AutoModelForCausalLM.from_hugging_face(
             directory, dtype=args.dtype, quant_config=args.quant_config, load_format=args.load_format
         )
-    return build(model, args.resolved_build_config()), directory
+    with _progress(args.enable_tqdm) as progress:
+        return build(model, args.resolved_build_config(), progress=progress, tokenizer_dir=directory), directory
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Yields a callback that draws one bar per build step, or None."""
+    if not shown:
+        yield None
+        return
+    from tqdm import tqdm
+
+    bar = tqdm(desc="build", unit="unit")
+
+    def update(step: str, done: int, total: int) -> None:
+        bar.set_description(step, refresh=False)
+        bar.n, bar.total = done, total
+        bar.refresh()
+
+    try:
+        yield update
+    finally:
+        bar.close()
 
 
 def _checked(engine: Engine, args: LlmArgs) -> Engine:
@@ -81,7 +109,15 @@ def _check_same(args: LlmArgs, dtype: str, quantization: object, what: str) -> N
 
 
 def save_engine(engine: Engine, tokenizer: TokenizerBase | None, directory: Path) -> None:
-    """Writes an engine directory with the tokenizer's files in it."""
-    engine.save(directory)
-    if tokenizer is not None:
-        tokenizer.save(directory)
+    """Writes an engine directory, atomically, with the tokenizer that is in use (None: the model's own)."""
+    with TemporaryDirectory() as scratch:
+        files = engine.tokenizer_dir if tokenizer is None else tokenizer.directory
+        if tokenizer is not None and files is None:
+            files = Path(scratch) if tokenizer.save(Path(scratch)) else None
+            if files is None:
+                logger.warning(
+                    "%s cannot be saved; pass tokenizer= when %s is opened", type(tokenizer).__name__, directory
+                )
+        with EngineWriter(directory, tokenizer_dir=files) as writer:
+            for rank in engine.ranks:
+                writer.add_rank(rank, engine.spec, engine.weights(rank))

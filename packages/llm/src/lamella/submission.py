@@ -38,9 +38,11 @@ def submit_batch(
             prepared.append(prepare(prompt, one, tokenizer))
         for request in prepared:
             outputs.append(submit(executor, request))
-    except RequestError as error:
+    except BaseException as error:
         for output in outputs:
             output.abort()
+        if not isinstance(error, RequestError):
+            raise
         index = len(prepared) if len(prepared) < len(prompts) else len(outputs)
         raise type(error)(f"prompt {index}: {error}") from error
     return outputs

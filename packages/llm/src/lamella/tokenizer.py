@@ -15,12 +15,6 @@ from typing import Any
 
 from lamella_core.errors import ConfigError, RequestError
 
-# What a directory needs for encoding and chat; `LLM.save` copies these beside the engine.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
-
 
 def check_text(text: object, what: str = "prompt") -> str:
     """Returns ``text`` if it is a non-empty string that UTF-8 can hold.
@@ -51,6 +45,7 @@ class TokenizerBase(ABC):
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     special_token_ids: frozenset[int] = frozenset()  # what skip_special_tokens leaves out
+    directory: Path | None = None  # where its files are, if they are on disk
 
     @abstractmethod
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -84,7 +79,7 @@ class TokenizerBase(ABC):
         return [self.decode([i], skip_special_tokens=False) for i in ids]
 
     def save(self, directory: Path) -> bool:
-        """Writes the tokenizer's files into ``directory``; returns False when it has none."""
+        """Writes the tokenizer's files into ``directory``; returns False when it has none. For those not on disk."""
         return False
 
 
@@ -97,7 +92,7 @@ class TokenizersTokenizer(TokenizerBase):
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
         from tokenizers import Tokenizer
 
-        self._directory = directory
+        self.directory = directory
         self._backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -112,7 +107,7 @@ class TokenizersTokenizer(TokenizerBase):
 
     @cached_property
     def _full(self) -> TransformersTokenizer:
-        return TransformersTokenizer.load(str(self._directory))
+        return TransformersTokenizer.load(str(self.directory))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -127,10 +122,6 @@ class TokenizersTokenizer(TokenizerBase):
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         return [self._backend.id_to_token(i) or "" for i in ids]
-
-    def save(self, directory: Path) -> bool:
-        _copy_tokenizer_files(self._directory, directory)
-        return True
 
 
 class TransformersTokenizer(TokenizerBase):
@@ -166,7 +157,9 @@ class TransformersTokenizer(TokenizerBase):
                 f"no usable tokenizer in {source!r} ({reason}); pass tokenizer= (a directory or an object), or "
                 "skip_tokenizer_init=True and prompts of token ids"
             ) from error
-        return cls(tokenizer)
+        loaded = cls(tokenizer)
+        loaded.directory = Path(source) if Path(source).is_dir() else None
+        return loaded
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if self._backend is not None:
@@ -263,9 +256,3 @@ def _keywords(function: Any, names: tuple[str, ...]) -> frozenset[str]:
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return frozenset(names)
     return frozenset(n for n in names if n in parameters)
-
-
-def _copy_tokenizer_files(source: Path, target: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and source.resolve() != target.resolve():
-            (target / name).write_bytes((source / name).read_bytes())

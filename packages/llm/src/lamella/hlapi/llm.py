@@ -98,7 +98,7 @@ class LLM:
     ) -> RequestOutput | list[RequestOutput]:
         """Generates and waits; one prompt (text or token ids) in, one out. Read ``.text`` and ``.token_ids``."""
         params = [self._params(c) for c in sampling_config] if isinstance(sampling_config, list | tuple) else None
-        return self._llm.generate(prompts, params if params is not None else self._params(sampling_config))
+        return self._llm.generate(prompts, params or self._params(sampling_config))  # type: ignore[arg-type]
 
     def generate_async(
         self, prompt: PromptInput, sampling_config: SamplingConfig | None = None, streaming: bool = False

@@ -1,0 +1,170 @@
+"""``lamella check``: does this model give the same numbers here as in transformers?
+
+Three comparisons over a few prompts and one text: the logits at every generated position (both sides fed the same
+tokens), the greedy tokens, and the perplexity of the text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lamella.llm import LLM
+from lamella.tokenizer import TokenizerBase
+from lamella_core.checkpoint.formats import detect_format
+from lamella_core.config import DTYPES
+from lamella_core.errors import ConfigError
+from lamella_executor import SamplingParams
+
+PROMPTS = ("Once upon a time", "The capital of France is", "def add(a, b):", "1, 2, 3,")
+TEXT = (
+    "The old lighthouse stood at the end of the pier. Every evening, when the sun went down, the keeper climbed the "
+    "stairs and lit the lamp. The ships far out at sea saw the light and knew where the rocks were. One night a storm "
+    "came. The wind broke a window and the rain put out the flame. The keeper ran up with dry matches, but they would "
+    "not burn. So he took the brass bell from its hook and rang it until the morning came and the storm was over. When "
+    "the captain of the last ship came ashore, he brought the keeper a loaf of bread, a jar of honey and his thanks."
+)
+PERPLEXITY_TOLERANCE = 1e-3  # relative
+_WINDOW = 512  # tokens of text scored at once
+
+
+@dataclass
+class Report:
+    """What was measured. ``tolerance`` is relative to the largest logit."""
+
+    tolerance: float
+    logit_error: float = 0.0
+    largest_logit: float = 0.0
+    tokens_equal: int = 0
+    tokens_total: int = 0
+    perplexity: float = math.nan
+    reference_perplexity: float = math.nan
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def checks(self) -> list[tuple[str, str, bool]]:
+        """Name, measured value, passed."""
+        relative = abs(self.perplexity / self.reference_perplexity - 1)
+        bound = self.tolerance * max(1.0, self.largest_logit)
+        return [
+            ("largest error of a logit", f"{self.logit_error:.2e} (allowed {bound:.2e})", self.logit_error <= bound),
+            ("greedy tokens equal", f"{self.tokens_equal} of {self.tokens_total}", not self.differences),
+            (
+                "perplexity",
+                f"{self.perplexity:.4f}, transformers {self.reference_perplexity:.4f}",
+                relative <= PERPLEXITY_TOLERANCE,
+            ),
+        ]
+
+    @property
+    def passed(self) -> bool:
+        return all(ok for _, _, ok in self.checks)
+
+
+class _Capture:
+    """A logits processor that keeps what it sees: [vocab] per generated position."""
+
+    def __init__(self) -> None:
+        self.logits: list[torch.Tensor] = []
+
+    def __call__(
+        self,
+        req_id: int,
+        logits: torch.Tensor,
+        token_ids: list[list[int]],
+        stream_ptr: int | None,
+        client_id: int | None,
+    ) -> None:
+        self.logits.append(logits[0].clone())
+
+
+def run_check(hf_dir: Path, *, text: str | None, max_tokens: int, dtype: str, tolerance: float) -> bool:
+    """Runs both implementations, prints the report and returns whether all checks passed."""
+    if detect_format(hf_dir) != "hugging_face":
+        raise ConfigError(f"{hf_dir} is not a Hugging Face directory; check compares with what transformers can load")
+    err = Console(stderr=True, highlight=False)
+    with err.status("loading both implementations"):
+        reference = _load_reference(hf_dir, dtype)
+        llm = LLM(hf_dir, dtype=dtype)
+    with llm, err.status("comparing"):
+        report = compare(llm, reference, text or TEXT, max_tokens, tolerance)
+    out = Console(highlight=False)
+    table = Table("check", "measured", "")
+    for name, value, ok in report.checks:
+        table.add_row(name, value, "[green]ok[/green]" if ok else "[red]FAILED[/red]")
+    out.print(f"{hf_dir}: {llm.engine.spec.model.architecture}, {llm.engine.spec.model.dtype}")
+    out.print(table)
+    for line in report.differences:
+        out.print(line, markup=False)
+    return report.passed
+
+
+def _load_reference(hf_dir: Path, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    torch_dtype = "auto" if dtype == "auto" else DTYPES[dtype]
+    model = AutoModelForCausalLM.from_pretrained(
+        str(hf_dir), dtype=torch_dtype, trust_remote_code=False, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+@torch.inference_mode()
+def compare(llm: LLM, reference: Any, text: str, max_tokens: int, tolerance: float) -> Report:
+    """Returns the comparison of an LLM with a transformers model of the same weights."""
+    tokenizer = llm.tokenizer
+    if tokenizer is None:
+        raise ConfigError("check needs the model's tokenizer")
+    report = Report(tolerance)
+    for prompt in PROMPTS:
+        _compare_prompt(llm, reference, prompt, tokenizer, max_tokens, report)
+    limit = min(_WINDOW, int(llm.engine.spec.build.max_seq_len or _WINDOW) - 1)
+    ids = tokenizer.encode(text)
+    windows = [ids[i : i + limit] for i in range(0, len(ids), limit)]
+    windows = [w for w in windows if len(w) > 1]
+    scored = sum(len(w) - 1 for w in windows)
+    if not scored:
+        raise ConfigError("the text for the perplexity has fewer than two tokens")
+    report.perplexity = math.exp(-sum(_our_logprob(llm, w) for w in windows) / scored)
+    report.reference_perplexity = math.exp(-sum(_reference_logprob(reference, w) for w in windows) / scored)
+    return report
+
+
+def _compare_prompt(
+    llm: LLM, reference: Any, prompt: str, tokenizer: TokenizerBase, max_tokens: int, report: Report
+) -> None:
+    ids = tokenizer.encode(prompt)
+    capture = _Capture()
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, logits_processor=capture)
+    ours = llm.generate(ids, params).outputs[0].token_ids
+    logits = reference(torch.tensor([ids + ours])).logits[0, len(ids) - 1 : -1].float()  # [len(ours), vocab]
+    captured = torch.stack(capture.logits[: len(ours)]).float()
+    report.logit_error = max(report.logit_error, float((captured - logits).abs().max()))
+    report.largest_logit = max(report.largest_logit, float(logits.abs().max()))
+    theirs = logits.argmax(-1).tolist()
+    equal = sum(a == b for a, b in zip(ours, theirs))
+    report.tokens_equal += equal
+    report.tokens_total += len(ours)
+    if equal < len(ours):
+        at = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+        report.differences.append(f"{prompt!r}: token {at} is {ours[at]} here and {theirs[at]} in transformers")
+
+
+def _our_logprob(llm: LLM, ids: list[int]) -> float:
+    """Returns the summed log-probability of ids[1:]."""
+    output = llm.generate(ids, SamplingParams(max_tokens=1, prompt_logprobs=0, ignore_eos=True))
+    entries = output.prompt_logprobs or []
+    return sum(entry[token].logprob for token, entry in zip(ids[1:], entries[1:]) if entry is not None)
+
+
+def _reference_logprob(reference: Any, ids: list[int]) -> float:
+    logits = reference(torch.tensor([ids])).logits[0, :-1].float()
+    return float(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).sum())
