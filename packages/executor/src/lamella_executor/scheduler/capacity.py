@@ -28,11 +28,8 @@ class CapacityModel:
         self._max_num_tokens = max_num_tokens
         self._is_chunked = is_chunked
         self._window_blocks = 0  # what one sequence holds while it computes a single token
-        self._window_chunk = max_num_tokens  # the largest chunk with which one sequence fits the cache
         if kv.window is not None:
             self._window_blocks = kv.num_sink_blocks + kv.blocks_for(kv.window - 1) + 1
-            room = (kv.num_blocks - self._window_blocks) * kv.tokens_per_block + 1
-            self._window_chunk = max(1, min(max_num_tokens, room))
 
     def is_whole(self, request: RequestState) -> bool:
         """Its next chunk is all or nothing: a prompt that may not be split (what is recomputed may be)."""
@@ -42,7 +39,11 @@ class CapacityModel:
 
     def max_chunk(self, request: RequestState) -> int:
         """Tokens of one of its sequences in one step at most."""
-        return self._max_num_tokens if self.is_whole(request) else self._window_chunk
+        if self.kv.window is None or self.is_whole(request):
+            return self._max_num_tokens
+        # With a window, a chunk is what remains of the cache beside the windows of all its sequences.
+        num_spare = self.kv.num_blocks - len(request.sequences) * self._window_blocks
+        return max(1, min(self._max_num_tokens, num_spare * self.kv.tokens_per_block + 1))
 
     def max_kv_tokens(self, request: RequestState) -> int:
         """Tokens that one sequence of the request has in the cache at most."""
