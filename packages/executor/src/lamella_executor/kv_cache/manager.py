@@ -180,6 +180,8 @@ class KvCacheManager:
         num_new = -(-upto_tokens // self.tokens_per_block) - len(blocks)
         first = sequence.num_computed_tokens // self.tokens_per_block
         shared = [i for i in range(first, len(blocks)) if not self._is_writable(blocks[i])]
+        if num_new <= 0 and not shared:
+            return True
         if max(num_new, 0) + len(shared) > self._pool.num_available:
             return False
         for i in shared:

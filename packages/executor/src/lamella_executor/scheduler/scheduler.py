@@ -187,16 +187,16 @@ class Scheduler:
     # parts
 
     def _schedule_running(self, step: _Step) -> None:
-        chunks: list[RequestState] = []
+        behind: list[RequestState] = []
         for request in list(self._running):
-            is_ready = all(s.num_computed_tokens == len(s.token_ids) - 1 for s in request.sequences)
-            if not is_ready:
-                chunks.append(request)
-            elif request in self._running:
-                self._schedule(request, step)
-        for request in chunks:
+            sequences = request.sequences
+            if any([s.num_computed_tokens != len(s.token_ids) - 1 for s in sequences]):
+                behind.append(request)
+            elif request in self._running:  # not paused for an older one meanwhile
+                self._schedule(request, [(s, 1) for s in sequences], step)
+        for request in behind:
             if request in self._running and step.budget > 0:
-                self._schedule(request, step)
+                self._schedule(request, self._chunks(request, step), step)
 
     def _schedule_waiting(self, step: _Step) -> None:
         is_full = self._num_slots >= self._max_batch_size or self._num_rows >= self._max_num_tokens
@@ -236,7 +236,7 @@ class Scheduler:
         self._running[request] = None
         self._num_slots += request.slots
         self._num_rows += request.width
-        self._schedule(request, step)
+        self._schedule(request, self._chunks(request, step), step)
         self._policy.admitted(request)
         return True
 
@@ -247,28 +247,26 @@ class Scheduler:
             return NO_MATCH
         return self._kv.match_prefix(sequence)
 
-    def _schedule(self, request: RequestState, step: _Step) -> None:
-        """Plans the next tokens of a running request, all of its sequences' or none."""
+    def _chunks(self, request: RequestState, step: _Step) -> list[tuple[Sequence, int]]:
         limit, is_whole = self._capacity.max_chunk(request), self._capacity.is_whole(request)
-        chunks = plan_chunks(request, self._kv, step.budget, limit, is_whole=is_whole)
+        return plan_chunks(request, self._kv, step.budget, limit, is_whole=is_whole)
+
+    def _schedule(self, request: RequestState, chunks: list[tuple[Sequence, int]], step: _Step) -> None:
+        """Plans these tokens of a running request's sequences, all or none of them."""
         for sequence, num_tokens in chunks:
             while not self._kv.allocate(sequence, sequence.num_computed_tokens + num_tokens):
                 victim = self._policy.victim(request, self._running.keys())
                 if victim is None:
                     return
                 self._pause(victim, step)
-        if not chunks:
-            return
-        work = []
+        items = []
         for sequence, num_tokens in chunks:
             start = sequence.num_computed_tokens
-            work.append(
-                ScheduledSequence(
-                    request, sequence, start, num_tokens, num_logits(request, sequence, start, num_tokens)
-                )
-            )
+            logits = num_logits(request, sequence, start, num_tokens)
+            items.append(ScheduledSequence(request, sequence, start, num_tokens, logits))
             step.budget -= num_tokens
-        step.work[request] = work
+        if items:
+            step.work[request] = items
 
     def _pause(self, request: RequestState, step: _Step) -> None:
         """Takes a running request's blocks; it goes to the head of the queue and computes its tokens again."""
