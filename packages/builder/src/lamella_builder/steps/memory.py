@@ -81,7 +81,8 @@ class MemoryPlan:
             raise OutOfMemoryError(
                 f"running takes at least {size(self.run_bytes)}: weights {size(sum(self.weight_bytes))}, one step "
                 f"{size(self.activation_bytes)}, keys and values of one request {size(kv)}; {size(free)} are free. "
-                "Lower max_seq_len or max_beam_width (keys and values) or max_num_tokens (step), or choose a smaller dtype"
+                "Lower max_seq_len or max_beam_width (keys and values), max_num_tokens or max_batch_size (step), or "
+                "choose a smaller dtype"
             )
 
 

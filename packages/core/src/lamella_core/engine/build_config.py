@@ -97,6 +97,8 @@ class BuildConfig:
         Raises:
             ConfigError: a limit that the model or another limit rules out.
         """
+        from lamella_core.config import resolve_dtype  # imports torch: constructing a BuildConfig does not
+
         most = model.max_position_embeddings
         seq_len = most if self.max_seq_len is None else self.max_seq_len
         if seq_len > most:
@@ -108,9 +110,8 @@ class BuildConfig:
         if input_len > seq_len:
             raise ConfigError(f"BuildConfig.max_input_len {input_len} exceeds max_seq_len {seq_len}; lower it")
         opt = min(self.max_num_tokens, self.opt_num_tokens or self.max_batch_size * self.max_beam_width)
-        return replace(
-            self, max_seq_len=seq_len, max_input_len=input_len, opt_num_tokens=opt, dtype=self.dtype or model.dtype
-        )
+        dtype = resolve_dtype(self.dtype, model.dtype)
+        return replace(self, max_seq_len=seq_len, max_input_len=input_len, opt_num_tokens=opt, dtype=dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-ready fields."""
