@@ -74,7 +74,7 @@ def _run(loop: Loop, mailbox: Mailbox) -> None:
     try:
         cause = _drive(loop, mailbox)
         if cause is not None:
-            detach(cause)
+            logger.error("the engine loop failed; the executor is dead\n%s", detach(cause))
         mailbox.close(cause)
         loop.fail_all(mailbox.dead_error)
     finally:
@@ -95,8 +95,7 @@ def _drive(loop: Loop, mailbox: Mailbox) -> BaseException | None:
                 _apply(loop, command)
             if loop.has_work:
                 loop.step()
-    except BaseException as error:  # whatever broke the loop, every waiter must hear of it
-        logger.exception("the engine loop failed; the executor is dead")
+    except BaseException as error:  # noqa: BLE001 - whatever broke the loop, every waiter must hear of it
         return error
 
 

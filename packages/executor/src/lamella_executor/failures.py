@@ -5,8 +5,10 @@ from __future__ import annotations
 import traceback
 
 
-def detach(error: BaseException) -> None:
-    """Takes the tracebacks out of an error and what caused it; the text becomes a note (Python 3.11 and later).
+def detach(error: BaseException) -> str:
+    """Takes the tracebacks out of an error and what caused it; returns them as text.
+
+    The text is also added to the error as a note (Python 3.11 and later).
 
     A result may be kept long after its engine is gone, and a traceback's frames would keep the model in memory.
     """
@@ -21,3 +23,4 @@ def detach(error: BaseException) -> None:
         pending += [e for e in (current.__cause__, current.__context__) if e is not None]
     if hasattr(error, "add_note"):
         error.add_note(f"Where it came from:\n{text}")
+    return text

@@ -86,13 +86,13 @@ class EngineLoop:
             self._count_empty_step()
             return
         num_generation = sum(item.num_tokens for item in plan.items if item.start >= item.sequence.num_prompt_tokens)
-        logits, error = _forward(self._runner, plan)
+        outcome = _forward(self._runner, plan)
         computed = time.monotonic()
-        if logits is None:
-            self._fail_step(plan, error)
+        if isinstance(outcome, Exception):
+            self._fail_step(plan, outcome)
         else:
             self._scheduler.advance(plan)
-            self._update(self._sampled_rows(plan, logits), logits)
+            self._update(self._sampled_rows(plan, outcome), outcome)
         self._record(plan, num_generation, started, computed)
 
     # -- parts of a step
@@ -159,12 +159,11 @@ class EngineLoop:
         else:
             active.fail(error)
 
-    def _fail_step(self, plan: StepPlan, cause: Exception | None) -> None:
+    def _fail_step(self, plan: StepPlan, cause: Exception) -> None:
         """Fails the requests whose cache contents this step was to make."""
-        logger.error("a step failed; %d requests fail with it", len(plan.items), exc_info=cause)
-        if cause is not None:
-            detach(cause)
-        for request in _touched(plan, self._scheduler.running):
+        requests = _touched(plan, self._scheduler.running)
+        logger.error("a step failed, %d requests fail with it\n%s", len(requests), detach(cause))
+        for request in requests:
             error = StepError(f"the step that computed this request failed with {type(cause).__name__}: {cause}")
             error.__cause__ = cause
             self._finish(request, error)
@@ -191,11 +190,11 @@ class EngineLoop:
         )
 
 
-def _forward(runner: Runner, plan: StepPlan) -> tuple[torch.Tensor | None, Exception | None]:
+def _forward(runner: Runner, plan: StepPlan) -> torch.Tensor | Exception:
     try:
-        return runner.run(plan), None
+        return runner.run(plan)
     except Exception as error:  # noqa: BLE001 - a failing forward ends its requests, not the engine
-        return None, error
+        return error
 
 
 def _read_prompt_logprobs(item: ScheduledSequence, logits: torch.Tensor) -> None:
