@@ -1,7 +1,7 @@
 """A `ForwardContext` that is slow and obviously right, and ranks simulated by threads.
 
-Keys and values of each request lie contiguous in float32 tensors; every query is attended by itself, so a token's result
-cannot depend on chunking or on other requests.
+Keys and values of each request lie contiguous in float32 tensors; every query is attended by itself, so a token's
+result cannot depend on chunking or on other requests.
 """
 
 from __future__ import annotations

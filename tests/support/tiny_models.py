@@ -67,8 +67,8 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
     },
     "GPT2LMHeadModel": {
         "tied": GPT2_BASE,
-        "layer_scaled": {**GPT2_BASE, "scale_attn_by_inverse_layer_idx": True, "n_inner": 40, "tie_word_embeddings": False,
-                         "activation_function": "gelu"},
+        "layer_scaled": {**GPT2_BASE, "scale_attn_by_inverse_layer_idx": True, "n_inner": 40,
+                         "tie_word_embeddings": False, "activation_function": "gelu"},
         "unscaled": {**GPT2_BASE, "scale_attn_weights": False, "activation_function": "relu"},
     },
     "MixtralForCausalLM": {

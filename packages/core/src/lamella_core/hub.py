@@ -26,9 +26,9 @@ def resolve_model_dir(dir_or_id: str | os.PathLike[str], revision: str | None = 
     """
     text = os.fspath(dir_or_id)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return path
-    if path.exists():
+    if path.is_file():
         raise CheckpointError(f"{text} is a file; pass the directory that holds it")
     if not text or isinstance(dir_or_id, os.PathLike) or not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"no directory {text!r}; pass an existing local directory or a hub id such as 'org/name'")

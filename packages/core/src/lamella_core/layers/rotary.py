@@ -104,17 +104,15 @@ def _linear(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_l
 def _dynamic(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
     """NTK-aware interpolation whose base grows with the sequence beyond the trained length."""
     factor, dim = rope.scaling["factor"], rope.rotary_dim
-    lengths = [max(int(p) + 1, max_positions) for p in positions[max_positions:].tolist()]
     plain = 1.0 / rope.theta ** _exponents(rope)
-    if not lengths:
+    lengths = positions[max_positions:].double() + 1
+    if not lengths.numel():
         return plain, 1.0
     if dim == 2:
         raise ConfigError("rope type 'dynamic' needs a rotary_dim above 2")
-    grown = [
-        1.0 / (rope.theta * (factor * n / max_positions - (factor - 1)) ** (dim / (dim - 2))) ** _exponents(rope)
-        for n in lengths
-    ]
-    return torch.cat((plain.expand(min(max_positions, len(positions)), -1), torch.stack(grown))), 1.0
+    bases = rope.theta * (factor * lengths / max_positions - (factor - 1)) ** (dim / (dim - 2))
+    grown = 1.0 / bases.float()[:, None] ** _exponents(rope)
+    return torch.cat((plain.expand(max_positions, -1), grown)), 1.0
 
 
 def _llama3(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:

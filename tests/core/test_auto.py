@@ -1,0 +1,186 @@
+"""AutoConfig and AutoModelForCausalLM: what config.json may say, and the errors for what it may not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tests.support.tiny_models import hf_dir, write_config
+
+import lamella_core
+from lamella_core import AutoConfig, AutoModelForCausalLM, CheckpointError, ConfigError, Mapping, UnsupportedModelError
+from lamella_core.hub import resolve_model_dir
+from lamella_core.models.gpt2 import GPT2LMHeadModel
+from lamella_core.models.llama import LlamaForCausalLM
+from lamella_core.models.qwen2 import Qwen2ForCausalLM
+
+
+def test_fields_of_a_llama(tmp_path):
+    config = AutoConfig.from_hugging_face(write_config(tmp_path, torch_dtype="bfloat16", dtype=None))
+    assert (config.architecture, config.model_type, config.dtype) == ("LlamaForCausalLM", "llama", "bfloat16")
+    assert (config.num_key_value_heads, config.head_dim, config.eos_token_ids) == (2, 8, (2,))
+    assert config.rope.theta == 10000.0 and config.rope.rotary_dim == 8
+
+
+def test_old_and_new_rope_keys_agree(tmp_path):
+    scaling = {"type": "linear", "factor": 2.0}
+    old = write_config(tmp_path / "old", rope_theta=5000.0, rope_scaling=scaling)
+    new = write_config(tmp_path / "new", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0})
+    assert AutoConfig.from_hugging_face(old) == AutoConfig.from_hugging_face(new)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rope_scaling": {"type": "spiral"}}, "rope type is 'spiral'; supported: default, linear"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs low_freq_factor, high_freq_factor"),
+        ({"rope_scaling": "linear"}, "rope_parameters is 'linear'; it must be an object"),
+        ({"hidden_act": "sillu"}, "hidden_act.*'sillu'.*did you mean 'silu'"),
+        ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"architectures": None}, "names no architecture"),
+        ({"architectures": []}, "names no architecture"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+        ({"dtype": "int3"}, "dtype is 'int3'"),
+    ],
+)  # fmt: skip
+def test_bad_config(tmp_path, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        AutoConfig.from_hugging_face(write_config(tmp_path, **keys))
+
+
+def test_unsupported_architecture_lists_the_supported(tmp_path):
+    write_config(tmp_path, architectures=["LlamaForCausalML"], model_type="nope")
+    with pytest.raises(NotImplementedError, match="GPT2LMHeadModel, LlamaForCausalLM.*did you mean 'LlamaForCausalLM'"):
+        AutoConfig.from_hugging_face(tmp_path)
+    with pytest.raises(UnsupportedModelError):
+        AutoModelForCausalLM.get_model_class(tmp_path)
+
+
+def test_model_type_is_no_path(tmp_path):
+    write_config(tmp_path, architectures=["X"], model_type="../../etc/passwd")
+    with pytest.raises(UnsupportedModelError):
+        AutoConfig.from_hugging_face(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", "\udc80", "null"])
+def test_damaged_config(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match="config.json"):
+        AutoConfig.from_hugging_face(tmp_path)
+
+
+def test_missing_directory_and_file(tmp_path):
+    with pytest.raises(CheckpointError, match="not a Hugging Face model directory"):
+        AutoConfig.from_hugging_face(tmp_path)
+    with pytest.raises(CheckpointError, match="no directory"):
+        AutoConfig.from_hugging_face(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is a file"):
+        resolve_model_dir(str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match="no directory ''"):
+        resolve_model_dir("")
+
+
+def test_hub_id_offline_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="pass a local directory"):
+        AutoConfig.from_hugging_face("nobody/no-such-model")
+
+
+def test_overrides(tmp_path):
+    write_config(tmp_path)
+    config = AutoConfig.from_hugging_face(
+        tmp_path, dtype="bfloat16", num_hidden_layers=1, rope_theta=7.0, rms_norm_eps=0.5, sliding_window=3
+    )
+    assert (config.num_hidden_layers, config.rope.theta, config.dtype) == (1, 7.0, "bfloat16")
+    assert (config.norm_eps, config.sliding_window) == (0.5, 3)
+    for name, near in (("num_hidden_layer", "num_hidden_layers"), ("head_dims", "head_dim")):
+        with pytest.raises(ConfigError, match=f"no configuration field '{name}'; did you mean '{near}'"):
+            AutoConfig.from_hugging_face(tmp_path, **{name: 1})
+    with pytest.raises(ConfigError, match="num_hidden_layers is 'two'"):
+        AutoConfig.from_hugging_face(tmp_path, num_hidden_layers="two")
+
+
+def test_overrides_reach_keys_under_either_name():
+    directory = hf_dir("GPT2LMHeadModel", "tied")
+    assert AutoConfig.from_hugging_face(directory, num_hidden_layers=1).num_hidden_layers == 1
+    assert AutoConfig.from_hugging_face(directory, n_layer=1).num_hidden_layers == 1
+
+
+def test_generation_config_says_what_ends_a_text(tmp_path):
+    write_config(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert AutoConfig.from_hugging_face(tmp_path).eos_token_ids == (7, 9)
+    assert AutoConfig.from_hugging_face(tmp_path, eos_token_id=4).eos_token_ids == (4,)
+
+
+def test_qwen_windows(tmp_path):
+    write_config(
+        tmp_path, architectures=["Qwen2ForCausalLM"], model_type="qwen2", sliding_window=9, max_window_layers=1
+    )
+    assert AutoConfig.from_hugging_face(tmp_path).sliding_window is None
+    config = AutoConfig.from_hugging_face(tmp_path, use_sliding_window=True)
+    model = Qwen2ForCausalLM.empty(config)
+    assert [spec.sliding_window for spec in model.attention_specs()] == [None, 9]
+    with pytest.raises(ConfigError, match="layer_types is"):
+        AutoConfig.from_hugging_face(tmp_path, layer_types=["full_attention"])
+    with pytest.raises(ConfigError, match="use_sliding_window is off"):
+        AutoConfig.from_hugging_face(tmp_path, layer_types=["full_attention", "sliding_attention"])
+
+
+def test_mapping_that_does_not_fit(tmp_path):
+    with pytest.raises(ConfigError, match="tp_size 3 does not divide num_attention_heads 4"):
+        AutoConfig.from_hugging_face(write_config(tmp_path), mapping=Mapping(world_size=3, tp_size=3))
+
+
+def test_model_class_and_aliases():
+    directory = hf_dir("GPT2LMHeadModel", "tied")
+    assert AutoModelForCausalLM.get_model_class(directory) is GPT2LMHeadModel
+    assert AutoModelForCausalLM.get_trtllm_model_class(directory) is GPT2LMHeadModel
+    assert lamella_core.LLaMAForCausalLM is LlamaForCausalLM
+    assert lamella_core.QWenForCausalLM is Qwen2ForCausalLM
+    assert lamella_core.GPTForCausalLM is GPT2LMHeadModel
+
+
+def test_model_of_another_class():
+    with pytest.raises(UnsupportedModelError, match="holds GPT2LMHeadModel; LlamaForCausalLM loads LlamaForCausalLM"):
+        LlamaForCausalLM.from_hugging_face(hf_dir("GPT2LMHeadModel", "tied"))
+
+
+def test_dummy_needs_no_weights(tmp_path):
+    model = AutoModelForCausalLM.from_hugging_face(write_config(tmp_path), load_format="dummy", dtype="bfloat16")
+    assert model.embed_tokens.weight.dtype == torch.bfloat16
+    assert model.weight_bytes() == 2 * model.num_parameters() == 2 * sum(p.numel() for p in model.parameters())
+    with pytest.raises(ConfigError, match="load_format is 'fast'"):
+        AutoModelForCausalLM.from_hugging_face(tmp_path, load_format="fast")
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MixtralForCausalLM"])
+def test_checkpoint_round_trip(tmp_path, architecture):
+    variant = {"LlamaForCausalLM": "biased_tied", "MixtralForCausalLM": "top2"}[architecture]
+    model = AutoModelForCausalLM.from_hugging_face(hf_dir(architecture, variant))
+    model.save_checkpoint(tmp_path / "checkpoint")
+    again = AutoModelForCausalLM.from_checkpoint(tmp_path / "checkpoint")
+    assert type(again) is type(model) and again.config == model.config
+    assert AutoModelForCausalLM.get_model_class(tmp_path / "checkpoint") is type(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+
+
+def test_every_public_name_resolves():
+    for name in lamella_core.__all__:
+        assert getattr(lamella_core, name).__name__
+    assert set(lamella_core.__all__) <= set(dir(lamella_core))
+    with pytest.raises(AttributeError, match="no attribute 'AutoModel'"):
+        _ = lamella_core.AutoModel
+
+
+def test_import_loads_no_torch():
+    code = "import lamella_core, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
