@@ -94,9 +94,17 @@ template <> LAMELLA_INLINE f16 from_float<f16>(float f) {
 // ---- vector loads and stores (any alignment) -----------------------------------------------------------------------
 
 LAMELLA_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
-LAMELLA_INLINE vf load(const bf16* p) {
+LAMELLA_INLINE vf load(const bf16* p) {  // compilers turn the portable form into shuffles through half registers
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vf>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+#elif defined(__aarch64__)
+  return reinterpret_cast<vf>(vshll_n_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p)), 16));
+#else
   const vu16 raw = *reinterpret_cast<const vu16_u*>(p);
   return reinterpret_cast<vf>(__builtin_convertvector(raw, vu32) << 16);
+#endif
 }
 LAMELLA_INLINE vf load(const f16* p) {
 #if defined(__AVX512F__)
