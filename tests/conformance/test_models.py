@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.support.reference_context import ReferenceCache, forward_step, greedy, run_ranks
 from tests.support.tiny_models import TINY, hf_model, tiny_cases
 
@@ -80,6 +82,32 @@ def check_ranks(hf_dir: Path, model: Any, prompts: list[list[int]], **mapping: i
     for rank_logits in run_ranks(mapping["world_size"], work):
         for logits, one in zip(rank_logits, expected, strict=True):
             assert (logits - one).abs().max() < LOGITS_BOUND
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.08), ("float16", 0.01)])
+def test_half_precision_is_near(
+    case: tuple[str, str], hf_dir: Path, prompts: list[list[int]], dtype: str, bound: float
+) -> None:
+    half = get_model_class(case[0]).from_hugging_face(hf_dir, dtype=dtype)
+    assert {parameter.dtype for parameter in half.parameters()} == {getattr(torch, dtype)}
+    for prompt, logits in zip(prompts, whole(half, prompts), strict=True):
+        with torch.no_grad():
+            expected = hf_model(*case)(torch.tensor([prompt])).logits[0]
+        assert logits.dtype == torch.float32 and (logits - expected).abs().mean() < bound
+
+
+def test_other_spellings_of_the_weights_load(case: tuple[str, str], hf_dir: Path, model: Any, tmp_path: Path) -> None:
+    """As transformers holds them in memory; as saved from the bare decoder, where the output layer is tied."""
+    oracle = hf_model(*case)
+    sources = [oracle.state_dict()]
+    if model.config.tie_word_embeddings:
+        sources.append({k: v.contiguous() for k, v in oracle.base_model.state_dict().items()})
+    shutil.copy(hf_dir / "config.json", tmp_path)
+    for tensors in sources:
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+        again = type(model).from_hugging_face(tmp_path)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, again.get_parameter(name))
 
 
 def test_two_tensor_ranks_equal_one(hf_dir: Path, model: Any, prompts: list[list[int]]) -> None:

@@ -93,6 +93,24 @@ def test_hub_id_offline_says_what_to_do(monkeypatch):
         AutoConfig.from_hugging_face("nobody/no-such-model")
 
 
+@pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])
+def test_hub_downloads_bin_only_without_safetensors(monkeypatch, tmp_path, stored):
+    asked = []
+
+    def snapshot_download(hub_id, revision, allow_patterns, ignore_patterns):
+        asked.append((hub_id, revision, allow_patterns[-1]))
+        if stored.endswith(allow_patterns[-1].lstrip("*")):
+            (tmp_path / stored).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert resolve_model_dir("org/name", "v1") == tmp_path
+    kinds = ["*.jinja", "*.safetensors"] + (["*.bin"] if stored.endswith(".bin") else [])
+    assert asked == [("org/name", "v1", kind) for kind in kinds]
+    assert resolve_model_dir("org/name", weights=False) == tmp_path
+    assert asked[-1] == ("org/name", None, "*.jinja")
+
+
 def test_overrides(tmp_path):
     write_config(tmp_path)
     config = AutoConfig.from_hugging_face(

@@ -9,8 +9,9 @@ from pathlib import Path
 from lamella_core.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-_CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-_WEIGHT_FILES = ["*.safetensors", "*.bin"]
+_CONFIG_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+_NOT_NEEDED = ("*/*", "consolidated*")  # folders and other formats' copies of the weights
+_ADVICE = "pass a local directory that holds config.json and the weights instead, e.g. './my-model'"
 
 
 def resolve_model_dir(dir_or_id: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True) -> Path:
@@ -32,36 +33,27 @@ def resolve_model_dir(dir_or_id: str | os.PathLike[str], revision: str | None = 
         raise CheckpointError(f"{text} is a file; pass the directory that holds it")
     if not text or isinstance(dir_or_id, os.PathLike) or not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"no directory {text!r}; pass an existing local directory or a hub id such as 'org/name'")
-    return _download(text, revision, weights)
+    directory = _download(text, revision, _CONFIG_FILES)
+    for kind in ("*.safetensors", "*.bin") if weights else ():
+        directory = _download(text, revision, (*_CONFIG_FILES, kind))
+        if any(directory.glob(kind)):
+            break
+    return directory
 
 
-def _download(hub_id: str, revision: str | None, weights: bool) -> Path:
+def _download(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = _CONFIG_FILES + (_WEIGHT_FILES if weights else [])
-    advice = "pass a local directory that holds config.json and the weights instead, e.g. './my-model'"
     try:
-        if weights and _has_safetensors(hub_id, revision):
-            patterns.remove("*.bin")
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_NOT_NEEDED)
+            )
+        )
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"no directory {hub_id!r} here and no such model on the hub; {advice}") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ConnectionError) as error:
+        raise CheckpointError(f"no directory {hub_id!r} here and no such model on the hub; {_ADVICE}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"no directory {hub_id!r} here and the hub cannot be reached ({type(error).__name__}); {advice}"
+            f"no directory {hub_id!r} here and the hub cannot be reached ({type(error).__name__}); {_ADVICE}"
         ) from error
-
-
-def _has_safetensors(hub_id: str, revision: str | None) -> bool:
-    """Whether the repository holds safetensors, so that its .bin copies need no download; False when offline."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-    try:
-        files = HfApi().list_repo_files(hub_id, revision=revision)
-    except RepositoryNotFoundError:
-        raise
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        return False
-    return any(name.endswith(".safetensors") for name in files)
