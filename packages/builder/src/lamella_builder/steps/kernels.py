@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -27,6 +28,7 @@ LEAST_TIMED_NUMBERS = 1 << 16  # below, a call's overhead outweighs its arithmet
 SAMPLES = 7  # per candidate and row count, where time allows
 PREFILL_ROWS = 256  # rows of a long prompt chunk; more changes the time in proportion, not the order
 _HOPELESS = 2.0  # a candidate this many times slower than the best at its first sample is not sampled again
+_FIRST_CALL_SECONDS = 0.05  # that any first call may take
 COLD_BYTES = 64 << 20  # of weights that a decoding step walks through, so that caches are as cold as in a model
 
 
@@ -130,7 +132,7 @@ def _slowdown(times: dict[int, float], all_times: Sequence[dict[int, float]]) ->
 
 
 def time_plans(plans: Sequence[MatmulPlan], shape: Shape, rows: Sequence[int]) -> list[dict[int, float]]:
-    """Returns each plan's median milliseconds per row count.
+    """Returns each plan's median milliseconds per row count; kernels that plans share are timed once.
 
     Candidates are measured in turns, so that a busy moment of the machine hits all of them; the median drops it.
     """
@@ -143,38 +145,50 @@ def time_plans(plans: Sequence[MatmulPlan], shape: Shape, rows: Sequence[int]) -
     seconds = SECONDS_PER_SHAPE * min(1.0, weight.numel() / FULL_TIME_NUMBERS) / len(rows)
     for m in rows:
         x = torch.empty(m, shape.k).uniform_(-1, 1, generator=generator).to(shape.dtype)
-        runs = [_runner(plan, x, stored[plan.layout], shape.n) for plan in plans]
-        for result, median in zip(results, _interleaved(runs, seconds), strict=True):
-            result[m] = median * 1e3
+        kernels = {_kernel_at(plan, m): plan for plan in plans}
+        medians = _interleaved([_runner(plan, x, stored[plan.layout], shape.n) for plan in kernels.values()], seconds)
+        by_kernel = dict(zip(kernels, medians, strict=True))
+        for plan, result in zip(plans, results, strict=True):
+            result[m] = by_kernel[_kernel_at(plan, m)] * 1e3
     return results
 
 
-def _runner(plan: MatmulPlan, x: torch.Tensor, weights: list[torch.Tensor], n: int) -> Callable[[], None]:
-    turn = 0
+def _kernel_at(plan: MatmulPlan, m: int) -> str:
+    return next(name for limit, name in plan.steps if limit is None or m <= limit)
 
-    def run() -> None:
-        nonlocal turn
-        plan.run(x, weights[turn % len(weights)], n)
-        turn += 1
+
+def _runner(plan: MatmulPlan, x: torch.Tensor, weights: list[torch.Tensor], n: int) -> Callable[[], float]:
+    """Returns a function that multiplies once, by the next copy of the weight, and returns the seconds it took."""
+    turns = itertools.cycle(weights)
+
+    def run() -> float:
+        weight = next(turns)
+        begin = time.perf_counter()
+        plan.run(x, weight, n)
+        return time.perf_counter() - begin
 
     return run
 
 
-def _interleaved(runs: Sequence[Callable[[], None]], seconds: float) -> list[float]:
-    """Returns the median seconds of each callable, sampled in turns until `SAMPLES` or the time is reached."""
-    samples: list[list[float]] = [[] for _ in runs]
+def _interleaved(runs: Sequence[Callable[[], float]], seconds: float) -> list[float]:
+    """Returns the median seconds of each callable, sampled in turns until `SAMPLES` or the time is reached.
+
+    The first call of each does not count (pages, threads and compiled code are made), unless it is already hopeless.
+    """
     begin = time.perf_counter()
-    for run in runs:
-        run()  # first call: pages, threads and compiled code are made
-    live = list(range(len(runs)))
+    samples = [[run()] for run in runs]
+    live = [k for k, first in enumerate(samples) if first[0] <= _slowest_live(samples)]
     for turn in range(SAMPLES):
         for index in live:
-            started = time.perf_counter()
-            runs[index]()
-            samples[index].append(time.perf_counter() - started)
+            samples[index].append(runs[index]())
         if turn == 0:
-            fastest = min(times[0] for times in samples)
-            live = [index for index in live if samples[index][0] <= _HOPELESS * fastest]
+            fastest = min(samples[index][1] for index in live)
+            live = [index for index in live if samples[index][1] <= _HOPELESS * fastest]
         if time.perf_counter() - begin > seconds:
             break
-    return [statistics.median(times) for times in samples]
+    return [statistics.median(times[1:] or times) for times in samples]
+
+
+def _slowest_live(first_calls: Sequence[Sequence[float]]) -> float:
+    """Returns the seconds of a first call beyond which a candidate is given up."""
+    return max(_FIRST_CALL_SECONDS, 2 * _HOPELESS * min(times[0] for times in first_calls))

@@ -142,4 +142,7 @@ def activation_bytes(config: ModelConfig, build: BuildConfig) -> int:
 
 def format_bytes(num_bytes: int) -> str:
     """Returns a size for people."""
-    return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB // 10 else f"{num_bytes / (1 << 20):.1f} MiB"
+    for unit, name in ((_GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if num_bytes >= unit // 10:
+            return f"{num_bytes / unit:.2f} {name}"
+    return f"{num_bytes} bytes"
