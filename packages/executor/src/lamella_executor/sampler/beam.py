@@ -14,6 +14,7 @@ the accumulated scores do not contain it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -44,7 +45,7 @@ class BeamState:
 class _Candidate:
     parent: int  # indexes request.sequences
     token_id: int
-    score: torch.Tensor  # [] float32, accumulated
+    score: float  # accumulated; a float32 value
 
 
 def step_beams(request: RequestState, logits: torch.Tensor) -> SampleResult:
@@ -65,15 +66,15 @@ def step_beams(request: RequestState, logits: torch.Tensor) -> SampleResult:
     state = request.beam if isinstance(request.beam, BeamState) else BeamState(raw.new_zeros(len(raw)))
     request.beam = state
     before = {id(hypothesis) for _, hypothesis in state.hypotheses}
+    length = request.sequences[0].num_output_tokens + 1  # generated tokens of every beam, the next one included
     live: list[_Candidate] = []
     for place, candidate in enumerate(_best_candidates(scores + state.scores[:, None], request)):
-        if place >= request.width and len(live) == request.width:
+        if place >= request.width and (len(live) == request.width or length == request.max_tokens):
             break
         ended = _ended(request, candidate, raw, place)
         if ended is None and len(live) < request.width:
             live.append(candidate)
         elif ended is not None and place < request.width:
-            length = request.sequences[candidate.parent].num_output_tokens + 1
             state.add(_final_score(candidate.score, length, request), ended, request.width)
     if not live and not state.hypotheses:
         raise RequestError(
@@ -114,12 +115,13 @@ def _best_candidates(accumulated: torch.Tensor, request: RequestState) -> list[_
     else:
         values, places = accumulated.flatten().topk(min(count, accumulated.numel()))
         parents, token_ids = (places // vocab_size).tolist(), (places % vocab_size).tolist()
-    if bool(torch.isnan(values).any() | torch.isposinf(values).any()):
+    scores: list[float] = values.tolist()
+    if any(math.isnan(score) or score == math.inf for score in scores):
         raise RequestError("a score is NaN or +Inf after penalties, embedding_bias and logits processors; check them")
     return [
         _Candidate(parent, token_id, score)
-        for parent, token_id, score in zip(parents, token_ids, values.unbind(0))
-        if score > -float("inf")
+        for parent, token_id, score in zip(parents, token_ids, scores)
+        if score > -math.inf
     ]
 
 
@@ -147,9 +149,9 @@ def _new_token(candidate: _Candidate, request: RequestState, raw: torch.Tensor) 
     return NewToken(candidate.parent, candidate.token_id, row[candidate.token_id].item(), top)
 
 
-def _final_score(score: torch.Tensor, length: int, request: RequestState) -> float:
+def _final_score(score: float, length: int, request: RequestState) -> float:
     """Returns the float32 score of a hypothesis of ``length`` generated tokens, its end token included."""
-    return float(score / length**request.params.length_penalty)
+    return float(torch.tensor(score, dtype=torch.float32) / length**request.params.length_penalty)
 
 
 def _is_done(state: BeamState, live: list[_Candidate], request: RequestState) -> bool:
@@ -164,10 +166,10 @@ def _is_done(state: BeamState, live: list[_Candidate], request: RequestState) ->
     length = request.sequences[0].num_output_tokens + 1
     if params.early_stopping == "never" and params.length_penalty > 0:
         length = request.max_tokens
-    best = max((candidate.score for candidate in live), key=float)
+    best = max(candidate.score for candidate in live)
     return not _final_score(best, length, request) > state.hypotheses[-1][0]
 
 
 def _continue(state: BeamState, live: list[_Candidate], request: RequestState, raw: torch.Tensor) -> list[NewToken]:
-    state.scores = torch.stack([candidate.score for candidate in live])
+    state.scores = raw.new_tensor([candidate.score for candidate in live])
     return [_new_token(candidate, request, raw) for candidate in live]

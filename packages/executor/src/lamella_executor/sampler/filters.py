@@ -17,6 +17,7 @@ from lamella_core.errors import RequestError
 from lamella_executor.sampling_params import SamplingParams
 
 _TOP_P_FIRST_TRY = 256  # top-p sorts this many candidates; all of them only if their mass is not enough
+_TIES_EXPECTED = 8  # top-k looks at this many more scores for ties with the k-th; at all of them if there are more
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,12 @@ def _check_best(best: torch.Tensor) -> None:
 
 def _top_k_ids(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Returns the ids, ascending, of the k largest scores and of those that equal the k-th."""
-    return torch.nonzero(scores >= scores.topk(k).values[-1]).squeeze(1)
+    values, ids = scores.topk(min(k + _TIES_EXPECTED, len(scores)))  # descending, NaN first
+    _check_best(values[0])
+    threshold = values[k - 1]
+    if values[-1] < threshold:
+        return ids[values >= threshold].sort().values
+    return torch.nonzero(scores >= threshold).squeeze(1)
 
 
 def _top_p_places(weights: torch.Tensor, top_p: float) -> torch.Tensor:

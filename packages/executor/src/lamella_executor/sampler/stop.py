@@ -24,7 +24,8 @@ class StopChecker:
     def append(self, sequence: Sequence, request: RequestState, token: NewToken) -> None:
         """Appends one sampled token: ids, log-probabilities, text; then sets finish_reason and stop_reason if it ended.
 
-        The one way a generated token gets onto a sequence; the decoder must not be fed elsewhere.
+        The one way a generated token gets onto a sequence; the decoder must not be fed elsewhere. Call it after
+        ``num_computed_tokens`` was advanced over the tokens of this step: cutting lowers it again.
         """
         sequence.token_ids.append(token.token_id)
         if token.logprob is not None:
