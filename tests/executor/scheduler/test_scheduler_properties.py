@@ -1,4 +1,4 @@
-"""Random traffic through the scheduler and KV manager: everything ends once, with the tokens of a straight-line model."""
+"""Random traffic through scheduler and KV manager: each request ends once, with the tokens of a straight-line model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support.fake_engine import FakeEngine, Shape
+
 from lamella_core.errors import RequestError
 from lamella_executor.config import CapacitySchedulerPolicy
 from lamella_executor.sampling_params import SamplingParams
-
-from tests.support.fake_engine import FakeEngine, Shape
 
 FAMILIES = 3  # prompts of one family begin alike
 

@@ -133,9 +133,10 @@ class KvCacheManager:
     # the life of a sequence
 
     def match_prefix(self, sequence: Sequence) -> PrefixMatch:
-        """Looks up how much of a sequence without blocks is cached; changes nothing.
+        """Looks up how much of a sequence without blocks is cached; takes nothing.
 
-        At most ``num_tokens - 1`` tokens match, so that the last one is always computed.
+        At most ``num_tokens - 1`` tokens match, so that the last one is always computed. The digests are kept for the
+        next look-up until `free`, which is due even if the sequence never starts.
         """
         if not self.enable_block_reuse or sequence.blocks:
             return NO_MATCH
