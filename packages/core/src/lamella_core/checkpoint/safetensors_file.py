@@ -108,6 +108,11 @@ class SafetensorsFile:
         raw = torch.frombuffer(self._map, dtype=torch.uint8, count=info.num_bytes, offset=info.begin)
         return raw.clone().view(info.dtype).view(info.shape)
 
+    def prefetch(self) -> None:
+        """Asks the system to read the whole file into its cache, ahead of use and in large requests."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            self._map.madvise(mmap.MADV_WILLNEED)
+
     def release(self, name: str) -> None:
         """Tells the system that this process is done with a tensor's pages: they leave its resident set.
 

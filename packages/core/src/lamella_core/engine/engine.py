@@ -239,6 +239,7 @@ def _open_weights(path: Path, files: object, verify: bool) -> dict[str, torch.Te
     if file.tensors.keys() != checksums.keys():
         odd = ", ".join(sorted(file.tensors.keys() ^ checksums.keys())[:5])
         raise EngineFormatError(f"{path} and {ENGINE_FILE} disagree about {odd}; copy the engine directory again")
+    file.prefetch()
     weights = {name: file.tensor(name) for name in file.tensors}
     damaged = [name for name, tensor in weights.items() if verify and tensor_checksum(tensor) != checksums[name]]
     if damaged:
