@@ -229,7 +229,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    torch.set_float32_matmul_precision("high")
 
     began = time.perf_counter()
     write_heldout(args.output / "heldout.txt")
