@@ -173,3 +173,12 @@ def test_processor_sees_log_probabilities_per_beam() -> None:
     assert [shape for shape, _, _ in seen] == [(1, 1, VOCAB), (1, 3, VOCAB), (1, 3, VOCAB)]
     assert max(error for _, error, _ in seen) < 1e-5
     assert all(7 not in output.output_ids for output in outputs)
+
+
+def test_a_raising_decoder_fails_its_request_only() -> None:
+    request = make_request([1], use_beam_search=True, n=2, stop="x", decoder=TableDecoder({}))
+    rows = [SampleRow(request, 0), SampleRow(make_request(), 1)]
+    failed, other = Sampler(4).sample(rows, torch.tensor([[0.0, 1.0, 2.0, 3.0]] * 2))
+    assert isinstance(failed.error, RequestError)
+    assert "decoder raised KeyError: 3" in str(failed.error)
+    assert other.continuations[0].token_id == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -23,10 +24,6 @@ MAX_LOGPROBS = 100
 _T = TypeVar("_T", int, float)
 
 _LISTS = ("stop", "stop_token_ids", "bad", "bad_token_ids", "logits_processor")
-_FLAGS = (
-    "ignore_eos", "include_stop_str_in_output", "use_beam_search", "detokenize", "add_special_tokens",
-    "skip_special_tokens", "spaces_between_special_tokens",
-)  # fmt: skip
 _COUNTS: dict[str, tuple[float, float]] = {  # integer fields: least and most
     "max_tokens": (1, math.inf), "min_tokens": (0, math.inf), "truncate_prompt_tokens": (1, math.inf),
     "end_id": (-1, math.inf), "pad_id": (-1, math.inf), "seed": (-math.inf, math.inf),
@@ -183,9 +180,10 @@ class SamplingParams:
         return _as_tuple("logits_processor", self.logits_processor)
 
     def _check_numbers(self) -> None:
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise _bad(name, getattr(self, name), "it must be True or False")
+        for field in fields(self):
+            is_flag = isinstance(field.default, bool) and field.name != "early_stopping"
+            if is_flag and not isinstance(getattr(self, field.name), bool):
+                raise _bad(field.name, getattr(self, field.name), "it must be True or False")
         for name, (least, most) in _COUNTS.items():
             value = getattr(self, name)
             if value is not None:
@@ -262,7 +260,7 @@ class SamplingParams:
 
 
 def _bad(name: str, value: object, allowed: str) -> RequestError:
-    return RequestError(f"SamplingParams.{name} is {value!r}; {allowed}")
+    return RequestError(f"SamplingParams.{name} is {reprlib.repr(value)}; {allowed}")
 
 
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
@@ -298,5 +296,4 @@ def _within(name: str, value: _T, least: float, most: float) -> _T:
 
 def _check_string(name: str, value: Any) -> None:
     if not isinstance(value, str) or not 0 < len(value) <= MAX_STOP_CHARS:
-        shown = f"{value[:20]}..." if isinstance(value, str) and len(value) > MAX_STOP_CHARS else value
-        raise _bad(name, shown, f"every entry must be a string of 1 to {MAX_STOP_CHARS} characters")
+        raise _bad(name, value, f"every entry must be a string of 1 to {MAX_STOP_CHARS} characters")

@@ -137,8 +137,13 @@ def _ended(request: RequestState, candidate: _Candidate, raw: torch.Tensor, inde
     )
     if not may_end:
         return None
-    child = parent.fork(index)
-    StopChecker().append(child, request, _new_token(candidate, request, raw))
+    try:
+        child = parent.fork(index)
+        StopChecker().append(child, request, _new_token(candidate, request, raw))
+    except Exception as error:  # the decoder may be the user's
+        raise RequestError(
+            f"the request's decoder raised {type(error).__name__}: {error}; check the tokenizer"
+        ) from error
     return child if child.finish_reason is not None else None
 
 
