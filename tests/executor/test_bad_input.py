@@ -113,6 +113,8 @@ def test_integer_types_of_other_libraries_are_ids_too(it):
         result = it.executor.generate_async(ids, greedy(4)).result(30)
         assert result.prompt_token_ids == [int(i) for i in ids]
         assert len(ids) == 1 or result.outputs[0].token_ids == want
+    for batch in (np.array([IDS, IDS]), [np.array(IDS)] * 2, torch.tensor([IDS, IDS]), (tuple(IDS), IDS)):
+        assert [r.outputs[0].token_ids for r in it.executor.generate(batch, greedy(4))] == [want, want]
     params = [greedy(2), greedy(3)]
     assert [r.outputs[0].length for r in it.executor.generate([IDS, IDS], params)] == [2, 3]
 

@@ -169,6 +169,25 @@ def test_the_interpreter_exits_without_close():
     assert (process.returncode, errors) == (0, "")
 
 
+def test_the_interpreter_exits_while_a_model_computes():
+    process = run_script(
+        """
+        from tests.support.executors import bench, greedy
+        made = bench(max_seq_len=64, max_batch_size=64)
+        it = made.__enter__()
+        futures = [it.executor.generate_async([5], greedy(60)) for _ in range(64)]
+        next(iter(it.executor.generate_async([6], greedy(60), streaming=True)))
+        print("end", flush=True)
+        """
+    )
+    line = process.stdout.readline()
+    while line not in ("end\n", ""):
+        line = process.stdout.readline()
+    _, errors = process.communicate(timeout=EXIT_LIMIT_S)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors and "Fatal" not in errors
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize(
     "wait", ["future.result()", "list(future)", "executor.generate([1])", "asyncio.run(future.aresult())"]

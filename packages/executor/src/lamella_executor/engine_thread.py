@@ -45,10 +45,10 @@ class EngineThread:
     def __init__(self, loop: Loop, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
         self._thread = threading.Thread(
-            target=_run, args=(loop, mailbox), name=f"lamella-engine-{next(_numbers)}", daemon=True
+            target=_run, args=(loop, mailbox, self._ended), name=f"lamella-engine-{next(_numbers)}", daemon=True
         )
-        self._thread.start()
         atexit.register(self.stop)  # the interpreter must not tear down under a running kernel
+        self._thread.start()
 
     @property
     def is_alive(self) -> bool:
@@ -57,7 +57,6 @@ class EngineThread:
     def request_stop(self) -> None:
         """Tells the loop to end after the step that runs; does not wait. Safe inside a garbage collection."""
         self._mailbox.close()
-        atexit.unregister(self.stop)
 
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> bool:
         """Ends the loop and waits for it; returns whether the thread ended within ``timeout`` seconds. Idempotent."""
@@ -69,8 +68,11 @@ class EngineThread:
             return False
         return True
 
+    def _ended(self) -> None:
+        atexit.unregister(self.stop)
 
-def _run(loop: Loop, mailbox: Mailbox) -> None:
+
+def _run(loop: Loop, mailbox: Mailbox, ended: Callable[[], None]) -> None:
     try:
         cause = _drive(loop, mailbox)
         if cause is not None:
@@ -82,6 +84,7 @@ def _run(loop: Loop, mailbox: Mailbox) -> None:
         for command in mailbox.take_rest():
             if isinstance(command, Submit):
                 command.fail(mailbox.dead_error())
+        ended()
 
 
 def _drive(loop: Loop, mailbox: Mailbox) -> BaseException | None:

@@ -133,7 +133,7 @@ class GenerationExecutor:
             RequestError: a prompt or its parameters are invalid (nothing runs then), or a request failed.
             EngineDeadError: the engine stopped.
         """
-        if not isinstance(prompt_token_ids, SequenceOf) or not _is_batch(prompt_token_ids):
+        if not _is_batch(prompt_token_ids):
             if isinstance(sampling_params, list | tuple):
                 raise RequestError("sampling_params is a list for a single prompt; pass one SamplingParams")
             return self.generate_async(prompt_token_ids, sampling_params).result()  # type: ignore[arg-type]
@@ -231,8 +231,13 @@ class GenerationExecutor:
         return command.result
 
 
-def _is_batch(prompts: SequenceOf[object]) -> bool:
-    return len(prompts) > 0 and isinstance(prompts[0], SequenceOf) and not isinstance(prompts[0], str | bytes)
+def _is_batch(prompts: object) -> bool:
+    """Whether the first element is itself a list, tuple, array or tensor; text is not."""
+    try:
+        first = prompts[0]  # type: ignore[index]
+        return not isinstance(first, str | bytes) and len(first) >= 0
+    except (TypeError, IndexError, KeyError):
+        return False
 
 
 def _per_prompt(
