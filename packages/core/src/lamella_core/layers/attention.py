@@ -45,6 +45,7 @@ class Attention(nn.Module):
             scale=config.head_dim**-0.5 if scale is None else scale,
             sliding_window=sliding_window,
         )
+        self.heads = (self.spec.num_heads, self.spec.num_kv_heads, self.spec.num_kv_heads)
         self.qkv_proj = QKVParallelLinear(qkv_bias, config=config, name=f"{name}.qkv_proj")
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim,
@@ -57,8 +58,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext) -> torch.Tensor:
         """Returns [T, H]; ``rotation`` is None where positions enter in another way."""
         spec, tokens = self.spec, x.shape[0]
-        heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
-        q, k, v = self.qkv_proj(x, ctx).view(tokens, sum(heads), spec.head_dim).split(heads, dim=1)
+        q, k, v = self.qkv_proj(x, ctx).view(tokens, sum(self.heads), spec.head_dim).split_with_sizes(self.heads, dim=1)
         if rotation is not None:
             rotation.apply_(q, k)  # q and k are views of a tensor made above
         out = ctx.attend(spec, q, k, v)
