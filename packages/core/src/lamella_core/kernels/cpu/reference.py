@@ -103,7 +103,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """Gated activation silu(gate) * up in float32 for rows [gate, up] of [T, 2I]: [T, I] in the input's dtype."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    # Not F.silu: torch computes the last elements of a buffer with another exponential, so bits would depend on the rows.
+    # Not F.silu: torch gives the last elements of a buffer another exponential, so bits would depend on the rows.
     return (gate / (-gate).exp_().add_(1.0) * up).to(gate_up.dtype)
 
 
