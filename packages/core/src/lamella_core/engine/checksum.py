@@ -41,7 +41,7 @@ def tensor_checksum(tensor: torch.Tensor) -> str:
 
 
 def _mixed(sums: np.ndarray, first: int) -> int:
-    """Returns the sum of SplitMix64's finalizer over ``sums + golden * (position + 1)``; positions start at ``first``."""
+    """Returns the sum of SplitMix64's finalizer over ``sums + golden * (position + 1)``, from ``first`` on."""
     x = sums + _GOLDEN * np.arange(first + 1, first + 1 + sums.size, dtype=_WORD)
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
