@@ -41,9 +41,7 @@ def test_the_smallest_limit_wins():
 def test_what_does_not_fit_says_numbers_and_knob():
     with pytest.raises(OutOfMemoryError, match="max_tokens is 1000.*At most 368 tokens fit: lower max_tokens"):
         plan(400 * TOKEN_BYTES, max_tokens=1000)
-    with pytest.raises(
-        OutOfMemoryError, match="50% of 0 MiB free memory, less than one KV block: 16 tokens take"
-    ):
+    with pytest.raises(OutOfMemoryError, match="50% of 0 MiB free memory, less than one KV block: 16 tokens take"):
         plan(20 * TOKEN_BYTES)
 
 

@@ -62,20 +62,25 @@ def make_request(
         tuple(_token_ids(f"bad_words_ids[{i}]", word, limits.vocab_size)) for i, word in enumerate(bad_words_ids)
     )
     _check_bad_words(params, bad_words)
-    eos = limits.eos_token_ids if params.end_id is None else (params.end_id,)
-    eos = () if params.ignore_eos or params.end_id == -1 else eos
+    eos = _end_ids(params, limits)
     return RequestState(
         request_id=request_id,
         params=params,
         seed=secrets.randbits(63) if params.seed is None else params.seed,
         end_id=eos[0] if eos else None,
-        extra_end_ids=tuple(eos[1:]),
+        extra_end_ids=eos[1:],
         max_tokens=min(params.max_tokens, limits.max_seq_len - len(prompt)),
         sequences=[Sequence(index=0, token_ids=prompt, num_prompt_tokens=len(prompt), decoder=decoder)],
         arrival_s=time.monotonic(),
         prompt_logprobs=[None] if params.prompt_logprobs is not None else [],  # the first token has none
         bad_words_ids=bad_words,
     )
+
+
+def _end_ids(params: SamplingParams, limits: EngineLimits) -> tuple[int, ...]:
+    if params.ignore_eos or params.end_id == -1:
+        return ()
+    return limits.eos_token_ids if params.end_id is None else (params.end_id,)
 
 
 def _token_ids(name: str, ids: SequenceOf[int], vocab_size: int) -> list[int]:

@@ -76,31 +76,37 @@ def plan_kv_cache(
     block_bytes = tokens_per_block * sum(2 * s.num_kv_heads * s.head_dim for s in specs) * dtype.itemsize
     if block_bytes == 0:
         return KvCachePlan(num_blocks=1, tokens_per_block=tokens_per_block, block_bytes=0)
-    asked: dict[str, int] = {}  # knob -> blocks
-    if config.max_tokens is not None:
-        asked["max_tokens"] = -(-config.max_tokens // tokens_per_block)
-    if config.host_memory_bytes is not None:
-        asked["host_memory_bytes"] = config.host_memory_bytes // block_bytes
+    asked = _asked_blocks(config, tokens_per_block, block_bytes)
     if asked:
         knob = min(asked, key=lambda name: asked[name])
-        num_blocks, most = asked[knob], int(free * EXPLICIT_FRACTION) // block_bytes
-        value = f"KvCacheConfig.{knob} is {getattr(config, knob)}"
+        num_blocks, source = asked[knob], f"KvCacheConfig.{knob} is {getattr(config, knob)}"
+        most = int(free * EXPLICIT_FRACTION) // block_bytes
         if num_blocks > most:
             raise OutOfMemoryError(
-                f"{value}, which takes {num_blocks * block_bytes / _MIB:.0f} MiB of KV cache; {free / _MIB:.0f} MiB "
+                f"{source}, which takes {num_blocks * block_bytes / _MIB:.0f} MiB of KV cache; {free / _MIB:.0f} MiB "
                 f"are free and {EXPLICIT_FRACTION:.0%} of them may be used. At most {most * tokens_per_block} tokens "
                 f"fit: lower {knob}"
             )
     else:
         per_sequence = -(-demand.max_resident_tokens // tokens_per_block)
         num_blocks = min(demand.max_sequences * per_sequence, int(free * DEFAULT_FRACTION) // block_bytes)
-        value = f"{DEFAULT_FRACTION:.0%} of {free / _MIB:.0f} MiB free memory"
+        source = f"{DEFAULT_FRACTION:.0%} of {free / _MIB:.0f} MiB free memory"
     if num_blocks < 1:
         raise OutOfMemoryError(
-            f"{value}, less than one KV block: {tokens_per_block} tokens take {block_bytes} bytes. Raise "
+            f"{source}, less than one KV block: {tokens_per_block} tokens take {block_bytes} bytes. Raise "
             "KvCacheConfig.host_memory_bytes, free memory, or lower tokens_per_block"
         )
     return KvCachePlan(num_blocks, tokens_per_block, block_bytes)
+
+
+def _asked_blocks(config: KvCacheConfig, tokens_per_block: int, block_bytes: int) -> dict[str, int]:
+    """Returns the blocks that each size limit the user set amounts to, by its name."""
+    asked: dict[str, int] = {}
+    if config.max_tokens is not None:
+        asked["max_tokens"] = -(-config.max_tokens // tokens_per_block)
+    if config.host_memory_bytes is not None:
+        asked["host_memory_bytes"] = config.host_memory_bytes // block_bytes
+    return asked
 
 
 def available_bytes() -> int:

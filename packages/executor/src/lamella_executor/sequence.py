@@ -56,12 +56,8 @@ class Sequence:
     cumulative_logprob: float = 0.0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # one per generated token, if asked for
     decoder: TextDecoder | None = None
-    text_ends: list[int] = field(
-        default_factory=list
-    )  # len(decoder.text) after each generated token; kept by StopChecker
-    text_limit: int | None = (
-        None  # characters of decoder.text that belong to the output; None: all (set by StopChecker)
-    )
+    text_ends: list[int] = field(default_factory=list)  # by StopChecker: len(decoder.text) after each generated token
+    text_limit: int | None = None  # by StopChecker: characters of decoder.text that are output; None: all
     finish_reason: str | None = None  # None while it runs; "stop" | "length"
     stop_reason: int | str | None = None  # the stop token id or string that ended it
 
@@ -115,9 +111,7 @@ class RequestState:
     num_pauses: int = 0
     num_reused_tokens: int = 0  # prompt tokens found in the prefix cache
     first_scheduled_s: float | None = None
-    bad_words_ids: tuple[
-        tuple[int, ...], ...
-    ] = ()  # token sequences that must not be generated (params.bad, tokenized)
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # params.bad as token sequences that must not be generated
     extra_end_ids: tuple[int, ...] = ()  # further end-of-sequence tokens of the model; treated as end_id is
     beam: object | None = None  # sampler.beam.BeamState of a beam request, made by the sampler
 
