@@ -10,7 +10,6 @@ from lamella_core.layers.sharding import (
     Section,
     ShardSpec,
     fused,
-    num_elements,
     replicated,
     split,
     split_heads,
@@ -53,7 +52,6 @@ def test_split_parts_make_the_whole(tp, dim):
         dims[dim] = (section,)
         spec = ShardSpec(dims=tuple(dims))
         assert spec.is_split == (tp > 1) and spec.full_shape == (12, 12)
-        assert num_elements(spec) == 144 // tp
         parts.append(fill(spec, full))
     assert torch.equal(torch.cat(parts, dim), full)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 from lamella_core.errors import ConfigError
 
@@ -218,8 +217,3 @@ def fused(sections: Sequence[Section]) -> tuple[Section, ...]:
 def replicated(*shape: int) -> ShardSpec:
     """Returns the spec of a parameter that every rank holds in full."""
     return ShardSpec(dims=tuple((whole(size),) for size in shape))
-
-
-def num_elements(spec: ShardSpec) -> int:
-    """Returns how many elements the rank's parameter has, padding included."""
-    return prod(spec.shape)

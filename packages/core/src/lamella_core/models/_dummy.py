@@ -20,8 +20,9 @@ def fill_dummy(model: nn.Module) -> None:
     for name, parameter in list(model.named_parameters()):
         data = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
         if data.is_floating_point():
-            pool = pools.setdefault(data.dtype, _pool(data.dtype)) if data.dtype not in pools else pools[data.dtype]
-            _tile(data.view(-1), pool, zlib.crc32(name.encode()) % _POOL)
+            if data.dtype not in pools:
+                pools[data.dtype] = _pool(data.dtype)
+            _tile(data.view(-1), pools[data.dtype], zlib.crc32(name.encode()) % _POOL)
         else:
             data.zero_()
         set_parameter(model, name, data)
