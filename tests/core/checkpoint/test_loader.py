@@ -104,6 +104,7 @@ def test_everything_wrong_is_named_in_one_error(llama: Path, tmp_path: Path) -> 
     with pytest.raises(CheckpointError) as caught:
         LlamaForCausalLM.from_hugging_face(copied(llama, tmp_path, change))
     lines: dict[str, list[str]] = {}
+    title = ""
     for line in str(caught.value).partition("Tensors ")[2].splitlines():
         if line.startswith("  "):
             lines[title].append(line.strip())

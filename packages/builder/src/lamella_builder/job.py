@@ -64,6 +64,10 @@ class BuildJob:
     def __init__(self, request: BuildRequest) -> None:
         if request.load_format not in LOAD_FORMATS:
             raise ConfigError(f"load_format is {request.load_format!r}; allowed: {', '.join(LOAD_FORMATS)}")
+        for name in ("tp_size", "pp_size"):
+            size = getattr(request, name)
+            if size is not None and size < 1:
+                raise ConfigError(f"{name} is {size}; it must be at least 1")
         self._request = request
         self._directory = resolve_model_dir(request.model, weights=request.load_format == "auto")
         self._format = detect_format(self._directory)
