@@ -119,15 +119,13 @@ class LlmArgs:
             )
         return cls(**values)
 
-    @property
-    def has_build_options(self) -> bool:
-        """Whether anything was asked for that only building can do."""
-        return self.build_config is not None or any(getattr(self, name) is not None for name in _BUILD_LIMITS)
-
     def resolved_build_config(self) -> BuildConfig:
-        """Returns ``build_config`` with the limits that were given as keywords."""
+        """Returns ``build_config`` with the limits that were given as keywords.
+
+        Without a build_config no kernels are timed: loading is quick, and loading twice gives the same text twice.
+        """
         changes = {name: getattr(self, name) for name in _BUILD_LIMITS if getattr(self, name) is not None}
-        return replace(self.build_config or BuildConfig(), **changes)
+        return replace(self.build_config or BuildConfig(kernel_selection="default"), **changes)
 
     def resolved_scheduler_config(self) -> SchedulerConfig:
         """Returns ``scheduler_config`` with ``enable_chunked_prefill`` if that was given."""

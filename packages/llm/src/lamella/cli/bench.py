@@ -20,6 +20,7 @@ from rich.table import Table
 from lamella.cli.machine import GIB, machine, peak_memory_bytes, versions
 from lamella.llm import LLM
 from lamella.outputs import RequestOutput
+from lamella_core.engine import BuildConfig
 from lamella_core.errors import ConfigError
 from lamella_executor import KvCacheConfig, SamplingParams
 
@@ -42,6 +43,7 @@ class BenchPlan:
     warmup: int
     max_batch_size: int | None
     max_num_tokens: int | None
+    kernel_selection: str | None = None  # "timed" | "default"; None: what `LLM` does
 
 
 def run_bench(plan: BenchPlan, report_json: Path | None) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def _open(plan: BenchPlan) -> LLM:
         dtype=plan.dtype,
         max_batch_size=plan.max_batch_size,
         max_num_tokens=plan.max_num_tokens,
+        build_config=BuildConfig(kernel_selection=plan.kernel_selection) if plan.kernel_selection else None,
         kv_cache_config=KvCacheConfig(enable_block_reuse=False),
     )
 
@@ -181,9 +184,10 @@ def _print(out: Console, report: dict[str, Any]) -> None:
     out.print(
         f"{engine['architecture']}, {engine['num_hidden_layers']} layers, hidden {engine['hidden_size']}, "
         f"{engine['dtype']}; {plan['num_requests']} requests of {plan['isl']} in, {plan['osl']} out, "
-        f"{plan['concurrency']} in flight"
+        f"{plan['concurrency']} in flight",
+        soft_wrap=True,
     )
-    out.print(f"{host['cpu']}, {host['usable_cores']} cores, {host['torch_threads']} threads")
+    out.print(f"{host['cpu']}, {host['usable_cores']} cores, {host['torch_threads']} threads", soft_wrap=True)
     names = ("lamella", "torch", "python")
     out.print(", ".join(f"{name} {report['versions'][name]}" for name in names))
     table = Table("metric", "value")

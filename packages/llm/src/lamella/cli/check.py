@@ -81,7 +81,7 @@ class _Capture:
         stream_ptr: int | None,
         client_id: int | None,
     ) -> None:
-        self.logits.append(logits[0].clone())
+        self.logits.append(logits[0, 0].clone())  # of [1, num_sequences, vocab]
 
 
 def run_check(hf_dir: Path, *, text: str | None, max_tokens: int, dtype: str, tolerance: float) -> bool:
@@ -98,10 +98,10 @@ def run_check(hf_dir: Path, *, text: str | None, max_tokens: int, dtype: str, to
     table = Table("check", "measured", "")
     for name, value, ok in report.checks:
         table.add_row(name, value, "[green]ok[/green]" if ok else "[red]FAILED[/red]")
-    out.print(f"{hf_dir}: {llm.engine.spec.model.architecture}, {llm.engine.spec.model.dtype}")
+    out.print(f"{hf_dir}: {llm.engine.spec.model.architecture}, {llm.engine.spec.model.dtype}", soft_wrap=True)
     out.print(table)
     for line in report.differences:
-        out.print(line, markup=False)
+        out.print(line, markup=False, soft_wrap=True)
     return report.passed
 
 

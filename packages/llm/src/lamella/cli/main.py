@@ -103,6 +103,7 @@ _Osl = Annotated[int, typer.Option(help="Tokens generated per prompt.", min=1)]
 _Warmup = Annotated[int, typer.Option(help="Requests run before the clock starts.", min=0)]
 _Report = Annotated[Path | None, typer.Option(help="Write everything that was measured to this JSON file.")]
 _BatchSize = Annotated[int | None, typer.Option(help="Requests per step at most.", min=1)]
+_Kernels = Annotated[str | None, typer.Option(help="timed: time the kernels first; default: take the usual ones.")]
 _NumTokens = Annotated[int | None, typer.Option(help="Tokens per step at most.", min=1)]
 
 
@@ -118,6 +119,7 @@ def throughput(  # noqa: PLR0913 - one parameter per option
     dtype: DtypeOption = "auto",
     max_batch_size: _BatchSize = None,
     max_num_tokens: _NumTokens = None,
+    kernel_selection: _Kernels = None,
     warmup: _Warmup = 1,
     report_json: _Report = None,
 ) -> None:
@@ -129,7 +131,7 @@ def throughput(  # noqa: PLR0913 - one parameter per option
         BenchPlan(
             mode="throughput", model=source, load_format=load_format, dtype=dtype, isl=isl, osl=osl,
             num_requests=num_requests, concurrency=concurrency or num_requests, warmup=warmup,
-            max_batch_size=max_batch_size, max_num_tokens=max_num_tokens,
+            max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, kernel_selection=kernel_selection,
         ),
         report_json,
     )  # fmt: skip
@@ -145,6 +147,7 @@ def latency(  # noqa: PLR0913 - one parameter per option
     num_requests: Annotated[int, typer.Option(help="Requests to measure, one after the other.", min=1)] = 5,
     dtype: DtypeOption = "auto",
     max_num_tokens: _NumTokens = None,
+    kernel_selection: _Kernels = None,
     warmup: _Warmup = 1,
     report_json: _Report = None,
 ) -> None:
@@ -156,6 +159,7 @@ def latency(  # noqa: PLR0913 - one parameter per option
         BenchPlan(
             mode="latency", model=source, load_format=load_format, dtype=dtype, isl=isl, osl=osl,
             num_requests=num_requests, concurrency=1, warmup=warmup, max_batch_size=1, max_num_tokens=max_num_tokens,
+            kernel_selection=kernel_selection,
         ),
         report_json,
     )  # fmt: skip

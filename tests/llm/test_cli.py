@@ -1,0 +1,171 @@
+"""The lamella command: results on stdout, one-line errors on stderr, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lamella import LLM, SamplingParams
+from lamella.cli import main as cli
+from lamella.cli.bench import distribution
+from lamella.cli.doctor import findings
+
+runner = CliRunner()
+
+
+def invoke(*arguments: object):
+    return runner.invoke(cli.app, [str(a) for a in arguments])
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object):
+    """Runs main() as the installed command does; returns exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["lamella", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    out, err = capsys.readouterr()
+    return exit_info.value.code or 0, out, err
+
+
+def test_generate_prints_the_text(model_dir: Path, llm: LLM):
+    expected = llm.generate("The fox", SamplingParams(max_tokens=9)).text
+    done = invoke("generate", model_dir, "The fox", "--max-tokens", 9)
+    assert done.exit_code == 0
+    assert done.stdout == expected + "\n"
+    assert re.search(r"loaded in .* 9 tokens, .* tokens/s", done.stderr.replace("\n", " "))
+
+
+def test_generate_reads_stdin_and_several_prompts(model_dir: Path, llm: LLM):
+    prompts = ["The fox", "It's late"]
+    expected = "".join(o.text + "\n" for o in llm.generate(prompts, SamplingParams(max_tokens=5)))
+    done = runner.invoke(cli.app, ["generate", str(model_dir), "-", prompts[1], "--max-tokens", "5"], input=prompts[0])
+    assert (done.exit_code, done.stdout) == (0, expected)
+
+
+def test_generate_chat(model_dir: Path, llm: LLM):
+    text = llm.tokenizer.apply_chat_template([{"role": "user", "content": "The fox"}])
+    expected = llm.generate(text, SamplingParams(max_tokens=5, add_special_tokens=False)).text
+    assert invoke("generate", model_dir, "The fox", "--chat", "--max-tokens", 5).stdout == expected + "\n"
+
+
+ERRORS = {
+    "no such model": (["generate", "./nope", "a"], "no directory './nope'"),
+    "bad option": (["generate", "MODEL", "a", "--max-tokens", "0"], "max_tokens is 0"),
+    "empty prompt": (["generate", "MODEL", ""], "prompt is empty"),
+    "bad dtype": (["generate", "MODEL", "a", "--dtype", "int3"], "dtype is 'int3'"),
+    "too long": (["bench", "latency", "--model", "MODEL", "--isl", "300"], "300 tokens"),
+    "report": (["bench", "latency", "--model", "MODEL", "--report-json", "/no/such/dir/x.json"], "does not exist"),
+    "check": (["check", "."], "neither engine.json"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_are_one_line(model_dir: Path, monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(model_dir) if a == "MODEL" else a for a in arguments]
+    code, out, err = run_main(monkeypatch, capsys, *arguments)
+    assert (code, out) == (1, "")
+    last = [line for line in err.splitlines() if line.strip()][-1]
+    assert last.startswith("error: ") and message in last
+    assert "Traceback" not in err
+
+
+def test_wrong_usage_exits_with_2(monkeypatch, capsys):
+    for arguments in (["generate"], ["nonsense"], ["bench", "throughput"], ["generate", "m", "p", "--top-k", "x"]):
+        code, _, err = run_main(monkeypatch, capsys, *arguments)
+        assert code == 2 and "Traceback" not in err
+
+
+def test_version_and_help(monkeypatch, capsys):
+    code, out, _ = run_main(monkeypatch, capsys, "--version")
+    assert code == 0 and re.fullmatch(r"lamella \d+\.\d+\.\d+\n", out)
+    code, out, _ = run_main(monkeypatch, capsys, "--help")
+    assert code == 0
+    for name in ("generate", "bench", "doctor", "check"):
+        assert name in out
+
+
+@pytest.fixture
+def config_only(model_dir: Path, tmp_path: Path) -> Path:
+    shutil.copy(model_dir / "config.json", tmp_path)
+    return tmp_path
+
+
+def test_bench_throughput_of_dummy_weights(config_only: Path, tmp_path: Path):
+    report_path = tmp_path / "report.json"
+    done = invoke(
+        "bench", "throughput", "--hf-config", config_only, "--load-format", "dummy", "--isl", 20, "--osl", 6,
+        "--num-requests", 5, "--concurrency", 2, "--dtype", "bfloat16", "--report-json", report_path,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    for word in ("output tokens/s", "TTFT", "TPOT", "latency", "P99", "peak memory", "torch", "LlamaForCausalLM"):
+        assert word in done.stdout
+    report = json.loads(report_path.read_text())
+    assert report["engine"]["dtype"] == "bfloat16"
+    results = report["results"]
+    assert results["num_requests"] == 5
+    assert results["output_throughput"] == pytest.approx(5 * 6 / results["wall_s"])
+    assert results["total_throughput"] == pytest.approx(5 * 26 / results["wall_s"])
+    assert 0 < results["ttft_s"]["p50"] <= results["latency_s"]["max"] <= results["wall_s"]
+    assert report["peak_memory_bytes"] > 10 << 20 and report["versions"]["lamella"]
+
+
+def test_bench_latency_of_a_model(model_dir: Path):
+    done = invoke("bench", "latency", "--model", model_dir, "--isl", 8, "--osl", 4, "--num-requests", 2)
+    assert done.exit_code == 0, done.stderr
+    assert "1 in flight" in done.stdout
+
+
+def test_distribution():
+    values = distribution([4.0, 1.0, 3.0, 2.0, 5.0])
+    assert (values["min"], values["p50"], values["max"], values["mean"]) == (1, 3, 5, 3)
+    assert values["p90"] == pytest.approx(4.6)
+    assert distribution([]) is None
+
+
+def test_doctor_names_what_is_there_and_what_is_missing(monkeypatch):
+    done = invoke("doctor", "--json")
+    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    assert {"processor", "memory", "torch", "transformers", "native CPU kernels", "GPU"} <= rows.keys()
+    assert all(row["remedy"] for row in rows.values() if not row["ok"])
+    monkeypatch.setattr("lamella.cli.doctor.is_installed", lambda module: False)
+    missing = [row for row in findings() if row.name.startswith("jinja2")]
+    assert missing[0].remedy == "pip install jinja2" and not missing[0].ok
+    assert invoke("doctor").exit_code == 0
+
+
+def test_check_passes_on_equal_models(model_dir: Path):
+    done = invoke("check", model_dir, "--max-tokens", 6)
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok") == 3
+    assert "24 of 24" in done.stdout
+
+
+def test_check_fails_on_a_difference(model_dir: Path, monkeypatch):
+    from lamella.cli import check
+
+    original = check._load_reference
+
+    def disturbed(hf_dir, dtype):
+        model = original(hf_dir, dtype)
+        model.model.layers[0].mlp.down_proj.weight.data.mul_(3.0)
+        return model
+
+    monkeypatch.setattr(check, "_load_reference", disturbed)
+    done = invoke("check", model_dir, "--max-tokens", 6)
+    assert done.exit_code == 1
+    assert "FAILED" in done.stdout and "in transformers" in done.stdout
+
+
+def test_a_closed_pipe_is_no_traceback(model_dir: Path):
+    command = f"{sys.executable} -c 'from lamella.cli.main import main; main()' doctor --json | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, env={**os.environ})
+    assert done.stdout == "["
+    assert "Traceback" not in done.stderr
