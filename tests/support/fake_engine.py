@@ -132,7 +132,12 @@ class FakeEngine:
     # one step
 
     def step(self, failing: set[int] | None = None) -> StepPlan:
+        ready = [
+            r for r in self.scheduler.running if all(s.num_computed_tokens + 1 == s.num_tokens for s in r.sequences)
+        ]
         plan = self.scheduler.schedule()
+        if self.shape.policy != CapacitySchedulerPolicy.MAX_UTILIZATION:
+            assert set(ready) <= {item.request for item in plan.items}, "a guaranteed request was short of blocks"
         self.num_steps += 1
         self.num_rows += plan.num_tokens
         self.check_plan(plan)

@@ -86,7 +86,7 @@ class ManagerMachine(RuleBasedStateMachine):
         sequence = self.pick(which)
         if not cache:
             others = {b for s in self.sequences if s is not sequence for b in s.blocks}
-            for block in set(sequence.blocks) - others - {EVICTED_BLOCK}:
+            for block in set(sequence.blocks) - others - set(self.kv._pins) - {EVICTED_BLOCK}:
                 self.contents[block] = [POISON] * self.size
         self.kv.free(sequence, cache=cache)
         self.kv.free(sequence)
