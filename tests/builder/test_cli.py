@@ -118,6 +118,11 @@ def test_an_impossible_plan_is_shown_and_refused(model: Path, tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_missing_model_directory_is_one_error(tmp_path: Path) -> None:
+    message = failed(run("--model", tmp_path / "none", "--output_dir", tmp_path / "engine"), 1)
+    assert "pass an existing local directory" in message and not (tmp_path / "engine").exists()
+
+
 def test_an_output_directory_in_use_is_refused_and_kept(model: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     assert "not an engine's (thesis.txt)" in failed(run("--model", model, "--output_dir", tmp_path), 1)
