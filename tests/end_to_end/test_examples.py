@@ -1,0 +1,78 @@
+"""Every example runs as a user runs it, on the bundled demo model."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DEMO = EXAMPLES / "demo_model" / "demo-4m"
+MAX_LINES = 100
+
+
+def run(script: str, *arguments: object, cwd: Path) -> str:
+    """Runs an example in another directory and returns what it printed; it must end by itself, without an error."""
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_run_and_short():
+    source = Path(__file__).read_text()
+    assert '"run_examples.py"' in source  # which runs llm_examples.py
+    for path in EXAMPLES.glob("*.py"):
+        assert path.name in (*source.split('"'), "llm_examples.py"), f"no test runs {path.name}"
+        assert len(path.read_text().splitlines()) <= MAX_LINES, path
+
+
+def test_quickstart(tmp_path: Path):
+    out = run("quickstart.py", cwd=tmp_path)
+    assert re.search(r"^load \d+\.\d+ s, time to first token \d+ ms, \d+ tokens/s$", out, re.M)
+    story = out.split("\n\n")[0]
+    assert story.startswith("Once upon a time, a little fox named") and len(story.split()) > 25
+    assert "12" in out
+
+
+def test_low_level_chain(tmp_path: Path):
+    arguments = ("--hf_model_dir", DEMO, "--engine_dir", tmp_path / "engine")
+    first = run("llama.py", *arguments, cwd=tmp_path)
+    assert "built: " in first and "choose kernels" in first and "Once upon a time, a" in first
+    second = run("llama.py", *arguments, cwd=tmp_path)  # finds the engine
+    assert "built: " not in second
+    assert second == first.split("\n", 1)[1]
+
+
+def test_async_streaming(tmp_path: Path):
+    out = run("async_streaming.py", cwd=tmp_path)
+    assert out.count("[finished, ") == 2 and out.count("[cancelled, ") == 1
+
+
+def test_custom_tokenizer(tmp_path: Path):
+    out = run("custom_tokenizer.py", cwd=tmp_path)
+    assert "text '', equal ids: True" in out and re.search(r"^\d+ tokens encoded$", out, re.M)
+
+
+def test_dummy_benchmark(tmp_path: Path):
+    (tmp_path / "config.json").write_bytes((DEMO / "config.json").read_bytes())  # no weights there
+    out = run("dummy_benchmark.py", "--hf_config_dir", tmp_path, "--num_requests", 3, "--output_len", 8, cwd=tmp_path)
+    assert re.search(r"^24 tokens in \d+\.\d+ s: \d+\.\d tokens/s$", out, re.M)
+
+
+@pytest.mark.slow
+def test_tasks_of_the_older_api(tmp_path: Path):
+    out = run("run_examples.py", "run_single_gpu", cwd=tmp_path)
+    tasks = re.findall(r"^== (\w+)", out, re.M)
+    assert set(tasks) == {
+        "run_llm_from_huggingface_model", "run_llm_from_tllm_engine", "run_llm_generate",
+        "run_llm_generate_async_example", "run_llm_with_async_future",
+    }  # fmt: skip
+    assert re.search(r"^3\d updates: ", out, re.M) and re.search(r"^1 updates: ", out, re.M)
+    stories = re.findall(r", a little pig .*$", out, re.M)
+    assert len(set(stories)) == 1 and len(stories) == 5  # HF directory and engine, streamed or not: the same text
