@@ -86,7 +86,7 @@ class ManagerMachine(RuleBasedStateMachine):
         sequence = self.pick(which)
         if not cache:
             others = {b for s in self.sequences if s is not sequence for b in s.blocks}
-            for block in set(sequence.blocks) - others - set(self.kv._pins) - {EVICTED_BLOCK}:
+            for block in set(sequence.blocks) - others - set(self.kv._copies._pins) - {EVICTED_BLOCK}:
                 self.contents[block] = [POISON] * self.size
         self.kv.free(sequence, cache=cache)
         self.kv.free(sequence)
@@ -168,7 +168,7 @@ class ManagerMachine(RuleBasedStateMachine):
         for sequence in self.sequences:
             self.kv.free(sequence)
         self.kv.check_invariants([])
-        assert self.kv.stats().num_live == 0 and not self.kv._chains
+        assert self.kv.stats().num_live == 0 and len(self.kv._chains) == 0
 
 
 TestManager = ManagerMachine.TestCase

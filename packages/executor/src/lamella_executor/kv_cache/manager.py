@@ -3,9 +3,7 @@
 It writes `Sequence.blocks` and, when a prefix is attached, `Sequence.num_computed_tokens`; it never touches tensors.
 ``Sequence.token_ids`` must only ever be appended to while the sequence is known here.
 
-Copies: a block that must be written but is shared or findable is first copied (`take_copies`). The source stays held
-until the copies are taken, so within one step no source is also a destination and no destination occurs twice: the
-runner may carry them out in any order, before the forward.
+A block that must be written but is shared or findable is first copied (`take_copies`).
 """
 
 from __future__ import annotations
@@ -13,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lamella_executor.kv_cache.block_pool import BlockPool
-from lamella_executor.kv_cache.prefix import PrefixIndex, pack
+from lamella_executor.kv_cache.chains import BlockChains
+from lamella_executor.kv_cache.copies import BlockCopies
+from lamella_executor.kv_cache.prefix import PrefixIndex
 from lamella_executor.sequence import EVICTED_BLOCK, Sequence
 
 
@@ -74,13 +74,11 @@ class KvCacheManager:
         self.enable_block_reuse = enable_block_reuse
         self.window = window
         self.num_sink_blocks = -(-num_sinks // tokens_per_block)
-        self._min_head_tokens = max(1, tokens_per_block // 8) if enable_partial_reuse else tokens_per_block
         self._index = PrefixIndex()
         self._pool = BlockPool(num_blocks, on_evict=self._index.remove)
-        self._root = self._index.root()
-        self._chains: dict[Sequence, list[bytes]] = {}  # digests of a sequence's leading whole blocks, as far as needed
-        self._copies: dict[int, int] = {}  # destination -> source, not yet taken
-        self._pins: dict[int, int] = {}  # source -> references held for its copies
+        self._copies = BlockCopies(self._pool)
+        min_head_tokens = max(1, tokens_per_block // 8) if enable_partial_reuse else tokens_per_block
+        self._chains = BlockChains(self._index, tokens_per_block, min_head_tokens)
         self._num_queried_tokens = 0
         self._num_reused_tokens = 0
 
@@ -121,7 +119,7 @@ class KvCacheManager:
             raise RuntimeError("the pool and the prefix index disagree about what is cached")
         if sequences is None:
             return
-        expected = [self._pins.get(b, 0) for b in range(self.num_blocks)]
+        expected = [self._copies.num_pins(b) for b in range(self.num_blocks)]
         for sequence in sequences:
             for block in sequence.blocks:
                 if block != EVICTED_BLOCK:
@@ -140,15 +138,8 @@ class KvCacheManager:
         """
         if not self.enable_block_reuse or sequence.blocks:
             return NO_MATCH
-        size, limit = self.tokens_per_block, sequence.num_tokens - 1
-        blocks: list[int] = []
-        while (len(blocks) + 1) * size <= limit:
-            block = self._index.lookup(self._digest(sequence, len(blocks)))
-            if block is None:
-                break
-            blocks.append(block)
-        num_tokens = len(blocks) * size
-        source, num_head = self._match_head(sequence, len(blocks), limit)
+        blocks, source, num_head = self._chains.find(sequence, sequence.num_tokens - 1)
+        num_tokens = len(blocks) * self.tokens_per_block
         for i in range(self.num_sink_blocks, self._first_visible_block(num_tokens + num_head)):
             if i < len(blocks):
                 blocks[i] = EVICTED_BLOCK
@@ -166,7 +157,7 @@ class KvCacheManager:
         sequence.blocks = list(match.blocks)
         if match.head_source != EVICTED_BLOCK:
             self._pool.share(match.head_source)
-            sequence.blocks.append(self._copy(match.head_source))
+            sequence.blocks.append(self._copies.queue(match.head_source))
         sequence.num_computed_tokens = match.num_tokens
         self._num_queried_tokens += sequence.num_tokens
         self._num_reused_tokens += match.num_tokens
@@ -186,7 +177,7 @@ class KvCacheManager:
         if max(num_new, 0) + len(shared) > self._pool.num_available:
             return False
         for i in shared:
-            blocks[i] = self._copy(blocks[i])
+            blocks[i] = self._copies.queue(blocks[i])
         for _ in range(num_new):
             blocks.append(self._pool.take())
         return True
@@ -199,8 +190,7 @@ class KvCacheManager:
             if block != EVICTED_BLOCK:
                 self._pool.share(block)
         child.blocks = list(parent.blocks)
-        if parent in self._chains:
-            self._chains[child] = list(self._chains[parent])
+        self._chains.inherit(parent, child)
 
     def share_prefix(self, source: Sequence, sequence: Sequence, num_tokens: int) -> bool:
         """Starts a sequence without blocks on the first ``num_tokens`` of another, which has computed them.
@@ -235,13 +225,8 @@ class KvCacheManager:
         if first >= last or not self.enable_block_reuse:
             return
         for i in range(first, last):
-            block = sequence.blocks[i]
-            if block == EVICTED_BLOCK:
-                continue
-            digest = self._digest(sequence, i)
-            parent = self._digest(sequence, i - 1) if i else self._root
-            if self._index.add(block, digest, parent, pack(sequence.token_ids[i * size : (i + 1) * size])):
-                self._pool.mark_cacheable(block)
+            if sequence.blocks[i] != EVICTED_BLOCK and self._chains.add(sequence, i):
+                self._pool.mark_cacheable(sequence.blocks[i])
 
     def evict_window(self, sequence: Sequence) -> None:
         """Gives back the blocks that no later token of the sequence can see; sinks stay."""
@@ -272,19 +257,11 @@ class KvCacheManager:
             self._release(block)
         sequence.blocks = []
         sequence.num_computed_tokens = 0
-        self._chains.pop(sequence, None)
+        self._chains.forget(sequence)
 
     def take_copies(self) -> list[tuple[int, int]]:
         """Returns the (source, destination) copies to carry out before the forward, and lets go of the sources."""
-        if not self._copies:
-            return []
-        copies = [(source, destination) for destination, source in self._copies.items()]
-        self._copies.clear()
-        for source, num_pins in self._pins.items():
-            for _ in range(num_pins):
-                self._pool.release(source)
-        self._pins.clear()
-        return copies
+        return self._copies.take()
 
     # parts
 
@@ -295,42 +272,9 @@ class KvCacheManager:
         return max(num_computed_tokens - self.window + 1, 0) // self.tokens_per_block
 
     def _is_writable(self, block: int) -> bool:
-        is_exclusive = self._pool.refs(block) - self._pins.get(block, 0) == 1
+        is_exclusive = self._pool.refs(block) - self._copies.num_pins(block) == 1
         return is_exclusive and not self._pool.is_cacheable(block)
 
-    def _copy(self, source: int) -> int:
-        """Queues a copy of ``source`` into a new block; the caller's reference to the source becomes the copy's."""
-        destination = self._pool.take()
-        self._copies[destination] = source
-        self._pins[source] = self._pins.get(source, 0) + 1
-        return destination
-
     def _release(self, block: int) -> None:
-        if block in self._copies:  # a destination that is given back in the step that made it
-            source = self._copies.pop(block)
-            self._pins[source] -= 1
-            if not self._pins[source]:
-                del self._pins[source]
-            self._pool.release(source)
+        self._copies.drop(block)
         self._pool.release(block)
-
-    def _match_head(self, sequence: Sequence, num_blocks: int, limit: int) -> tuple[int, int]:
-        """Finds a cached block whose head continues the sequence after ``num_blocks`` whole ones."""
-        start = num_blocks * self.tokens_per_block
-        tokens = sequence.token_ids[start : min(start + self.tokens_per_block, limit)]
-        if len(tokens) >= self._min_head_tokens:
-            parent = self._digest(sequence, num_blocks - 1) if num_blocks else self._root
-            source, num_head = self._index.best_head(parent, pack(tokens))
-            if num_head >= self._min_head_tokens:
-                return source, num_head
-        return EVICTED_BLOCK, 0
-
-    def _digest(self, sequence: Sequence, i: int) -> bytes:
-        """Digest of the sequence's block ``i``; hashed once."""
-        chain = self._chains.setdefault(sequence, [])
-        size = self.tokens_per_block
-        while len(chain) <= i:
-            parent = chain[-1] if chain else self._root
-            tokens = sequence.token_ids[len(chain) * size : (len(chain) + 1) * size]
-            chain.append(self._index.extend(parent, pack(tokens)))
-        return chain[i]

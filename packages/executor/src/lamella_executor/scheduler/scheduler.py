@@ -20,6 +20,7 @@ from lamella_executor.config import CapacitySchedulerPolicy
 from lamella_executor.kv_cache.manager import NO_MATCH, KvCacheManager, PrefixMatch
 from lamella_executor.scheduler.capacity import CapacityModel
 from lamella_executor.scheduler.chunks import num_logits, plan_chunks
+from lamella_executor.scheduler.limits import RequestLimits
 from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.scheduler.policy import make_policy
 from lamella_executor.sequence import RequestState, Sequence
@@ -63,8 +64,7 @@ class Scheduler:
         self._kv = kv
         self._max_batch_size = max_batch_size
         self._max_num_tokens = max_num_tokens
-        self._max_beam_width = max_beam_width
-        self._is_chunked = enable_chunked_prefill
+        self._limits = RequestLimits(max_batch_size, max_num_tokens, max_beam_width, enable_chunked_prefill)
         self._capacity = CapacityModel(kv, max_num_tokens, is_chunked=enable_chunked_prefill)
         self._policy = make_policy(policy, self._capacity)
         self._requests: dict[int, RequestState] = {}
@@ -95,35 +95,7 @@ class Scheduler:
         Raises:
             RequestError: the message holds the numbers and the knob.
         """
-        num_prompt, width = request.num_prompt_tokens, request.width
-        if request.params.use_beam_search and width > self._max_beam_width:
-            raise RequestError(
-                f"the beam width is {width}, this engine allows {self._max_beam_width}; build it with a larger "
-                "BuildConfig.max_beam_width"
-            )
-        if request.slots > self._max_batch_size:
-            raise RequestError(
-                f"the request has {request.slots} sequences (best_of or n), the engine runs {self._max_batch_size} at "
-                "once; ask for fewer or build it with a larger BuildConfig.max_batch_size"
-            )
-        if width > self._max_num_tokens:
-            raise RequestError(
-                f"the request has {width} sequences and a step {self._max_num_tokens} tokens; ask for fewer or build "
-                "the engine with a larger BuildConfig.max_num_tokens"
-            )
-        if not self._is_chunked and num_prompt > self._max_num_tokens:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens, a step {self._max_num_tokens}; set "
-                "SchedulerConfig.enable_chunked_prefill or build the engine with a larger BuildConfig.max_num_tokens"
-            )
-        num_blocks = self._capacity.worst_case(request)
-        if num_blocks > self._kv.num_blocks:
-            size = self._kv.tokens_per_block
-            raise RequestError(
-                f"the request needs up to {num_blocks} KV cache blocks ({num_prompt} prompt tokens, max_tokens "
-                f"{request.max_tokens}, {width} sequences), the cache has {self._kv.num_blocks} of {size} tokens; "
-                "lower max_tokens, or raise KvCacheConfig.max_tokens or KvCacheConfig.host_memory_bytes"
-            )
+        self._limits.check(request, self._capacity)
 
     def add(self, request: RequestState) -> None:
         """Queues a request.
