@@ -3,7 +3,7 @@
 A model never sees a block table: it calls `ForwardContext.attend` and the runtime (paged CPU, CUDA, a reference, ...)
 answers. Nothing here is global; two engines in one process hold two contexts.
 
-Shape legend: T tokens of this step (packed, no padding), Hq query heads and Hkv key/value heads on this rank, D head size.
+Shape legend: T tokens of this step (packed, no padding); on this rank Hq query and Hkv key/value heads; D head size.
 """
 
 from __future__ import annotations

@@ -49,14 +49,16 @@ class Mapping:
             )
         if not isinstance(self.rank, int) or not 0 <= self.rank < self.world_size:
             raise ConfigError(
-                f"Mapping.rank is {self.rank!r}; with world_size {self.world_size} it must be in 0..{self.world_size - 1}"
+                f"Mapping.rank is {self.rank!r}; with world_size {self.world_size} it must be in "
+                f"0..{self.world_size - 1}"
             )
         self._derive_moe_sizes()
         if self.pp_partition is not None:
             object.__setattr__(self, "pp_partition", tuple(self.pp_partition))
             if len(self.pp_partition) != self.pp_size or min(self.pp_partition) < 1:
                 raise ConfigError(
-                    f"Mapping.pp_partition is {self.pp_partition}; it needs {self.pp_size} entries (pp_size) of at least 1"
+                    f"Mapping.pp_partition is {self.pp_partition}; it needs {self.pp_size} entries (pp_size), each of "
+                    "at least 1"
                 )
 
     def _derive_moe_sizes(self) -> None:
@@ -179,7 +181,7 @@ class Mapping:
         return replace(self, rank=rank)
 
     def to_dict(self, *, with_rank: bool = True) -> dict[str, Any]:
-        """Returns JSON-ready fields; ``with_rank=False`` leaves the rank out (what files that serve all ranks store)."""
+        """Returns JSON-ready fields; ``with_rank=False`` leaves the rank out, as in files that serve all ranks."""
         fields = asdict(self)
         if self.pp_partition is not None:
             fields["pp_partition"] = list(self.pp_partition)

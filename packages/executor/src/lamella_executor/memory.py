@@ -8,21 +8,18 @@ On a CPU the default is what ``max_batch_size`` sequences of ``max_seq_len`` tok
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from lamella_core.context import AttentionSpec
 from lamella_core.errors import OutOfMemoryError
+from lamella_core.host_memory import available_bytes
 from lamella_executor.config import KvCacheConfig
 
 DEFAULT_FRACTION = 0.5
 EXPLICIT_FRACTION = 0.95  # the rest is for activations and the process itself
-_UNKNOWN_MEMORY = 4 << 30  # bytes assumed free where the system does not tell
 _MIB = 1 << 20
 
 
@@ -107,60 +104,3 @@ def _asked_blocks(config: KvCacheConfig, tokens_per_block: int, block_bytes: int
     if config.host_memory_bytes is not None:
         asked["host_memory_bytes"] = config.host_memory_bytes // block_bytes
     return asked
-
-
-def available_bytes() -> int:
-    """Returns the bytes this process may still use: free memory of the machine, or of its control group if less."""
-    if sys.platform == "linux":
-        return min(_linux_free(), _cgroup_free())
-    try:
-        pages = os.sysconf("SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES")
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return _UNKNOWN_MEMORY
-
-
-def _linux_free() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        return _UNKNOWN_MEMORY
-    return _UNKNOWN_MEMORY
-
-
-def _cgroup_free() -> int:
-    """Returns the least room left in this process's memory control groups (versions 1 and 2); huge if unlimited."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return sys.maxsize
-    room = sys.maxsize
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit, usage = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit, usage = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):
-            room = min(room, _group_room(folder, limit, usage))
-            if folder == root:
-                break
-    return room
-
-
-def _group_room(folder: Path, limit: str, usage: str) -> int:
-    """Returns limit minus usage of one group; file pages that can be dropped count as room."""
-    try:
-        most = (folder / limit).read_text(encoding="ascii").strip()
-        if most == "max":
-            return sys.maxsize
-        used = int((folder / usage).read_text(encoding="ascii"))
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-        return max(0, int(most) - used + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0)))
-    except (OSError, ValueError):
-        return sys.maxsize
