@@ -10,8 +10,6 @@ from tests.support.text_models import text_model_dir
 
 from lamella import LLM
 
-DEMO_DIR = Path(__file__).parents[2] / "examples" / "demo_model" / "demo-4m"
-
 
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
@@ -22,8 +20,3 @@ def model_dir() -> Path:
 def llm(model_dir: Path) -> Iterator[LLM]:
     with LLM(model_dir, max_batch_size=16, max_beam_width=4) as llm:
         yield llm
-
-
-@pytest.fixture(scope="session")
-def demo_dir() -> Path:
-    return DEMO_DIR

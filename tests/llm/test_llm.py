@@ -244,8 +244,9 @@ def test_one_failure_in_a_batch_leaves_the_others(llm: LLM):
 
 def test_an_invalid_prompt_keeps_the_batch_from_running(llm: LLM):
     before = llm.get_stats()[-1].iteration
-    with pytest.raises(RequestError, match="prompt 2: prompt is empty"):
-        llm.generate(["The fox", "It's late", ""])
+    for bad, match in (("", "prompt is empty"), ("fox " * 300, "at most 255"), ([10**6], "token ids must be in")):
+        with pytest.raises(RequestError, match=f"prompt 2: .*{match}"):
+            llm.generate(["The fox", "It's late", bad])
     assert llm.get_stats()[-1].iteration == before
 
 
@@ -305,6 +306,13 @@ def test_skip_tokenizer_init(model_dir: Path):
         for kind, params in (("text", None), ("stop", SamplingParams(stop="a")), ("bad", SamplingParams(bad="a"))):
             with pytest.raises(RequestError, match="no tokenizer"):
                 llm.generate("The fox" if kind == "text" else [1, 2], params)
+
+
+def test_build_progress_is_shown_on_request(model_dir: Path, capsys):
+    LLM(model_dir, enable_tqdm=True, skip_tokenizer_init=True).shutdown()
+    assert "lay out weights" in capsys.readouterr().err
+    LLM(model_dir, skip_tokenizer_init=True).shutdown()
+    assert "lay out weights" not in capsys.readouterr().err
 
 
 def test_shutdown_is_idempotent_and_final(model_dir: Path):

@@ -9,6 +9,7 @@ from lamella.prompts import PreparedPrompt, prepare
 from lamella.tokenizer import TokenizerBase
 from lamella_core.errors import RequestError
 from lamella_executor import GenerationExecutor, SamplingParams
+from lamella_executor.admission import make_request
 
 
 def submit(executor: GenerationExecutor, request: PreparedPrompt, streaming: bool = False) -> RequestOutput:
@@ -26,7 +27,7 @@ def submit(executor: GenerationExecutor, request: PreparedPrompt, streaming: boo
 def submit_batch(
     executor: GenerationExecutor, prompts: list[Any], params: list[SamplingParams], tokenizer: TokenizerBase | None
 ) -> list[RequestOutput]:
-    """Submits every prompt in order, or none if one is invalid.
+    """Submits every prompt in order, or none if one is invalid: all are checked before the first is submitted.
 
     Raises:
         RequestError: names the prompt by its position.
@@ -35,7 +36,11 @@ def submit_batch(
     prepared: list[PreparedPrompt] = []
     try:
         for prompt, one in zip(prompts, params):
-            prepared.append(prepare(prompt, one, tokenizer))
+            request = prepare(prompt, one, tokenizer)
+            make_request(
+                0, request.token_ids, one, executor.limits, decoder=request.decoder, bad_words_ids=request.bad_words_ids
+            )
+            prepared.append(request)
         for request in prepared:
             outputs.append(submit(executor, request))
     except BaseException as error:

@@ -15,8 +15,6 @@ from lamella.cli.machine import GIB, gpus, is_installed, machine, versions
 EXTRAS = {
     "tiktoken": ("tokenizers of some hub models", "pip install tiktoken"),
     "sentencepiece": ("tokenizer.model files without tokenizer.json", "pip install sentencepiece"),
-    "jinja2": ("chat templates", "pip install jinja2"),
-    "huggingface_hub": ("models by hub id", "pip install huggingface_hub"),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 GIB = 1 << 30
 PACKAGES = ("lamella", "lamella-core", "lamella-builder", "lamella-executor", "torch", "transformers", "tokenizers",
-            "safetensors", "numpy")  # fmt: skip
+            "numpy")  # fmt: skip
 
 
 def versions() -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,34 +54,23 @@ class LLM:
         for name in options:
             if name not in _OPTIONS:
                 raise ConfigError(f"LLM got an unexpected option {name!r}{nearest_name(name, _OPTIONS)}")
-        if config.parallel_config.auto_parallel and config.parallel_config.world_size > 1:
-            raise ConfigError(
-                f"parallel_config.auto_parallel with world_size {config.parallel_config.world_size}: this release "
-                "of LLM runs a model on one rank; set world_size to 1"
-            )
         self.config = config
         cache = kv_cache_config or KvCacheConfig()
         if options.get("kvcahe_free_gpu_memory_fraction") is not None:
-            cache.free_gpu_memory_fraction = options["kvcahe_free_gpu_memory_fraction"]
+            cache = replace(cache, free_gpu_memory_fraction=options["kvcahe_free_gpu_memory_fraction"])
         self._max_new_tokens = cache.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        quant = config.quant_config.to_lamella()
-        limits = ("max_beam_width", "max_batch_size", "max_num_tokens", "max_input_len", "max_seq_len")
         self._llm = _LLM(
             str(config.model_dir or config.model),
             tokenizer,
             skip_tokenizer_init=not options.get("enable_tokenizer", True),
             dtype=dtype,
-            tensor_parallel_size=config.parallel_config.tp_size,
-            pipeline_parallel_size=config.parallel_config.pp_size,
-            build_config=config.build_config,
-            quant_config=quant if quant.is_quantized else None,
             kv_cache_config=cache.to_lamella(_streaming(streaming_llm)),
             scheduler_config=SchedulerConfig(
                 capacity_scheduler_policy=options.get("capacity_scheduling_policy")
                 or CapacitySchedulerPolicy.GUARANTEED_NO_EVICT,
                 enable_chunked_prefill=options.get("enable_chunked_context", True),
             ),
-            **{name: getattr(config, name) for name in limits},
+            **_model_arguments(config),
         )
 
     @property
@@ -128,3 +118,21 @@ class LLM:
 
 def _streaming(value: bool | StreamingLLMParam) -> StreamingLLMParam | None:
     return value if isinstance(value, StreamingLLMParam) else StreamingLLMParam() if value else None
+
+
+def _model_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Returns what `lamella.LLM` takes for the parts of a ModelConfig, directory aside."""
+    parallel, quant = config.parallel_config, config.quant_config.to_lamella()
+    if parallel.auto_parallel and parallel.world_size > 1:
+        raise ConfigError(
+            f"parallel_config.auto_parallel with world_size {parallel.world_size}: this release of LLM runs a model on "
+            "one rank; set world_size to 1"
+        )
+    limits = ("max_beam_width", "max_batch_size", "max_num_tokens", "max_input_len", "max_seq_len")
+    return {
+        "tensor_parallel_size": parallel.tp_size,
+        "pipeline_parallel_size": parallel.pp_size,
+        "build_config": config.build_config,
+        "quant_config": quant if quant.is_quantized else None,
+        **{name: getattr(config, name) for name in limits},
+    }
