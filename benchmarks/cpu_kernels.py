@@ -5,6 +5,7 @@
 Candidates take turns (round robin), each on weights too large together to stay in the caches, so that every call reads
 them from memory as a model does. Printed: medians, and the least time in brackets. The last column is the fraction of
 the floor, the larger of weight bytes over measured read bandwidth and FLOPs over the measured multiply-add rate.
+On a machine that others use as well, --cpu-time measures one thread by the processor time it got.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,28 +55,35 @@ class Candidate:
         self.weights = [weight.clone() for _ in range(copies)]
         self.turn = 0
 
-    def time(self, x: torch.Tensor) -> float:
+    def time(self, x: torch.Tensor, clock: Callable[[], float]) -> float:
         self.turn = (self.turn + 1) % len(self.weights)
-        start = time.perf_counter()
+        start = clock()
         self.kernel(x, self.weights[self.turn], self.n, None)
-        return time.perf_counter() - start
+        return clock() - start
 
 
 def measure(
-    dtype: torch.dtype, n: int, k: int, rows: list[int], budget_s: float, ceilings: tuple[float, float]
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    names: list[str],
+    rows: list[int],
+    budget_s: float,
+    clock: Callable[[], float],
+    ceilings: tuple[float, float],
 ) -> list[Result]:
     """All candidates of one shape, alternating, for about ``budget_s`` per row count."""
-    kernels = [kernel for kernel in matmul.KERNELS.values() if kernel.available(dtype, n, k)]
-    candidates = [Candidate(kernel, dtype, n, k) for kernel in kernels if kernel.name != "torch_panels"]
+    kernels = [matmul.KERNELS[name] for name in names]
+    candidates = [Candidate(kernel, dtype, n, k) for kernel in kernels if kernel.available(dtype, n, k)]
     weight_bytes = n * k * torch.empty(0, dtype=dtype).element_size()
     results = []
     for m in rows:
         x = torch.randn(m, k).to(dtype)
         times: list[list[float]] = [[] for _ in candidates]
-        once = sum(candidate.time(x) for candidate in candidates)
+        once = sum(candidate.time(x, clock) for candidate in candidates)
         for _ in range(max(3, min(50, int(budget_s / once)))):
             for candidate, kept in zip(candidates, times):
-                kept.append(candidate.time(x))
+                kept.append(candidate.time(x, clock))
         flops = 2 * m * n * k
         floor = max(weight_bytes / ceilings[0], flops / ceilings[1])
         for candidate, kept in zip(candidates, times):
@@ -93,9 +102,12 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="N x K")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 64, 256, 512])
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per shape and row count")
+    parser.add_argument("--kernels", nargs="+", default=sorted(matmul.KERNELS))
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, processor time instead of wall time")
     parser.add_argument("--report-json", type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1 if arguments.cpu_time else arguments.threads)
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
     bandwidth = machine.read_bandwidth()
     status = native_status()
     print(machine.describe())
@@ -110,7 +122,9 @@ def main() -> None:
         )
         for shape in arguments.shapes:
             n, k = map(int, shape.split("x"))
-            for r in measure(dtype, n, k, arguments.rows, arguments.budget, (bandwidth, rate)):
+            for r in measure(
+                dtype, n, k, arguments.kernels, arguments.rows, arguments.budget, clock, (bandwidth, rate)
+            ):
                 print(
                     f"{shape:>12} {r.rows:>4} {r.kernel:>14} {r.median_s * 1e3:>9.3f} {r.least_s * 1e3:>9.3f}"
                     f" {r.gb_per_s:>6.1f} {r.gflop_per_s:>8.1f} {r.floor_fraction:>8.2f}",

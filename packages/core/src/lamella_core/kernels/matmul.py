@@ -26,7 +26,7 @@ from lamella_core.kernels.cpu.host import host
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
-FEW_ROWS = 16  # up to here a product is bound by reading the weight rather than by arithmetic
+FEWEST_ROWS, FEW_ROWS = 4, 16  # a product of so few rows is bound by reading the weight, or nearly so
 
 
 class MatmulKernel(Protocol):
@@ -203,9 +203,9 @@ def candidate_plans(dtype: torch.dtype, n: int, k: int, *, require_batch_invaria
         require_batch_invariant: leave out what is not batch-invariant; always so for float32.
     """
     plans = [_single(kernel.name) for kernel in KERNELS.values()]
-    plans += [
-        MatmulPlan("rows", ((FEW_ROWS, "native_rows"), (None, other))) for other in ("torch_rows", "torch_upcast")
-    ]
+    for few in (FEWEST_ROWS, FEW_ROWS):
+        for many in ("torch_rows", "torch_upcast"):
+            plans.append(MatmulPlan("rows", ((few, "native_rows"), (None, many))))
     strict = require_batch_invariant or dtype == torch.float32
     unworthy = {_single("native_rows"), _single("torch_panels")} if native_status().available else set()
     if not strict:

@@ -39,16 +39,21 @@ LAMELLA_INLINE void store_as(void* p, DType dtype, i64 i, float value) {
   else static_cast<float*>(p)[i] = value;
 }
 
-template <int R, int C>
-LAMELLA_INLINE void multiply_add(vf (&acc)[R][C][NV], const float* x, i64 x_stride, const vf (&w)[C][NV]) {
+// acc += x[R rows][16 lanes] * w[C rows][16 lanes]
+template <int R, int C, typename T>
+LAMELLA_INLINE void multiply_add(vf (&acc)[R][C][NV], const float* x, i64 x_stride, const T* w, i64 w_stride) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int v = 0; v < NV; ++v) {
+    vf wv[C];
 #pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) {
+    for (int c = 0; c < C; ++c) wv[c] = load(w + c * w_stride + v * VW);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
       const vf xv = load(x + r * x_stride + v * VW);
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) acc[r][c][v] += xv * w[c][v];
+      for (int c = 0; c < C; ++c) acc[r][c][v] += xv * wv[c];
     }
+  }
 }
 
 // Outputs rows [row, row + R) times columns [col, col + C). x is float32 [m][k_padded], zero padded.
@@ -57,23 +62,18 @@ LAMELLA_INLINE void tile(const Problem& p, const float* x, i64 row, i64 col) {
   const T* w = static_cast<const T*>(p.w) + col * p.k;
   const float* xr = x + row * p.k_padded;
   const i64 ahead = col + 2 * C <= p.n ? C * p.k : 0, whole = p.k / LANES * LANES;
-  vf acc[R][C][NV] = {}, wv[C][NV];
+  vf acc[R][C][NV] = {};
   for (i64 k = 0; k < whole; k += LANES) {
+    if (row == 0) {  // later rows find the weights in the cache
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      __builtin_prefetch(w + c * p.k + k + ahead, 0, 2);
-#pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) wv[c][v] = load(w + c * p.k + k + v * VW);
+      for (int c = 0; c < C; ++c) __builtin_prefetch(w + c * p.k + k + ahead, 0, 2);
     }
-    multiply_add<R, C>(acc, xr + k, p.k_padded, wv);
+    multiply_add<R, C>(acc, xr + k, p.k_padded, w + k, p.k);
   }
   if (whole < p.k) {
     T tail[C][LANES] = {};
-    for (int c = 0; c < C; ++c) {
-      std::memcpy(tail[c], w + c * p.k + whole, std::size_t(p.k - whole) * sizeof(T));
-      for (int v = 0; v < NV; ++v) wv[c][v] = load(tail[c] + v * VW);
-    }
-    multiply_add<R, C>(acc, xr + whole, p.k_padded, wv);
+    for (int c = 0; c < C; ++c) std::memcpy(tail[c], w + c * p.k + whole, std::size_t(p.k - whole) * sizeof(T));
+    multiply_add<R, C>(acc, xr + whole, p.k_padded, &tail[0][0], LANES);
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) {
