@@ -82,6 +82,27 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     check_status("write_kv", status)
 
 
+def _check_shapes(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    extras: list[Tensor | None],
+) -> None:
+    """Raise `ValueError` when the shapes of `paged_attention`'s arguments do not fit together."""
+    num_seqs, num_heads, head_dim = context_lens.shape[0], q.shape[1], q.shape[2]
+    kv_heads, cache_dim = k_cache.shape[1], k_cache.shape[3]
+    require(k_cache.shape == v_cache.shape, "k_cache and v_cache differ in shape")
+    require(
+        head_dim == cache_dim and num_heads % kv_heads == 0, f"q {tuple(q.shape)} does not fit {tuple(k_cache.shape)}"
+    )
+    require(block_tables.dim() == 2 and block_tables.shape[0] == num_seqs, "block_tables and context_lens differ")
+    require(query_start.shape == (num_seqs + 1,), f"query_start is {tuple(query_start.shape)}, needs ({num_seqs + 1},)")
+    require(all(extra is None or extra.shape == (num_heads,) for extra in extras), "per-head extras need shape [Hq]")
+
+
 def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     q: Tensor,
     k_cache: Tensor,
@@ -122,16 +143,8 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     Raises:
         ValueError: shapes do not fit together, or lengths and block ids contradict them.
     """
-    num_seqs, num_heads, head_dim = context_lens.shape[0], q.shape[1], q.shape[2]
-    num_blocks, kv_heads, block_size, cache_dim = k_cache.shape
-    require(k_cache.shape == v_cache.shape, "k_cache and v_cache differ in shape")
-    require(
-        head_dim == cache_dim and num_heads % kv_heads == 0, f"q {tuple(q.shape)} does not fit {tuple(k_cache.shape)}"
-    )
-    require(block_tables.dim() == 2 and block_tables.shape[0] == num_seqs, "block_tables and context_lens differ")
-    require(query_start.shape == (num_seqs + 1,), f"query_start is {tuple(query_start.shape)}, needs ({num_seqs + 1},)")
     extras = [None if extra is None else extra.float().contiguous() for extra in (alibi_slopes, sink_logits)]
-    require(all(extra is None or extra.shape == (num_heads,) for extra in extras), "per-head extras need shape [Hq]")
+    _check_shapes(q, k_cache, v_cache, block_tables, query_start, context_lens, extras)
     library = kernels()
     same = q.dtype in DTYPE_CODES and q.dtype == k_cache.dtype == v_cache.dtype
     if library is None or not same or not (k_cache.is_contiguous() and v_cache.is_contiguous() and q.is_cpu):
@@ -142,10 +155,11 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     q = q if _heads_adjoin(q) else q.contiguous()
     tables, starts, lengths = (x.int().contiguous() for x in (block_tables, query_start, context_lens))
     out = q.new_empty(q.shape)
+    num_blocks, kv_heads, block_size, head_dim = k_cache.shape
     status = library.lamella_paged_attention(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), tables.data_ptr(), starts.data_ptr(),
-        lengths.data_ptr(), pointer(extras[0]), pointer(extras[1]), q.shape[0], num_heads, kv_heads, head_dim,
-        q.stride(0), num_seqs, tables.shape[1], num_blocks, block_size, sliding_window, num_sinks, scale, softcap,
+        lengths.data_ptr(), pointer(extras[0]), pointer(extras[1]), q.shape[0], q.shape[1], kv_heads, head_dim,
+        q.stride(0), len(lengths), tables.shape[1], num_blocks, block_size, sliding_window, num_sinks, scale, softcap,
         DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
     check_status("paged_attention", status)
