@@ -103,6 +103,11 @@ def _check_shapes(
     require(all(extra is None or extra.shape == (num_heads,) for extra in extras), "per-head extras need shape [Hq]")
 
 
+def _native_serves(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    same_dtype = q.dtype in DTYPE_CODES and q.dtype == k_cache.dtype == v_cache.dtype
+    return same_dtype and q.is_cpu and k_cache.is_contiguous() and v_cache.is_contiguous()
+
+
 def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     q: Tensor,
     k_cache: Tensor,
@@ -146,8 +151,7 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     extras = [None if extra is None else extra.float().contiguous() for extra in (alibi_slopes, sink_logits)]
     _check_shapes(q, k_cache, v_cache, block_tables, query_start, context_lens, extras)
     library = kernels()
-    same = q.dtype in DTYPE_CODES and q.dtype == k_cache.dtype == v_cache.dtype
-    if library is None or not same or not (k_cache.is_contiguous() and v_cache.is_contiguous() and q.is_cpu):
+    if library is None or not _native_serves(q, k_cache, v_cache):
         return reference.paged_attention(
             q, k_cache, v_cache, block_tables, query_start, context_lens, scale,
             sliding_window, num_sinks, softcap, alibi_slopes, sink_logits,
@@ -155,11 +159,11 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     q = q if _heads_adjoin(q) else q.contiguous()
     tables, starts, lengths = (x.int().contiguous() for x in (block_tables, query_start, context_lens))
     out = q.new_empty(q.shape)
-    num_blocks, kv_heads, block_size, head_dim = k_cache.shape
+    blocks, kv_heads, block_size, head_dim = k_cache.shape
     status = library.lamella_paged_attention(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), tables.data_ptr(), starts.data_ptr(),
         lengths.data_ptr(), pointer(extras[0]), pointer(extras[1]), q.shape[0], q.shape[1], kv_heads, head_dim,
-        q.stride(0), len(lengths), tables.shape[1], num_blocks, block_size, sliding_window, num_sinks, scale, softcap,
+        q.stride(0), len(lengths), tables.shape[1], blocks, block_size, sliding_window, num_sinks, scale, softcap,
         DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
     check_status("paged_attention", status)
