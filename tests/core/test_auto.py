@@ -32,6 +32,11 @@ def test_old_and_new_rope_keys_agree(tmp_path):
     assert AutoConfig.from_hugging_face(old) == AutoConfig.from_hugging_face(new)
 
 
+_MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+_MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+_QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -47,11 +52,60 @@ def test_old_and_new_rope_keys_agree(tmp_path):
         ({"architectures": []}, "names no architecture"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
+        ({"num_key_value_heads": 8}, "num_attention_heads 4 is not a multiple of num_key_value_heads 8"),
+        ({"hidden_size": "32"}, "hidden_size is '32'; it must be an integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True; it must be an integer"),
+        ({"head_dim": float("nan")}, "head_dim is nan; it must be an integer"),
+        ({"head_dim": 7}, "rotary_dim is 7; .*even"),
+        ({"vocab_size": 10**30}, r"vocab_size is 10+; it must be an integer from 1 to"),
+        ({"hidden_size": 2**31 - 8, "intermediate_size": 2**31 - 1}, "no model is that large"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; .* to 10000"),
+        ({"rms_norm_eps": "1e-5"}, "norm_eps is '1e-5'; it must be a finite number"),
+        ({"rms_norm_eps": float("inf")}, "norm_eps is inf; it must be a finite number"),
+        ({"hidden_act": ["silu"]}, r"hidden_act.*\['silu'\]"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id is 'x'; it must be an integer"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; it must be a finite number above 0"),
+        ({"rope_scaling": {"type": ["linear"]}}, "rope type is .*linear"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "linear rope's factor is '2'; it must be a finite"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "linear rope's factor is 0; .* above 0"),
+        ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": -3}}, "is -3; .* above 0"),
+        ({"rope_scaling": {"type": "yarn", "truncate": "no"}}, "truncate is 'no'; it must be true or false"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "a list of 4 numbers"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}}, "not below"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ per kind of layer"),
+        ({"partial_rotary_factor": 2.0}, "rotary_dim 16 exceeds head_dim 8"),
+        ({"model_type": "mistral"}, "names LlamaForCausalLM, but model_type 'mistral' is that of MistralForCausalLM"),
+        ({"lamella_checkpoint": 1}, "Lamella checkpoint; load it with from_checkpoint"),
+        (_MISTRAL | {"sliding_window": 0}, "sliding_window is 0; it must be an integer"),
+        (_MIXTRAL | {"num_local_experts": "4"}, "num_local_experts is '4'; it must be an integer"),
+        (_QWEN2 | {"layer_types": [["full_attention"], 2]}, "layer_types is .* it needs full_attention or"),
+        (_QWEN2 | {"layer_types": 5}, "layer_types is 5"),
+        (_QWEN2 | {"use_sliding_window": True, "max_window_layers": "1"}, "max_window_layers is '1'"),
     ],
 )  # fmt: skip
 def test_bad_config(tmp_path, keys, message):
     with pytest.raises(ConfigError, match=message):
         AutoConfig.from_hugging_face(write_config(tmp_path, **keys))
+
+
+def test_tokens_that_do_not_exist_are_left_out(tmp_path):
+    config = AutoConfig.from_hugging_face(
+        write_config(tmp_path, pad_token_id=-1, bos_token_id=-1, eos_token_id=[-1, 2])
+    )
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (None, (2,), None)
+
+
+def test_a_derived_model_type_is_that_of_the_class(tmp_path):
+    config = AutoConfig.from_hugging_face(write_config(tmp_path, model_type="my_llama"))
+    assert (config.architecture, config.model_type) == ("LlamaForCausalLM", "llama")
+
+
+def test_a_model_refuses_another_models_configuration(tmp_path):
+    config = AutoConfig.from_hugging_face(write_config(tmp_path))
+    for other in (config, vars(config)):
+        with pytest.raises(ConfigError, match="Qwen2ForCausalLM is made from a Qwen2Config"):
+            Qwen2ForCausalLM(other)
 
 
 def test_unsupported_architecture_lists_the_supported(tmp_path):

@@ -10,7 +10,6 @@ import transformers
 from tests.support.tiny_models import BASE
 from transformers.activations import ACT2FN
 
-from lamella_core.config import RopeConfig
 from lamella_core.context import SingleRank
 from lamella_core.errors import CheckpointError, ConfigError
 from lamella_core.kernels.matmul import default_plan, to_layout
@@ -22,6 +21,7 @@ from lamella_core.layers.parameter import set_parameter
 from lamella_core.layers.rotary import RotaryEmbedding, rotary_tables
 from lamella_core.models.llama import LlamaConfig
 from lamella_core.models.mixtral import MixtralConfig
+from lamella_core.rope_config import RopeConfig
 
 NAMES = ["silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2"]
 

@@ -68,9 +68,11 @@ def test_every_layer_and_expert_has_exactly_one_owner(tp, pp, layers, ep):
     "fields,words",
     [
         ({"world_size": 4, "tp_size": 2}, ["tp_size 2", "pp_size 1", "world_size is 4"]),
-        ({"world_size": 2, "tp_size": 2, "rank": 2}, ["rank is 2", "0..1"]),
+        ({"world_size": 2, "tp_size": 2, "rank": 2}, ["rank is 2", "0 to 1"]),
         ({"world_size": 2, "tp_size": 2, "rank": -1}, ["rank is -1"]),
         ({"tp_size": 0}, ["tp_size is 0", "at least 1"]),
+        ({"world_size": 2, "tp_size": 2, "moe_ep_size": "2"}, ["moe_ep_size is '2'", "integer"]),
+        ({"rank": False}, ["rank is False", "integer"]),
         ({"world_size": 8, "tp_size": 8, "moe_ep_size": 3}, ["moe_ep_size 3", "tp_size 8"]),
         ({"world_size": 2, "pp_size": 2, "pp_partition": (4,)}, ["(4,)", "2 entries"]),
     ],

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
+from lamella_core.checks import LARGEST_INTEGER, check_flag, check_integer, check_number
 from lamella_core.errors import ConfigError, nearest_name
 from lamella_core.mapping import Mapping
 from lamella_core.quantization.config import QuantConfig
+from lamella_core.rope_config import RopeConfig
 
 if TYPE_CHECKING:
     from lamella_core.hf_config import HfConfig
@@ -19,6 +21,9 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+_MOST_LAYERS = 10_000
+_MOST_NUMBERS = 1 << 48  # in one weight: more is a typing error
+_REMEDY = ". Check the model's config.json"
 _DTYPE_ALIASES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 C = TypeVar("C", bound="ModelConfig")
@@ -39,25 +44,15 @@ def resolve_dtype(dtype: str | torch.dtype | None, source: str | None = None) ->
     return name
 
 
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding (Su et al. 2021) and its context extensions.
-
-    ``scaling`` holds the parameters of ``rope_type`` under their Hugging Face names (factor, low_freq_factor, ...).
-    """
-
-    theta: float = 10000.0
-    rotary_dim: int = 0  # leading dimensions of the head that rotate, in elements
-    rope_type: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
-    scaling: dict[str, Any] = field(default_factory=dict)
-    interleaved: bool = False  # pairs (0,1),(2,3).. instead of (i, i + rotary_dim/2)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Fields that every decoder has; an architecture adds its own by subclassing.
 
-    All sizes are of the whole model; what one rank holds follows from ``mapping``.
+    All sizes are of the whole model; what one rank holds follows from ``mapping``. Values are checked by the type of
+    their field, those of subclasses too: int is a positive integer, float a finite number of at least 0, bool a bool.
+
+    Raises:
+        ConfigError: a value that a field cannot have, or values that contradict each other or the mapping.
     """
 
     architecture: str  # Hugging Face class name, e.g. "LlamaForCausalLM"
@@ -85,15 +80,27 @@ class ModelConfig:
     hf_model_types: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                     "head_dim", "intermediate_size", "max_position_embeddings"):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a positive integer. Check the model's config.json")
+        object.__setattr__(self, "dtype", resolve_dtype(self.dtype))
+        for f in fields(self):
+            _check_by_type(f.name, f.type, getattr(self, f.name))
+        for token in self.eos_token_ids:
+            check_integer("eos_token_id", token, 0, LARGEST_INTEGER, _REMEDY)
+        check_integer("num_hidden_layers", self.num_hidden_layers, 1, _MOST_LAYERS, _REMEDY)
+        widest = max(self.vocab_size, self.intermediate_size, self.num_attention_heads * self.head_dim)
+        if widest * self.hidden_size > _MOST_NUMBERS:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} makes a weight of {widest} x {self.hidden_size} with vocab_size, "
+                f"intermediate_size or the heads' size; no model is that large{_REMEDY}"
+            )
+        if self.rope is not None and self.rope.rotary_dim > self.head_dim:
+            raise ConfigError(f"rotary_dim {self.rope.rotary_dim} exceeds head_dim {self.head_dim}{_REMEDY}")
+        self._check_heads()
+
+    def _check_heads(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}; check the model's config.json"
+                f"{self.num_key_value_heads}{_REMEDY}"
             )
         heads, tp = self.num_attention_heads, self.mapping.tp_size
         if heads % tp:
@@ -101,7 +108,6 @@ class ModelConfig:
         kv = self.num_key_value_heads
         if kv % tp and tp % kv:
             raise ConfigError(f"tp_size {tp} and num_key_value_heads {kv}: one must be a multiple of the other")
-        resolve_dtype(self.dtype)
 
     @classmethod
     def from_hf(cls, hf: HfConfig) -> dict[str, Any]:
@@ -152,3 +158,20 @@ class ModelConfig:
             return cls(**values)
         except TypeError as error:
             raise ConfigError(f"{cls.__name__}: {error}; the stored configuration is incomplete") from error
+
+
+def _check_by_type(name: str, annotation: object, value: object) -> None:
+    """Checks a field of `ModelConfig` by its declared type.
+
+    Raises:
+        ConfigError: the value is not of that type, or out of range.
+    """
+    kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    if kind == "int" or (kind == "int | None" and value is not None):
+        check_integer(name, value, 0 if name.endswith("_token_id") else 1, LARGEST_INTEGER, _REMEDY)
+    elif kind == "float":
+        check_number(name, value, remedy=_REMEDY)
+    elif kind == "bool":
+        check_flag(name, value, remedy=_REMEDY)
+    elif kind == "str" and not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}; it must be text{_REMEDY}")

@@ -6,7 +6,6 @@ No code of the model's repository runs, and transformers' own config classes are
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping as MappingABC
 from collections.abc import Sequence
@@ -16,29 +15,20 @@ from typing import Any, TypeVar
 
 import torch
 
-from lamella_core.config import ModelConfig, RopeConfig, resolve_dtype
+from lamella_core.checkpoint.formats import CHECKPOINT_KEY, CONFIG_FILE, read_json_object
+from lamella_core.checks import LARGEST_INTEGER, check_flag, check_integer, check_number
+from lamella_core.config import ModelConfig, resolve_dtype
 from lamella_core.errors import CheckpointError, ConfigError, UnsupportedModelError, nearest_name
 from lamella_core.layers.activation import get_activation
 from lamella_core.mapping import Mapping
 from lamella_core.quantization.config import QuantConfig
+from lamella_core.rope_config import ROPE_PARAMETERS, RopeConfig
 
 C = TypeVar("C", bound=ModelConfig)
 
 _REQUIRED = object()
 _ARGUMENTS = ("architecture", "model_type", "dtype", "mapping")  # fields that overrides cannot name
 
-# Parameters of each rope type: True where config.json must give them.
-_ROPE_PARAMETERS: dict[str, dict[str, bool]] = {
-    "default": {},
-    "linear": {"factor": True},
-    "dynamic": {"factor": True},
-    "llama3": {"factor": True, "low_freq_factor": True, "high_freq_factor": True,
-               "original_max_position_embeddings": False},
-    "yarn": {"factor": False, "original_max_position_embeddings": False, "attention_factor": False, "beta_fast": False,
-             "beta_slow": False, "mscale": False, "mscale_all_dim": False, "truncate": False},
-    "longrope": {"short_factor": True, "long_factor": True, "factor": False, "attention_factor": False,
-                 "original_max_position_embeddings": False},
-}  # fmt: skip
 _ROPE_ALIASES = {"su": "longrope"}
 
 
@@ -48,7 +38,7 @@ class HfConfig:
     Attributes:
         where: the file, for messages.
         architecture: the first entry of ``architectures``.
-        model_type: the entry of that name, "" when absent.
+        model_type: the entry of that name, "" when absent or no text.
     """
 
     def __init__(
@@ -60,13 +50,16 @@ class HfConfig:
         self._generation = generation if isinstance(generation, dict) else {}
         self._read: set[str] = set()
         names = data.get("architectures")
+        if CHECKPOINT_KEY in data:
+            raise ConfigError(f"{where} is that of a Lamella checkpoint; load it with from_checkpoint")
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ConfigError(
                 f"{where} names no architecture: 'architectures' is {names!r}; it must be a list such as "
                 '["LlamaForCausalLM"]. Add the class that the weights belong to'
             )
         self.architecture: str = names[0]
-        self.model_type: str = str(data.get("model_type") or "")
+        model_type = data.get("model_type")
+        self.model_type: str = model_type if isinstance(model_type, str) else ""
 
     def get(self, *names: str, default: Any = _REQUIRED) -> Any:
         """Returns the value of the first of ``names`` that is present (it may be null), else the default.
@@ -108,16 +101,39 @@ class HfConfig:
                 "AutoModelForCausalLM picks the class by itself"
             )
 
+    def integer(self, *names: str, default: Any = _REQUIRED, least: int = 1, nullable: bool = False) -> Any:
+        """Returns the integer of the first of ``names`` that is present, else the default.
+
+        Raises:
+            ConfigError: none is present and there is no default, or it is no integer of at least ``least`` (null is
+                one with ``nullable``).
+        """
+        value = self.get(*names, default=default)
+        if value is not None or not nullable:
+            check_integer(f"{self.where}: {names[0]}", value, least, LARGEST_INTEGER)
+        return value
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """Returns the truth value of ``name``; null means false.
+
+        Raises:
+            ConfigError: it is neither true, false nor null.
+        """
+        value = self.get(name, default=default)
+        if value is not None:
+            check_flag(f"{self.where}: {name}", value)
+        return bool(value)
+
     def head_dim(self, hidden_size: int, heads: int) -> int:
         """Returns head_dim: as given, else hidden_size / heads.
 
         Raises:
             ConfigError: it is not given and the heads do not divide the hidden size.
         """
-        given = self.get("head_dim", default=None)
+        given = self.integer("head_dim", default=None, nullable=True)
         if given is not None:
             return given
-        if not isinstance(heads, int) or heads < 1 or not isinstance(hidden_size, int) or hidden_size % heads:
+        if hidden_size % heads:
             raise ConfigError(
                 f"{self.where}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}; "
                 "correct one of them or give head_dim"
@@ -138,70 +154,72 @@ class HfConfig:
         """Returns the rotary embedding, from ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``.
 
         Raises:
-            ConfigError: an unknown rope type, or one whose parameters are incomplete.
+            ConfigError: an unknown rope type, or one whose parameters are incomplete or impossible.
         """
         given = self.get("rope_scaling", default=None) or self.get("rope_parameters", default=None) or {}
         if not isinstance(given, dict):
             raise ConfigError(f"{self.where}: rope_parameters is {given!r}; it must be an object")
-        given = dict(given)
-        theta = self.get("rope_theta", default=None)
-        theta = given.get("rope_theta") or theta or default_theta
-        kind = given.get("rope_type") or given.get("type") or "default"
-        kind = _ROPE_ALIASES.get(kind, kind)
-        if kind not in _ROPE_PARAMETERS:
+        nested = [name for name, value in given.items() if isinstance(value, dict)]
+        if nested:
             raise ConfigError(
-                f"{self.where}: rope type is {kind!r}; supported: {', '.join(_ROPE_PARAMETERS)}"
-                f"{nearest_name(str(kind), _ROPE_PARAMETERS)}"
+                f"{self.where}: rope_parameters differ per kind of layer ({', '.join(nested)}), which "
+                f"{self.architecture} does not support"
             )
+        theta = _first_given(given.get("rope_theta"), self.get("rope_theta", default=None), default_theta)
+        kind = given.get("rope_type") or given.get("type") or "default"
+        kind = _ROPE_ALIASES.get(kind, kind) if isinstance(kind, str) else str(kind)
         partial = given.get("partial_rotary_factor", self.get("partial_rotary_factor", default=None))
+        partial = _first_given(partial, 1.0)
+        check_number(f"{self.where}: partial_rotary_factor", partial, positive=True)
         return RopeConfig(
-            theta=float(theta),
-            rotary_dim=int(head_dim * (1.0 if partial is None else partial)),
+            rotary_dim=int(head_dim * partial),
+            theta=theta,
             rope_type=kind,
             scaling=self._rope_scaling(kind, given),
         )
 
     def _rope_scaling(self, kind: str, given: dict[str, Any]) -> dict[str, Any]:
-        known = _ROPE_PARAMETERS[kind]
-        missing = [name for name, needed in known.items() if needed and given.get(name) is None]
-        if missing:
-            raise ConfigError(f"{self.where}: rope type {kind!r} needs {', '.join(missing)} in rope_parameters")
+        known = ROPE_PARAMETERS.get(kind, {})
         scaling = {name: given[name] for name in known if given.get(name) is not None}
         if "original_max_position_embeddings" in known:
-            longest = self.get("max_position_embeddings")
-            original = self.get("original_max_position_embeddings", default=None)
-            original = original or scaling.get("original_max_position_embeddings") or longest
+            longest = self.integer("max_position_embeddings")
+            outer = self.integer("original_max_position_embeddings", default=None, nullable=True)
+            original = _first_given(outer, scaling.get("original_max_position_embeddings"), longest)
+            check_number(f"{self.where}: original_max_position_embeddings", original, positive=True)
             scaling["original_max_position_embeddings"] = original
             scaling.setdefault("factor", longest / original)
         return scaling
 
     def token_ids(self) -> dict[str, Any]:
-        """Returns the special token fields; generation_config.json, where present, says which tokens end a text."""
+        """Returns the special token fields; generation_config.json, where present, says which tokens end a text.
+
+        Negative ids, which some files use for tokens that do not exist, are left out.
+        """
         eos = self._generation.get("eos_token_id")
         if eos is None or "eos_token_id" in self._overrides:
             eos = self.get("eos_token_id", default=None)
-        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        ids = eos if isinstance(eos, list) else [eos]
         return {
-            "bos_token_id": self.get("bos_token_id", default=None),
-            "eos_token_ids": tuple(ids),
-            "pad_token_id": self.get("pad_token_id", default=None),
+            "bos_token_id": _token(self.get("bos_token_id", default=None)),
+            "eos_token_ids": tuple(token for token in map(_token, ids) if token is not None),
+            "pad_token_id": _token(self.get("pad_token_id", default=None)),
         }
 
     def decoder_fields(self) -> dict[str, Any]:
         """Returns the `ModelConfig` fields whose keys are the same in most decoders (Llama's names)."""
-        hidden, heads = self.get("hidden_size"), self.get("num_attention_heads")
-        kv_heads = self.get("num_key_value_heads", default=None)
+        hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
+        kv_heads = self.integer("num_key_value_heads", default=None, nullable=True)
         return {
-            "vocab_size": self.get("vocab_size"),
+            "vocab_size": self.integer("vocab_size"),
             "hidden_size": hidden,
-            "num_hidden_layers": self.get("num_hidden_layers"),
+            "num_hidden_layers": self.integer("num_hidden_layers"),
             "num_attention_heads": heads,
             "num_key_value_heads": heads if kv_heads is None else kv_heads,
             "head_dim": self.head_dim(hidden, heads),
-            "intermediate_size": self.get("intermediate_size"),
-            "max_position_embeddings": self.get("max_position_embeddings"),
+            "intermediate_size": self.integer("intermediate_size"),
+            "max_position_embeddings": self.integer("max_position_embeddings"),
             "hidden_act": self.activation("hidden_act", default="silu"),
-            "tie_word_embeddings": bool(self.get("tie_word_embeddings", default=False)),
+            "tie_word_embeddings": self.flag("tie_word_embeddings", default=False),
             **self.token_ids(),
         }
 
@@ -224,10 +242,11 @@ class HfConfig:
                 "use the unquantized model"
             )
         stored = self._data.get("dtype") or self._data.get("torch_dtype")
+        types = config_class.hf_model_types
         config = config_class(
             **config_class.from_hf(self),
             architecture=self.architecture,
-            model_type=self.model_type or config_class.hf_model_types[0],
+            model_type=self.model_type if self.model_type in types else types[0],
             dtype=resolve_dtype(dtype, stored),
             mapping=mapping or Mapping(),
             quantization=quantization or QuantConfig(),
@@ -252,23 +271,22 @@ def read_hf_config(directory: str | os.PathLike[str], overrides: MappingABC[str,
         CheckpointError: config.json is missing or is not a JSON object.
         ConfigError: it names no architecture.
     """
-    path = Path(directory) / "config.json"
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: {path.parent} is not a Hugging Face model directory")
     generation = Path(directory) / "generation_config.json"
     return HfConfig(
-        _read_object(path),
+        read_json_object(path),
         str(path),
         dict(overrides or {}),
-        _read_object(generation) if generation.is_file() else None,
+        read_json_object(generation) if generation.is_file() else None,
     )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist: {path.parent} is not a Hugging Face model directory") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}; it must be an object")
-    return data
+def _first_given(*values: Any) -> Any:
+    """Returns the first value that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+def _token(value: Any) -> Any:
+    return None if isinstance(value, int) and value < 0 else value

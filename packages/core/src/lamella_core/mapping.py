@@ -9,13 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lamella_core.checks import check_integer
 from lamella_core.errors import ConfigError
-
-
-def _at_least_one(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"Mapping.{name} is {value!r}; it must be an integer of at least 1")
 
 
 @dataclass(frozen=True)
@@ -39,19 +34,16 @@ class Mapping:
     pp_partition: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one(
-            world_size=self.world_size, tp_size=self.tp_size, pp_size=self.pp_size, gpus_per_node=self.gpus_per_node
-        )
+        for name in ("world_size", "tp_size", "pp_size", "gpus_per_node"):
+            check_integer(f"Mapping.{name}", getattr(self, name), 1)
+        for name in ("moe_tp_size", "moe_ep_size"):
+            check_integer(f"Mapping.{name}", getattr(self, name), -1)
         if self.tp_size * self.pp_size != self.world_size:
             raise ConfigError(
                 f"Mapping: tp_size {self.tp_size} x pp_size {self.pp_size} = {self.tp_size * self.pp_size}, but "
                 f"world_size is {self.world_size}; make the product equal to world_size"
             )
-        if not isinstance(self.rank, int) or not 0 <= self.rank < self.world_size:
-            raise ConfigError(
-                f"Mapping.rank is {self.rank!r}; with world_size {self.world_size} it must be in "
-                f"0..{self.world_size - 1}"
-            )
+        check_integer("Mapping.rank", self.rank, 0, self.world_size - 1, f" (world_size is {self.world_size})")
         self._derive_moe_sizes()
         if self.pp_partition is not None:
             object.__setattr__(self, "pp_partition", tuple(self.pp_partition))

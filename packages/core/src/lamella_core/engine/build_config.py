@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lamella_core.checks import check_integer
 from lamella_core.errors import ConfigError, nearest_name
 
 if TYPE_CHECKING:
@@ -76,10 +77,10 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_num_tokens", "max_beam_width", "tokens_per_block"):
-            _check_int(name, getattr(self, name), 1)
+            check_integer(f"BuildConfig.{name}", getattr(self, name), 1)
         for name, least in (("max_seq_len", 2), ("max_input_len", 1), ("opt_num_tokens", 1)):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), least)
+                check_integer(f"BuildConfig.{name}", getattr(self, name), least)
         object.__setattr__(self, "kv_cache_type", str(getattr(self.kv_cache_type, "value", self.kv_cache_type)).lower())
         _check_choice("kv_cache_type", self.kv_cache_type, KV_CACHE_TYPES)
         _check_choice("kernel_selection", self.kernel_selection, KERNEL_SELECTIONS)
@@ -128,11 +129,6 @@ class BuildConfig:
 
 
 FIELD_NAMES = tuple(f.name for f in fields(BuildConfig))
-
-
-def _check_int(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"BuildConfig.{name} is {value!r}; it must be an integer of at least {least}")
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -73,9 +73,10 @@ def get_activation(name: str) -> Activation:
     Raises:
         ConfigError: an unknown name.
     """
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
-        raise ConfigError(f"activation (hidden_act) is {name!r}; supported: {known}{nearest_name(name, _ACTIVATIONS)}")
+        hint = nearest_name(str(name), _ACTIVATIONS)
+        raise ConfigError(f"activation (hidden_act) is {name!r}; supported: {known}{hint}")
     return _ACTIVATIONS[name]
 
 

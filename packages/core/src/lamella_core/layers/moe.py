@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lamella_core.checks import check_integer
 from lamella_core.config import ModelConfig
 from lamella_core.context import ForwardContext
-from lamella_core.errors import ConfigError
 from lamella_core.layers.activation import gated
 from lamella_core.layers.linear import Linear, ReplicatedLinear
 from lamella_core.layers.sharding import Section, fused, split, whole
+
+MOST_EXPERTS = 10_000
 
 
 class TopKRouter(nn.Module):
@@ -24,8 +26,8 @@ class TopKRouter(nn.Module):
         self, config: ModelConfig, num_experts: int, top_k: int, *, name: str, renormalize: bool = True
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ConfigError(f"num_experts_per_tok is {top_k}; it must be in 1..{num_experts}, the number of experts")
+        check_integer("num_local_experts", num_experts, 1, MOST_EXPERTS)
+        check_integer("num_experts_per_tok", top_k, 1, num_experts, " (the number of experts)")
         self.top_k = top_k
         self.renormalize = renormalize
         self.gate = ReplicatedLinear(config.hidden_size, num_experts, False, config=config, name=f"{name}.gate")

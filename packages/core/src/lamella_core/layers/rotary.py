@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 
-from lamella_core.config import RopeConfig
 from lamella_core.errors import ConfigError
 from lamella_core.kernels.cpu import ops
+from lamella_core.rope_config import RopeConfig
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _FIRST_CAPACITY = 2048  # positions in the first table
 
 
@@ -45,8 +44,6 @@ class RotaryEmbedding:
     """Turns positions into rotations of the first ``rotary_dim`` elements of queries and keys."""
 
     def __init__(self, rope: RopeConfig, max_position_embeddings: int) -> None:
-        if rope.rotary_dim < 2 or rope.rotary_dim % 2:
-            raise ConfigError(f"rotary_dim is {rope.rotary_dim}; rotary positions need an even number of at least 2")
         self.rope = rope
         self.max_position_embeddings = max_position_embeddings
         self.max_seq_len: int | None = None
@@ -76,8 +73,6 @@ def rotary_tables(
 
     ``max_seq_len`` is the longest sequence to come when that is known (longrope chooses its factors by it).
     """
-    if rope.rope_type not in _FREQUENCIES:
-        raise ConfigError(f"rope type is {rope.rope_type!r}; supported: {', '.join(ROPE_TYPES)}")
     positions = torch.arange(num_positions, dtype=torch.float32)
     frequencies, amplitude = _FREQUENCIES[rope.rope_type](rope, positions, max_position_embeddings, max_seq_len)
     angles = positions[:, None] * frequencies

@@ -63,6 +63,11 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if not isinstance(config, self.config_class):
+            raise ConfigError(
+                f"{type(self).__name__} is made from a {self.config_class.__name__}, not a {type(config).__name__}; "
+                "AutoConfig.from_hugging_face returns the right one for a model's directory"
+            )
         self.config = config
         mapping = config.mapping
         rope = config.rope

@@ -36,24 +36,24 @@ class GPT2Config(ModelConfig):
 
         reorder_and_upcast_attn needs nothing here: scores are always computed in float32.
         """
-        hidden, heads = hf.get("n_embd", "hidden_size"), hf.get("n_head", "num_attention_heads")
-        inner = hf.get("n_inner", "intermediate_size", default=None)
+        hidden, heads = hf.integer("n_embd", "hidden_size"), hf.integer("n_head", "num_attention_heads")
+        inner = hf.integer("n_inner", "intermediate_size", default=None, nullable=True)
         hf.require("add_cross_attention", (False, None), False)
         hf.get("reorder_and_upcast_attn", default=False)
         return {
-            "vocab_size": hf.get("vocab_size"),
+            "vocab_size": hf.integer("vocab_size"),
             "hidden_size": hidden,
-            "num_hidden_layers": hf.get("n_layer", "num_hidden_layers"),
+            "num_hidden_layers": hf.integer("n_layer", "num_hidden_layers"),
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
             "head_dim": hf.head_dim(hidden, heads),
             "intermediate_size": 4 * hidden if inner is None else inner,
-            "max_position_embeddings": hf.get("n_positions", "max_position_embeddings"),
+            "max_position_embeddings": hf.integer("n_positions", "max_position_embeddings"),
             "norm_eps": hf.get("layer_norm_epsilon", default=1e-5),
             "hidden_act": hf.activation("activation_function", "hidden_act", default="gelu_new"),
-            "tie_word_embeddings": bool(hf.get("tie_word_embeddings", default=True)),
-            "scale_attn_weights": bool(hf.get("scale_attn_weights", default=True)),
-            "scale_attn_by_inverse_layer_idx": bool(hf.get("scale_attn_by_inverse_layer_idx", default=False)),
+            "tie_word_embeddings": hf.flag("tie_word_embeddings", default=True),
+            "scale_attn_weights": hf.flag("scale_attn_weights", default=True),
+            "scale_attn_by_inverse_layer_idx": hf.flag("scale_attn_by_inverse_layer_idx", default=False),
             **hf.token_ids(),
         }
 

@@ -35,8 +35,8 @@ class LlamaConfig(ModelConfig):
             **common,
             "norm_eps": hf.get("rms_norm_eps", default=1e-6),
             "rope": hf.rope(common["head_dim"]),
-            "attention_bias": bool(hf.get("attention_bias", default=False)),
-            "mlp_bias": bool(hf.get("mlp_bias", default=False)),
+            "attention_bias": hf.flag("attention_bias", default=False),
+            "mlp_bias": hf.flag("mlp_bias", default=False),
         }
 
 

@@ -32,7 +32,7 @@ class MistralConfig(ModelConfig):
             **common,
             "norm_eps": hf.get("rms_norm_eps", default=1e-6),
             "rope": hf.rope(common["head_dim"]),
-            "sliding_window": hf.get("sliding_window", default=4096),
+            "sliding_window": hf.integer("sliding_window", default=4096, nullable=True),
         }
 
 

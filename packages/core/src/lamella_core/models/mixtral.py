@@ -36,9 +36,9 @@ class MixtralConfig(ModelConfig):
             **common,
             "norm_eps": hf.get("rms_norm_eps", default=1e-5),
             "rope": hf.rope(common["head_dim"], default_theta=1e6),
-            "sliding_window": hf.get("sliding_window", default=None),
-            "num_local_experts": hf.get("num_local_experts", "num_experts", default=8),
-            "num_experts_per_tok": hf.get("num_experts_per_tok", default=2),
+            "sliding_window": hf.integer("sliding_window", default=None, nullable=True),
+            "num_local_experts": hf.integer("num_local_experts", "num_experts", default=8),
+            "num_experts_per_tok": hf.integer("num_experts_per_tok", default=2),
         }
 
 

@@ -31,10 +31,11 @@ class Qwen2Config(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {FULL, SLIDING}:
+        types = self.layer_types
+        known = isinstance(types, tuple) and all(kind in (FULL, SLIDING) for kind in types)
+        if not known or len(types) != self.num_hidden_layers:
             raise ConfigError(
-                f"layer_types is {self.layer_types}; it needs {FULL} or {SLIDING} for each of the "
-                f"{self.num_hidden_layers} layers"
+                f"layer_types is {types}; it needs {FULL} or {SLIDING} for each of the {self.num_hidden_layers} layers"
             )
         if SLIDING in self.layer_types and self.sliding_window is None:
             raise ConfigError("layer_types has sliding layers, but use_sliding_window is off or sliding_window null")
@@ -44,9 +45,9 @@ class Qwen2Config(ModelConfig):
         """Returns the fields read from a Hugging Face config."""
         common = hf.decoder_fields()
         layers = common["num_hidden_layers"]
-        window = hf.get("sliding_window", default=4096)
-        window = window if hf.get("use_sliding_window", default=False) else None
-        first = hf.get("max_window_layers", default=28)  # layers from this one on are windowed
+        window = hf.integer("sliding_window", default=4096, nullable=True)
+        window = window if hf.flag("use_sliding_window", default=False) else None
+        first = hf.integer("max_window_layers", default=28, least=0)  # layers from this one on are windowed
         types = hf.get("layer_types", default=None)
         if types is None:
             types = [SLIDING if window is not None and i >= first else FULL for i in range(layers)]
@@ -55,7 +56,7 @@ class Qwen2Config(ModelConfig):
             "norm_eps": hf.get("rms_norm_eps", default=1e-6),
             "rope": hf.rope(common["head_dim"]),
             "sliding_window": window,
-            "layer_types": tuple(types),
+            "layer_types": tuple(types) if isinstance(types, list) else types,
         }
 
 

@@ -53,6 +53,7 @@ def get_model_class(architecture: str, model_type: str | None = None) -> type[Ca
 
     Raises:
         UnsupportedModelError: none does; the message lists the supported ones and the nearest.
+        ConfigError: ``model_type`` is that of another supported architecture.
     """
     if architecture not in _ARCHITECTURES and model_type:
         known = {module.name for module in pkgutil.iter_modules(models.__path__)}
@@ -65,4 +66,18 @@ def get_model_class(architecture: str, model_type: str | None = None) -> type[Ca
                 f"architecture {architecture!r} is not supported; supported: {', '.join(supported)}"
                 f"{nearest_name(architecture, supported)}"
             )
-    return _ARCHITECTURES[architecture]
+    model_class = _ARCHITECTURES[architecture]
+    if model_type and model_type not in model_class.config_class.hf_model_types:
+        _refuse_other_type(architecture, model_type)
+    return model_class
+
+
+def _refuse_other_type(architecture: str, model_type: str) -> None:
+    """Lets a model type pass that belongs to no other registered model (derived models have names of their own)."""
+    _import_all()
+    for name, other in _ARCHITECTURES.items():
+        if model_type in other.config_class.hf_model_types:
+            raise ConfigError(
+                f"architectures names {architecture}, but model_type {model_type!r} is that of {name}; correct the one "
+                "in config.json that does not belong to the weights"
+            )
