@@ -65,12 +65,6 @@ def check_status(name: str, status: int) -> None:
     raise ValueError(f"{name}: {problem} (status {status}); nothing else of the call's output can be trusted")
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise `ValueError` with ``message`` unless ``condition`` holds."""
-    if not condition:
-        raise ValueError(message)
-
-
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of a tensor's first element, null for None."""
     return None if tensor is None else tensor.data_ptr()

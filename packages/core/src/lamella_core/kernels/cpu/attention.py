@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lamella_core.kernels.cpu import reference
-from lamella_core.kernels.cpu.abi import DTYPE_CODES, check_status, kernels, pointer, require
+from lamella_core.kernels.cpu.abi import DTYPE_CODES, check_status, kernels, pointer
 
 
 def _heads_adjoin(x: Tensor) -> bool:
@@ -32,11 +32,12 @@ def rope_inplace(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int
         ValueError: shapes do not fit together.
     """
     tokens, half = q.shape[0], rotary_dim // 2
-    require(
-        rotary_dim % 2 == 0 and rotary_dim <= q.shape[2], f"rotary_dim={rotary_dim} must be even and <= {q.shape[2]}"
-    )
-    require(cos.shape == sin.shape == (tokens, half), f"cos is {tuple(cos.shape)}, needs ({tokens}, {half})")
-    require(k.shape[0] == tokens and k.shape[2] == q.shape[2], f"q {tuple(q.shape)} and k {tuple(k.shape)} differ")
+    if not (rotary_dim % 2 == 0 and rotary_dim <= q.shape[2]):
+        raise ValueError(f"rotary_dim={rotary_dim} must be even and <= {q.shape[2]}")
+    if not (cos.shape == sin.shape == (tokens, half)):
+        raise ValueError(f"cos is {tuple(cos.shape)}, needs ({tokens}, {half})")
+    if not (k.shape[0] == tokens and k.shape[2] == q.shape[2]):
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ")
     library = kernels()
     served = q.dtype == k.dtype and q.dtype in DTYPE_CODES and q.is_cpu and k.is_cpu
     if library is None or not served or not (_heads_adjoin(q) and _heads_adjoin(k)):
@@ -64,13 +65,16 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
         ValueError: shapes do not fit together, or a slot is past the cache.
     """
     num_blocks, kv_heads, block_size, head_dim = k_cache.shape
-    require(k.shape == v.shape == (slots.shape[0], kv_heads, head_dim), f"k {tuple(k.shape)} does not fit the cache")
-    require(k_cache.shape == v_cache.shape, "k_cache and v_cache differ in shape")
+    if not (k.shape == v.shape == (slots.shape[0], kv_heads, head_dim)):
+        raise ValueError(f"k {tuple(k.shape)} does not fit the cache")
+    if k_cache.shape != v_cache.shape:
+        raise ValueError("k_cache and v_cache differ in shape")
     library = kernels()
     same = k.dtype == v.dtype == k_cache.dtype == v_cache.dtype and slots.dtype == torch.int64
     laid = k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.is_cpu
     if library is None or not same or not laid:
-        require(slots.numel() == 0 or int(slots.max()) < num_blocks * block_size, "a slot is past the cache")
+        if not (slots.numel() == 0 or int(slots.max()) < num_blocks * block_size):
+            raise ValueError("a slot is past the cache")
         reference.write_kv(k, v, k_cache, v_cache, slots)
         return
     k, v = (x if _heads_adjoin(x) else x.contiguous() for x in (k, v))
@@ -94,13 +98,16 @@ def _check_shapes(
     """Raise `ValueError` when the shapes of `paged_attention`'s arguments do not fit together."""
     num_seqs, num_heads, head_dim = context_lens.shape[0], q.shape[1], q.shape[2]
     kv_heads, cache_dim = k_cache.shape[1], k_cache.shape[3]
-    require(k_cache.shape == v_cache.shape, "k_cache and v_cache differ in shape")
-    require(
-        head_dim == cache_dim and num_heads % kv_heads == 0, f"q {tuple(q.shape)} does not fit {tuple(k_cache.shape)}"
-    )
-    require(block_tables.dim() == 2 and block_tables.shape[0] == num_seqs, "block_tables and context_lens differ")
-    require(query_start.shape == (num_seqs + 1,), f"query_start is {tuple(query_start.shape)}, needs ({num_seqs + 1},)")
-    require(all(extra is None or extra.shape == (num_heads,) for extra in extras), "per-head extras need shape [Hq]")
+    if k_cache.shape != v_cache.shape:
+        raise ValueError("k_cache and v_cache differ in shape")
+    if not (head_dim == cache_dim and num_heads % kv_heads == 0):
+        raise ValueError(f"q {tuple(q.shape)} does not fit {tuple(k_cache.shape)}")
+    if not (block_tables.dim() == 2 and block_tables.shape[0] == num_seqs):
+        raise ValueError("block_tables and context_lens differ")
+    if query_start.shape != (num_seqs + 1,):
+        raise ValueError(f"query_start is {tuple(query_start.shape)}, needs ({num_seqs + 1},)")
+    if not all(extra is None or extra.shape == (num_heads,) for extra in extras):
+        raise ValueError("per-head extras need shape [Hq]")
 
 
 def _native_serves(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lamella_core.kernels.cpu import reference
-from lamella_core.kernels.cpu.abi import DTYPE_CODES, NativeFunction, check_status, kernels, pointer, require
+from lamella_core.kernels.cpu.abi import DTYPE_CODES, NativeFunction, check_status, kernels, pointer
 from lamella_core.kernels.cpu.attention import paged_attention, rope_inplace, write_kv
 from lamella_core.kernels.cpu.reference import PANEL, pack_panels, panel_rows, unpack_panels
 
@@ -34,17 +34,23 @@ __all__ = [
 def _check_bias(bias: Tensor | None, n: int) -> Tensor | None:
     if bias is None:
         return None
-    require(bias.shape == (n,), f"bias has shape {tuple(bias.shape)}, needs ({n},)")
+    if bias.shape != (n,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, needs ({n},)")
     return bias.contiguous()
 
 
 def _check_rows(x: Tensor, w: Tensor, k: int) -> Tensor:
     """Common checks of a product's operands; returns x with unit stride along K."""
-    require(x.dim() == 2 and x.shape[1] == k, f"x has shape {tuple(x.shape)}, needs [M, {k}] for this weight")
-    require(x.dtype == w.dtype, f"x is {x.dtype} and the weight {w.dtype}; cast x to the weight's dtype")
-    require(x.device.type == w.device.type == "cpu", f"x is on {x.device} and the weight on {w.device}; both need cpu")
-    require(x.dtype in DTYPE_CODES, f"x is {x.dtype}, needs one of {', '.join(map(str, DTYPE_CODES))}")
-    require(w.is_contiguous(), "the weight is not contiguous; call .contiguous() once after loading it")
+    if not (x.dim() == 2 and x.shape[1] == k):
+        raise ValueError(f"x has shape {tuple(x.shape)}, needs [M, {k}] for this weight")
+    if x.dtype != w.dtype:
+        raise ValueError(f"x is {x.dtype} and the weight {w.dtype}; cast x to the weight's dtype")
+    if not (x.is_cpu and w.is_cpu):
+        raise ValueError(f"x is on {x.device} and the weight on {w.device}; both need cpu")
+    if x.dtype not in DTYPE_CODES:
+        raise ValueError(f"x is {x.dtype}, needs one of {', '.join(map(str, DTYPE_CODES))}")
+    if not w.is_contiguous():
+        raise ValueError("the weight is not contiguous; call .contiguous() once after loading it")
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -81,9 +87,11 @@ def matmul_panels(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    require(packed.dim() == 3 and packed.shape[2] == PANEL, f"weight of shape {tuple(packed.shape)} is not panel16")
+    if not (packed.dim() == 3 and packed.shape[2] == PANEL):
+        raise ValueError(f"weight of shape {tuple(packed.shape)} is not panel16")
     panels, k, _ = packed.shape
-    require(0 < n <= panels * PANEL < n + PANEL, f"n={n} does not fit {panels} panels of {PANEL}")
+    if not (0 < n <= panels * PANEL < n + PANEL):
+        raise ValueError(f"n={n} does not fit {panels} panels of {PANEL}")
     x, bias = _check_rows(x, packed, k), _check_bias(bias, n)
     library = kernels()
     if library is None or k == 0:
@@ -99,7 +107,8 @@ def gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    require(w.dim() == 2, f"weight of shape {tuple(w.shape)} is not [N, K]")
+    if w.dim() != 2:
+        raise ValueError(f"weight of shape {tuple(w.shape)} is not [N, K]")
     n, k = w.shape
     x, bias = _check_rows(x, w, k), _check_bias(bias, n)
     library = kernels()
@@ -123,11 +132,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Raises:
         ValueError: shapes or devices do not fit together.
     """
-    require(x.dim() == 2 and weight.shape == x.shape[1:], f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ")
-    require(residual is None or residual.shape == x.shape, "residual and x differ in shape")
-    library = kernels()
-    others = (weight,) if residual is None else (weight, residual)
-    if library is None or x.dtype not in DTYPE_CODES or any(t.dtype != x.dtype or not t.is_cpu for t in (x, *others)):
+    if not (x.dim() == 2 and weight.shape == x.shape[1:]):
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ")
+    if not (residual is None or residual.shape == x.shape):
+        raise ValueError("residual and x differ in shape")
+    library, dtype = kernels(), x.dtype
+    same = weight.dtype == dtype and (residual is None or residual.dtype == dtype)
+    if library is None or not same or dtype not in DTYPE_CODES or not (x.is_cpu and weight.is_cpu):
         return reference.rms_norm(x, weight, eps, residual)
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -152,7 +163,8 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     Raises:
         ValueError: the last dimension is odd.
     """
-    require(gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0, f"gate_up is {tuple(gate_up.shape)}, needs [T, 2I]")
+    if not (gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0):
+        raise ValueError(f"gate_up is {tuple(gate_up.shape)}, needs [T, 2I]")
     library = kernels()
     if library is None or gate_up.dtype not in DTYPE_CODES or not gate_up.is_cpu:
         return reference.silu_and_mul(gate_up)
