@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 
+import huggingface_hub
 import pytest
 import torch
 from tests.support.tiny_models import hf_dir, write_config
@@ -147,16 +149,59 @@ def test_hub_id_offline_says_what_to_do(monkeypatch):
         AutoConfig.from_hugging_face("nobody/no-such-model")
 
 
+def test_a_hub_that_never_answers_holds_nobody_up(monkeypatch, tmp_path):
+    release = threading.Event()
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: release.wait(60))
+    monkeypatch.setattr("lamella_core.hub._ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    try:
+        with pytest.raises(CheckpointError, match="'models/my-lama' here.*no answer.*pass a local directory"):
+            resolve_model_dir("models/my-lama")
+    finally:
+        release.set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("RepositoryNotFoundError", "no such model"),
+        ("GatedRepoError", "accepted its terms"),
+        ("RevisionNotFoundError", "no revision 'v9'"),
+        ("LocalTokenNotFoundError", "cannot be reached .LocalTokenNotFoundError: because"),
+    ],
+)
+def test_what_the_hub_answers_is_said(monkeypatch, tmp_path, kind, message):
+    error_class = getattr(huggingface_hub.errors, kind)
+
+    def refuse(*_, **__):
+        error = error_class.__new__(error_class)
+        error.args = ("because",)
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=message):
+        resolve_model_dir("org/name", "v9")
+
+
+def test_names_that_no_file_can_have():
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(CheckpointError, match="no directory"):
+            resolve_model_dir(name)
+
+
 @pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])
 def test_hub_downloads_bin_only_without_safetensors(monkeypatch, tmp_path, stored):
     asked = []
 
-    def snapshot_download(hub_id, revision, allow_patterns, ignore_patterns):
+    def snapshot_download(hub_id, revision, allow_patterns, ignore_patterns, local_files_only):
+        assert not local_files_only
         asked.append((hub_id, revision, allow_patterns[-1]))
         if stored.endswith(allow_patterns[-1].lstrip("*")):
             (tmp_path / stored).touch()
         return str(tmp_path)
 
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert resolve_model_dir("org/name", "v1") == tmp_path
     kinds = ["*.jinja", "*.safetensors"] + (["*.bin"] if stored.endswith(".bin") else [])
