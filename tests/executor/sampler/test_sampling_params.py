@@ -138,4 +138,13 @@ def test_any_values_either_work_or_raise_a_request_error(options: dict[str, Any]
         assert str(error).startswith("SamplingParams")
         return
     assert params.width >= params.n
-    assert params.replace() == params or params.embedding_bias is not None
+    assert params.replace() == params
+
+
+def test_equal_biases_make_equal_params() -> None:
+    bias = torch.tensor([0.0, -1.0])
+    assert SamplingParams(embedding_bias=bias) == SamplingParams(embedding_bias=bias.clone())
+    assert SamplingParams(embedding_bias=bias) != SamplingParams(embedding_bias=bias + 1)
+    assert SamplingParams(embedding_bias=bias) != SamplingParams()
+    with pytest.raises(RequestError, match="embedding_bias"):
+        SamplingParams(embedding_bias=[])

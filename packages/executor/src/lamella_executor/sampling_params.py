@@ -58,7 +58,7 @@ class LogitsProcessor(Protocol):
     ) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # has its own __eq__: a tensor's is elementwise
 class SamplingParams:
     """Length, stops, sampling, penalties and what to return.
 
@@ -221,7 +221,7 @@ class SamplingParams:
             raise RequestError(
                 f"SamplingParams.embedding_bias is no tensor of numbers, [vocab_size]: {error}"
             ) from error
-        if bias.dim() != 1 or bool((torch.isnan(bias) | torch.isposinf(bias)).any()):
+        if bias.dim() != 1 or bias.numel() == 0 or bool((torch.isnan(bias) | torch.isposinf(bias)).any()):
             raise RequestError(
                 f"SamplingParams.embedding_bias has shape {list(bias.shape)}; it must be [vocab_size], no NaN or +Inf"
             )
@@ -253,10 +253,20 @@ class SamplingParams:
             if getattr(self, name) != defaults[name]:
                 raise _bad(name, getattr(self, name), "it needs use_beam_search=True")
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SamplingParams):
+            return NotImplemented
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(torch.equal(a, b) if _are_tensors(a, b) else a is b or a == b for a, b in pairs)
+
     def __repr__(self) -> str:
         shown = (f for f in fields(self) if f.name != "embedding_bias")
         changed = (f"{f.name}={getattr(self, f.name)!r}" for f in shown if getattr(self, f.name) not in (f.default, ()))
         return f"SamplingParams({', '.join(changed)})"
+
+
+def _are_tensors(*values: object) -> bool:
+    return all(isinstance(value, torch.Tensor) for value in values)
 
 
 def _bad(name: str, value: object, allowed: str) -> RequestError:
