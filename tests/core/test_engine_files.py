@@ -70,6 +70,29 @@ def test_a_damaged_engine_json_names_the_problem(saved: Path, change: Any, messa
     assert str(saved) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["model"].update(norm_eps=2e-6),
+        lambda d: d["model"]["rope"].update(theta=10001.0),
+        lambda d: d["build"].update(max_batch_size=65),
+        lambda d: d.update(note="mine"),
+        lambda d: d.pop("checksum"),
+    ],
+)
+def test_an_engine_json_that_was_changed_but_makes_sense(saved: Path, change: Any) -> None:
+    edit(saved, change)
+    with pytest.raises(EngineFormatError, match=r"engine\.json is damaged or was edited: its checksum differs"):
+        Engine.load(saved)
+    assert Engine.load(saved, verify=False).ranks == [0]
+
+
+def test_white_space_and_order_of_keys_do_not_count(saved: Path) -> None:
+    data = json.loads((saved / "engine.json").read_text())
+    (saved / "engine.json").write_text(json.dumps(dict(reversed(data.items())), indent=8))
+    assert Engine.load(saved).ranks == [0]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\udcff"])
 def test_engine_json_that_is_no_json_object(saved: Path, text: str) -> None:
     (saved / "engine.json").write_bytes(text.encode(errors="surrogateescape"))
@@ -142,6 +165,29 @@ def test_saving_replaces_an_engine_but_nothing_else(built: Engine, saved: Path, 
         built.save(tmp_path / "file")
     built.save(tmp_path / "deep" / "er" / "engine")
     assert Engine.load(tmp_path / "deep" / "er" / "engine").ranks == [0]
+
+
+def test_saving_through_a_link_keeps_the_link(built: Engine, tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    for _ in range(2):  # to a directory that is missing, then to an engine
+        built.save(link)
+        assert link.is_symlink() and Engine.load(target).ranks == [0]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
+
+
+def test_a_directory_that_cannot_be_replaced_is_refused_at_once(
+    built: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(EngineFormatError, match=r"here is the current directory;.* such as .*here/engine"):
+        built.save(".")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(EngineFormatError, match="volume is a mount point"):
+        built.save(tmp_path / "volume")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "volume"]
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["renameat2", "two_renames"])

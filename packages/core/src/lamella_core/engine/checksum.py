@@ -1,12 +1,16 @@
-"""Checksums of tensors at memory speed: they find damage (lost, moved or flipped bytes), not tampering.
+"""Checksums of tensors at memory speed, and of JSON: they find damage (lost, moved or flipped bytes), not tampering.
 
-The bytes are read as little-endian 64-bit words and summed in blocks of 1 KiB, modulo 2**64; the sums are mixed with
-their position by the finalizer of SplitMix64 (Steele, Lea and Flood 2014) and summed again. One flipped bit always
+A tensor's bytes are read as little-endian 64-bit words and summed in blocks of 1 KiB, modulo 2**64; the sums are mixed
+with their position by the finalizer of SplitMix64 (Steele, Lea and Flood 2014) and summed again. One flipped bit always
 changes the result; blocks that are exchanged, zeroed or shifted do but for a chance of 2**-64. One thread reads faster
 than storage, and does not wait for others on a busy machine.
 """
 
 from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +42,12 @@ def tensor_checksum(tensor: torch.Tensor) -> str:
         tail[: rest.size] = rest
         total += _mixed(tail.view(_WORD).sum(keepdims=True), num_whole + 1)
     return f"{total % 2**64:016x}"
+
+
+def json_checksum(data: Any) -> str:
+    """Returns the SHA-256 of what JSON keeps of ``data``, whatever the white space and the order of its keys."""
+    kept = json.loads(json.dumps(data))
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _mixed(sums: np.ndarray, first: int) -> int:

@@ -14,7 +14,7 @@ from lamella_core.checkpoint.layout import PLAIN_LAYOUT, matmul_weights
 from lamella_core.checkpoint.safetensors_file import SafetensorsFile
 from lamella_core.engine.build_config import BuildConfig
 from lamella_core.engine.checksum import tensor_checksum
-from lamella_core.engine.spec import EngineSpec, check_schema
+from lamella_core.engine.spec import EngineSpec, check_content, check_schema
 from lamella_core.engine.writer import EngineWriter, has_tokenizer
 from lamella_core.errors import CheckpointError, ConfigError, EngineFormatError
 from lamella_core.kernels.matmul import MatmulPlan, cpu_fingerprint, default_plan
@@ -120,7 +120,7 @@ class Engine:
         Args:
             directory: what `save` wrote.
             rank: whose weights to map.
-            verify: compare every tensor with its checksum, which reads all of them once.
+            verify: compare engine.json and every tensor with their checksums, which reads all weights once.
 
         Raises:
             EngineFormatError: not an engine, of a newer schema, a file missing, truncated or damaged; the message names
@@ -134,6 +134,8 @@ class Engine:
         check_schema(data, path)
         spec = EngineSpec.from_dict(data, path, rank)
         weights = _open_weights(directory / rank_file(rank), data.get("files"), verify)
+        if verify:  # last: an error that names the damaged field says more
+            check_content(data, path)
         tokenizer_dir = directory if has_tokenizer(directory) else None
         return cls(spec, {rank: weights}, tokenizer_dir=tokenizer_dir, directory=directory)
 

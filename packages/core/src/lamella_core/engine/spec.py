@@ -12,9 +12,11 @@ from lamella_core.checkpoint.formats import ENGINE_FILE
 from lamella_core.checkpoint.native import stored_config
 from lamella_core.config import ModelConfig
 from lamella_core.engine.build_config import BuildConfig
+from lamella_core.engine.checksum import json_checksum
 from lamella_core.errors import ConfigError, EngineFormatError
 
 SCHEMA_VERSION = 1
+CHECKSUM_KEY = "checksum"  # in engine.json: `json_checksum` of everything else in it
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,19 @@ def _object(data: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"{key} is a {type(value).__name__}, not an object")
     return value
+
+
+def check_content(data: Mapping[str, Any], path: Path) -> None:
+    """Refuses an ``engine.json`` whose content is not what was written.
+
+    Raises:
+        EngineFormatError: see above.
+    """
+    content = {key: value for key, value in data.items() if key != CHECKSUM_KEY}
+    if data.get(CHECKSUM_KEY) != json_checksum(content):
+        raise EngineFormatError(
+            f"{path} is damaged or was edited: its checksum differs; copy the engine directory again or build it again"
+        )
 
 
 def check_schema(data: Mapping[str, Any], path: Path) -> None:

@@ -18,8 +18,8 @@ import torch
 
 from lamella_core.checkpoint.formats import ENGINE_FILE, rank_file, read_json_object
 from lamella_core.checkpoint.safetensors_file import atomic_write, write_safetensors
-from lamella_core.engine.checksum import tensor_checksum
-from lamella_core.engine.spec import EngineSpec
+from lamella_core.engine.checksum import json_checksum, tensor_checksum
+from lamella_core.engine.spec import CHECKSUM_KEY, EngineSpec
 from lamella_core.errors import CheckpointError, EngineFormatError
 
 # What tokenizer loaders read from a model directory.
@@ -53,12 +53,13 @@ class EngineWriter:
     there. An engine that is replaced may be in use: its open files stay valid.
 
     Raises:
-        EngineFormatError: the directory exists and holds something else than an engine; ranks are missing at the end.
+        EngineFormatError: the directory exists and holds something else than an engine, or cannot be replaced; ranks
+            are missing at the end.
         CheckpointError: it cannot be written (disk full, no permission).
     """
 
     def __init__(self, directory: Path | str, *, tokenizer_dir: Path | str | None = None) -> None:
-        self.directory = Path(os.path.abspath(directory))
+        self.directory = Path(os.path.realpath(directory))  # a link stays, what it points to is replaced
         self._tokenizer_dir = Path(tokenizer_dir) if tokenizer_dir is not None else None
         self._work = self.directory.with_name(f".{self.directory.name}.{secrets.token_hex(4)}.tmp")
         self._spec: EngineSpec | None = None
@@ -109,8 +110,8 @@ class EngineWriter:
         tokenizer = self._copy_tokenizer()
         files = {rank_file(rank): self._ranks[rank] for rank in sorted(self._ranks)}
         with atomic_write(self._work / ENGINE_FILE) as file:
-            text = json.dumps({**self._spec.to_dict(), "files": files, "tokenizer_files": tokenizer}, indent=1)
-            file.write(text.encode())
+            content = {**self._spec.to_dict(), "files": files, "tokenizer_files": tokenizer}
+            file.write(json.dumps({**content, CHECKSUM_KEY: json_checksum(content)}, indent=1).encode())
         _sync_directory(self._work)
         try:
             _take_name(self._work, self.directory)
@@ -131,15 +132,21 @@ class EngineWriter:
 
 
 def _refuse_foreign(directory: Path) -> None:
-    """Lets only an engine's own files be replaced.
+    """Lets only an engine's own files be replaced, in a directory whose name another one can take.
 
     Raises:
-        EngineFormatError: the directory holds other files.
+        EngineFormatError: the directory holds other files, is mounted, or is the one that the process works in.
     """
     if not directory.exists():
         return
     if not directory.is_dir():
         raise EngineFormatError(f"{directory} is a file; choose a directory for the engine")
+    fixed = "a mount point" if directory.is_mount() else "the current directory" if directory == Path.cwd() else None
+    if fixed:
+        raise EngineFormatError(
+            f"{directory} is {fixed}; an engine's directory is replaced as a whole, choose one inside it, such as "
+            f"{directory / 'engine'}"
+        )
     entries = {entry.name for entry in directory.iterdir()}
     own: Iterable[str] = ()
     if ENGINE_FILE in entries:
