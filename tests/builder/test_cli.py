@@ -103,6 +103,11 @@ def test_wrong_values_exit_with_1(model: Path, tmp_path: Path, arguments: list[s
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", ["--model", "--checkpoint_dir"])
+def test_an_empty_name_is_one_error(option: str) -> None:
+    assert "no directory ''" in failed(run(option, ""), 1)
+
+
 @pytest.mark.parametrize("arguments", [[], ["--model", "a", "--checkpoint_dir", "b"], ["--modle", "a"],
                                        ["--model", "a", "--max_batch_size", "many"]])  # fmt: skip
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
@@ -144,4 +149,5 @@ def test_damaged_weights_are_one_error_and_leave_nothing(model: Path, tmp_path: 
 def test_help_does_not_import_torch() -> None:
     code = "import sys; from lamella_builder import cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
-    assert "--max_batch_size" in run("--help").output
+    shown = run("--help").output
+    assert "--max_batch_size" in shown and "--max-batch-size" in shown and "--dtype, --dtype" not in shown

@@ -20,7 +20,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 def _option(name: str, text: str) -> Any:
     """Returns an option that may be spelled with underscores or with dashes."""
-    return typer.Option(f"--{name}", f"--{name.replace('_', '-')}", help=text)
+    return typer.Option(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), help=text)
 
 
 @app.command()
@@ -58,7 +58,7 @@ def lamella_build(  # noqa: PLR0913 - one parameter per option of the command
         _configure_logging(log_level, err)
         _run(
             {
-                "model": model or checkpoint_dir,
+                "model": checkpoint_dir if model is None else model,
                 "output_dir": output_dir,
                 "build_config": BuildConfig(**{name: value for name, value in limits.items() if value is not None}),
                 "tp_size": tp_size,
