@@ -58,6 +58,16 @@ def test_ranks_are_written_one_after_another(llama: Path, tmp_path: Path) -> Non
         LlamaForCausalLM.from_checkpoint(tmp_path, rank=4)
     with pytest.raises(CheckpointError, match="ranks of another model"):
         LlamaForCausalLM.from_hugging_face(llama, mapping=Mapping(world_size=2, tp_size=2)).save_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"ranks of another model \(rank1.safetensors, rank2.*choose an empty"):
+        LlamaForCausalLM.from_hugging_face(llama).save_checkpoint(tmp_path)
+    assert same(ranks[3], LlamaForCausalLM.from_checkpoint(tmp_path, rank=3))
+
+
+def test_directories_that_are_no_checkpoint(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="load a Hugging Face directory with from_hugging_face"):
+        AutoModelForCausalLM.from_checkpoint(llama)
+    with pytest.raises(CheckpointError, match="missing is no Lamella checkpoint: there is no .*check the path"):
+        LlamaForCausalLM.from_checkpoint(tmp_path / "missing")
 
 
 def test_weights_are_mapped_not_copied(checkpoint: Path) -> None:

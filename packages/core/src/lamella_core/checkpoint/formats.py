@@ -16,8 +16,8 @@ CHECKPOINT_KEY = "lamella_checkpoint"  # in config.json: schema version of a Lam
 _JSON_MAX_BYTES = 64 << 20
 
 
-def rank_file(rank: int) -> str:
-    """Returns the name of a rank's weight file in a checkpoint or an engine."""
+def rank_file(rank: int | str) -> str:
+    """Returns the name of a rank's weight file in a checkpoint or an engine; "*" makes the pattern of all ranks'."""
     return f"rank{rank}.safetensors"
 
 

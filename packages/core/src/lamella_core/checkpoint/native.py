@@ -43,8 +43,11 @@ def save_checkpoint(model: CausalLM, directory: Path | str) -> None:
     stored = read_json_object(path) if path.exists() else config
     if CHECKPOINT_KEY not in stored:
         raise CheckpointError(f"{directory} holds another kind of model; choose an empty directory")
-    if model.config.mapping.world_size > 1 and stored != config:
-        raise CheckpointError(f"{directory} holds ranks of another model; choose an empty directory")
+    own = {rank_file(rank) for rank in range(model.config.mapping.world_size)}
+    others = sorted(entry.name for entry in directory.glob(rank_file("*")) if entry.name not in own)
+    if others or (len(own) > 1 and stored != config):
+        named = f" ({', '.join(others)})" if others else ""
+        raise CheckpointError(f"{directory} holds ranks of another model{named}; choose an empty directory")
     write_safetensors(directory / rank_file(model.config.mapping.rank), plain_weights(model))
     with atomic_write(path) as file:
         file.write(json.dumps(config, indent=2).encode())
@@ -87,9 +90,14 @@ def read_checkpoint_config(directory: Path | str, rank: int = 0) -> tuple[type[C
         CheckpointError: not a Lamella checkpoint, damaged, written by a newer version, or without that rank.
     """
     path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is no Lamella checkpoint: there is no {path}; check the path")
     data = read_json_object(path)
     if CHECKPOINT_KEY not in data:
-        raise CheckpointError(f"{path} is not that of a Lamella checkpoint: it lacks {CHECKPOINT_KEY!r}")
+        raise CheckpointError(
+            f"{directory} is no Lamella checkpoint: {path} lacks {CHECKPOINT_KEY!r}; load a Hugging Face directory with "
+            "from_hugging_face"
+        )
     version = data[CHECKPOINT_KEY]
     if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise CheckpointError(
