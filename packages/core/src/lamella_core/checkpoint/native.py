@@ -95,8 +95,8 @@ def read_checkpoint_config(directory: Path | str, rank: int = 0) -> tuple[type[C
     data = read_json_object(path)
     if CHECKPOINT_KEY not in data:
         raise CheckpointError(
-            f"{directory} is no Lamella checkpoint: {path} lacks {CHECKPOINT_KEY!r}; load a Hugging Face directory with "
-            "from_hugging_face"
+            f"{directory} is no Lamella checkpoint: {path} lacks {CHECKPOINT_KEY!r}; load a Hugging Face directory "
+            "with from_hugging_face"
         )
     version = data[CHECKPOINT_KEY]
     if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:

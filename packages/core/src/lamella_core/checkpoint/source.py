@@ -113,7 +113,8 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
             "convert it to safetensors where you trust it"
         ) from error
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read as a PyTorch weight file: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"{path} cannot be read as a PyTorch weight file: {reason}; copy it again") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; a state dict (name -> tensor) is needed")
     for name, tensor in loaded.items():
