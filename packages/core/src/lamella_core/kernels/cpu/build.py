@@ -77,7 +77,7 @@ class _Toolchain:
         arm = platform.machine() in ("aarch64", "arm64")
         openmp = ("-Xpreprocessor", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
         target = "-mcpu=native" if arm else "-march=native"
-        common = ("-std=c++17", "-O3", target, "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")
+        common = ("-std=c++17", "-O3", target, "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")
         return (*common, *openmp)
 
     @property

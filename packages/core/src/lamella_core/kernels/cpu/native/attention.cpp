@@ -96,7 +96,7 @@ LAMELLA_INLINE vf score_keys(const float* q, const float* k, i64 padded) {
   for (i64 i = 0; i < count; ++i) {
     const vf lane = load(q + i * VW);
 #pragma GCC unroll 16
-    for (int j = 0; j < VW; ++j) acc[j] += lane * load(k + j * stride + i * VW);
+    for (int j = 0; j < VW; ++j) acc[j] = madd(lane, load(k + j * stride + i * VW), acc[j]);
   }
   return sum_lanes(acc);
 }
@@ -110,7 +110,7 @@ LAMELLA_INLINE void add_values(float* out, const float* v, const float* weight, 
   for (i64 key = first; key < last; ++key) {
     const vf w = splat(weight[key]);
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) acc[c] += w * load(v + key * stride + c * VW);
+    for (int c = 0; c < C; ++c) acc[c] = madd(w, load(v + key * stride + c * VW), acc[c]);
   }
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) store(out + c * VW, acc[c]);

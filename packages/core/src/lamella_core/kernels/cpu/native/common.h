@@ -48,6 +48,24 @@ typedef std::uint16_t vu16_u __attribute__((vector_size(VW * 2), aligned(2), may
 
 LAMELLA_INLINE vf splat(float x) { return x - vf{}; }
 
+// a * b + c, rounded once where the processor has such an instruction. Fused multiply-adds are written with this and
+// nothing else is fused (-ffp-contract=off): left to itself the compiler may fuse in one instance of a template and not
+// in another, and a row's bits would depend on the tile that computes it.
+LAMELLA_INLINE vf madd(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<vf>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<vf>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),
+                                        reinterpret_cast<float32x4_t>(b)));
+#else
+  return a * b + c;
+#endif
+}
+
 // ---- scalar conversions ------------------------------------------------------------------------------------------
 
 LAMELLA_INLINE float from_bits(std::uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }

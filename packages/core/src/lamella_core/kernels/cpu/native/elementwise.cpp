@@ -39,7 +39,7 @@ void rms_norm_row(const T* x, const T* residual, const T* weight, T* y, T* sum_o
         h = rounded<T>(h + load(residual + i + v * VW));
         store(sum_out + i + v * VW, h);
       }
-      squares[v] += h * h;
+      squares[v] = madd(h, h, squares[v]);
     }
   for (i64 i = whole; i < hidden; ++i) {
     float h = to_float(x[i]);

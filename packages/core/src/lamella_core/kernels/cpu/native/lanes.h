@@ -38,14 +38,14 @@ LAMELLA_INLINE vf vexp(vf x) {
   x = x < lowest ? lowest : x;
   x = x > highest ? highest : x;
   const vf n = vfloor(x * splat(1.44269504088896341f) + splat(0.5f));
-  const vf r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
+  const vf r = madd(n, splat(2.12194440e-4f), madd(n, splat(-0.693359375f), x));
   vf p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * (r * r) + r + splat(1.0f);
+  p = madd(p, r, splat(1.3981999507e-3f));
+  p = madd(p, r, splat(8.3334519073e-3f));
+  p = madd(p, r, splat(4.1665795894e-2f));
+  p = madd(p, r, splat(1.6666665459e-1f));
+  p = madd(p, r, splat(5.0000001201e-1f));
+  p = madd(p, r * r, r) + splat(1.0f);
   const vi32 exponent = (__builtin_convertvector(n, vi32) + 127) << 23;
   return flushed ? vf{} : p * reinterpret_cast<vf>(exponent);
 }
@@ -82,10 +82,10 @@ LAMELLA_INLINE vf sum_lanes(const vf* v) {
 LAMELLA_INLINE vf vtanh(vf x) {
   const vf z = x * x;
   vf p = splat(-5.70498872745e-3f);
-  p = p * z + splat(2.06390887954e-2f);
-  p = p * z + splat(-5.37397155531e-2f);
-  p = p * z + splat(1.33314422036e-1f);
-  p = p * z + splat(-3.33332819422e-1f);
+  p = madd(p, z, splat(2.06390887954e-2f));
+  p = madd(p, z, splat(-5.37397155531e-2f));
+  p = madd(p, z, splat(1.33314422036e-1f));
+  p = madd(p, z, splat(-3.33332819422e-1f));
   const vf magnitude = x < vf{} ? -x : x;
   const vf far = splat(1.0f) - splat(2.0f) / (vexp(magnitude + magnitude) + splat(1.0f));
   return magnitude < splat(0.625f) ? x + x * z * p : (x < vf{} ? -far : far);

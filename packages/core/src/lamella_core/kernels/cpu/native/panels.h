@@ -65,7 +65,7 @@ LAMELLA_INLINE void block_product(const float* a, const T* b, i64 b_stride, i64 
       for (int j = 0; j < NP * NV; ++j) {
         const vf col = column(j);
 #pragma GCC unroll 16
-        for (int r = 0; r < MR; ++r) acc[r][j] += row[r] * col;
+        for (int r = 0; r < MR; ++r) acc[r][j] = madd(row[r], col, acc[r][j]);
       }
     } else {
       vf col[NP * NV];
@@ -75,7 +75,7 @@ LAMELLA_INLINE void block_product(const float* a, const T* b, i64 b_stride, i64 
       for (int r = 0; r < MR; ++r) {
         const vf row = splat(a[k * MR + r]);
 #pragma GCC unroll 16
-        for (int j = 0; j < NP * NV; ++j) acc[r][j] += row * col[j];
+        for (int j = 0; j < NP * NV; ++j) acc[r][j] = madd(row, col[j], acc[r][j]);
       }
     }
   }

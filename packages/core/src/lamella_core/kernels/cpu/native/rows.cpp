@@ -51,7 +51,7 @@ LAMELLA_INLINE void multiply_add(vf (&acc)[R][C][NV], const float* x, i64 x_stri
     for (int r = 0; r < R; ++r) {
       const vf xv = load(x + r * x_stride + v * VW);
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) acc[r][c][v] += xv * wv[c];
+      for (int c = 0; c < C; ++c) acc[r][c][v] = madd(xv, wv[c], acc[r][c][v]);
     }
   }
 }
