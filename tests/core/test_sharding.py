@@ -51,7 +51,6 @@ def test_split_parts_make_the_whole(tp, dim):
         dims = [(whole(12),), (whole(12),)]
         dims[dim] = (section,)
         spec = ShardSpec(dims=tuple(dims))
-        assert spec.is_split == (tp > 1) and spec.full_shape == (12, 12)
         parts.append(fill(spec, full))
     assert torch.equal(torch.cat(parts, dim), full)
 
@@ -93,7 +92,7 @@ def test_padded_vocabulary(vocab, tp):
         spec = ShardSpec(dims=((split_padded(vocab, tp, rank),), (whole(3),)))
         assert spec.shape == (-(-vocab // tp), 3)
         part = fill(spec, full)
-        assert spec.has_padding == bool(part.isnan().any())
+        assert int(part.isnan().any(1).sum()) == max(0, min(-(-vocab // tp), (rank + 1) * -(-vocab // tp) - vocab))
         rows.append(part)
     stacked = torch.cat(rows)
     assert torch.equal(stacked[~stacked.isnan().any(1)], full)
@@ -118,15 +117,6 @@ def test_stacked_experts(tp, ep):
         assert torch.equal(fill(spec, torch.cat((gate, up), 1)), out)
         swapped = torch.cat((gate, up), 1).transpose(1, 2).contiguous()
         assert torch.equal(fill(spec, swapped, transpose=True), out)
-
-
-def test_single_piece_views():
-    spec = qkv(1, 2)
-    assert spec.source_slices("k") == (slice(4, 8), slice(0, 6))
-    assert spec.target_slices("k") == (slice(16, 20), slice(0, 6))
-    assert spec.source_slices("k", transpose=True) == (slice(0, 6), slice(4, 8))
-    with pytest.raises(ConfigError, match="3 pieces"):
-        spec.source_slices()
 
 
 def test_bad_arguments():

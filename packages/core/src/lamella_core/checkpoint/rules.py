@@ -52,10 +52,6 @@ class WeightRule:
         """Returns the source tensor's name for a layer and an expert."""
         return _fill(self.source, index, expert)
 
-    def target_name(self, index: int | None = None, expert: int | None = None) -> str:
-        """Returns the parameter's name for a layer and an expert."""
-        return _fill(self.target, index, expert)
-
     def match_target(self, name: str) -> tuple[int | None, int | None] | None:
         """Returns ``(layer, expert)`` when the rule fills the parameter ``name`` (None where it has no placeholder)."""
         return _match(self.target, name)

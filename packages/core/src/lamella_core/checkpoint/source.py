@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import pickle
 import sys
 from collections.abc import Callable, Iterable
@@ -18,10 +17,10 @@ from typing import Protocol
 
 import torch
 
+from lamella_core.checkpoint.formats import read_json_object
 from lamella_core.checkpoint.safetensors_file import SafetensorsFile
 from lamella_core.errors import CheckpointError
 
-INDEX_MAX_BYTES = 100_000_000
 _PIECE_BYTES = 16 << 20  # read between two releases of pages
 _PAGE = 4096
 _MADV_DONTNEED = 4
@@ -172,9 +171,6 @@ class WeightSource:
     def names(self) -> list[str]:
         return list(self._file_of)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
     def shape(self, name: str) -> tuple[int, ...]:
         return self._of(name).shape(name)
 
@@ -273,14 +269,9 @@ def _union(directory: Path, files: list[str], opened: Callable[[str], TensorFile
 
 
 def _read_index(path: Path, opened: Callable[[str], TensorFile]) -> dict[str, str]:
-    try:
-        if path.stat().st_size > INDEX_MAX_BYTES:
-            raise ValueError(f"larger than {INDEX_MAX_BYTES} bytes")
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError("weight_map must map tensor names to file names")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}; copy it again") from error
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} is damaged: weight_map must map tensor names to file names; copy it again")
     suffix = ".safetensors" if path.name.startswith("model.safetensors") else ".bin"
     for file in set(map(str, weight_map.values())):
         if Path(file).name != file or not file.endswith(suffix):

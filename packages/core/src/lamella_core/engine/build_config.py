@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lamella_core.checks import check_integer
@@ -126,9 +126,6 @@ class BuildConfig:
             ConfigError: an unknown field, or a value out of range.
         """
         return cls(**data)
-
-
-FIELD_NAMES = tuple(f.name for f in fields(BuildConfig))
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -20,14 +20,6 @@ CHECKSUM_KEY = "checksum"  # in engine.json: `json_checksum` of everything else 
 
 
 @dataclass(frozen=True)
-class RankFile:
-    """One rank's weight file: its size in bytes and a checksum per tensor (`lamella_core.engine.checksum`)."""
-
-    num_bytes: int
-    checksums: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class EngineSpec:
     """What an engine is.
 

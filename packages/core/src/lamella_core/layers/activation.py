@@ -18,11 +18,6 @@ from lamella_core.kernels.cpu import ops
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
-def sigmoid(x: torch.Tensor) -> torch.Tensor:
-    """1 / (1 + e^-x), computed in float32, in x's dtype."""
-    return ((-x.float()).exp_().add_(1.0).reciprocal_()).to(x.dtype)
-
-
 def silu(x: torch.Tensor) -> torch.Tensor:
     """X times its sigmoid."""
     wide = x.float()

@@ -59,21 +59,6 @@ class ShardSpec:
         return tuple(sum(section.padded_length for section in sections) for sections in self.dims)
 
     @property
-    def full_shape(self) -> tuple[int, ...]:
-        """Shape of the unsplit, unpadded tensor with all sections fused in order."""
-        return tuple(sum(section.size for section in sections) for sections in self.dims)
-
-    @property
-    def has_padding(self) -> bool:
-        """Whether some elements of the parameter come from no source and must be zero."""
-        return any(s.padded_length != s.length for sections in self.dims for s in sections)
-
-    @property
-    def is_split(self) -> bool:
-        """Whether this rank holds less than the full tensor."""
-        return any(s.length != s.size for sections in self.dims for s in sections)
-
-    @property
     def section_names(self) -> tuple[str, ...]:
         """Names of the fused sections in parameter order; empty when nothing is fused."""
         return tuple(s.name for sections in self.dims for s in sections if s.name is not None)
@@ -116,24 +101,6 @@ class ShardSpec:
         if transpose:
             sources = [(*s[:-2], s[-1], s[-2]) for s in sources]
         return tuple(Piece(s, t, transpose) for s, t in zip(sources, targets, strict=True))
-
-    def source_slices(
-        self, section: str | None = None, *, expert: int | None = None, transpose: bool = False
-    ) -> Slices | None:
-        """Returns what this rank reads of a source that is a single piece; None when it holds nothing of it."""
-        piece = self._only_piece(section, expert, transpose)
-        return piece.source if piece else None
-
-    def target_slices(self, section: str | None = None, *, expert: int | None = None) -> Slices | None:
-        """Returns where that single piece goes in the parameter; None when this rank holds nothing of it."""
-        piece = self._only_piece(section, expert, False)
-        return piece.target if piece else None
-
-    def _only_piece(self, section: str | None, expert: int | None, transpose: bool) -> Piece | None:
-        found = self.pieces(section, expert=expert, transpose=transpose)
-        if len(found) > 1:
-            raise ConfigError(f"a source fused of {self.section_names} is cut into {len(found)} pieces: use pieces()")
-        return found[0] if found else None
 
     def _selected(self, section: str | Sequence[str] | None) -> tuple[tuple[Section, ...], ...]:
         """Returns ``dims`` with the fused dimension narrowed to the named sections, in the order named."""
