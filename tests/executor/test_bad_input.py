@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tests.support.tiny_models import hf_dir
 from lamella_core.engine import BuildConfig, Engine
 from lamella_core.errors import CheckpointError, ConfigError, EngineFormatError, OutOfMemoryError, RequestError
 from lamella_executor import GenerationExecutor, KvCacheConfig, SamplingParams, SchedulerConfig
+from lamella_executor.admission import make_request
 
 IDS = prompt(6)
 
@@ -53,6 +55,7 @@ BAD_PARAMS = {
     "stop_without_decoder": (dict(stop="x"), "no decoder"),
     "bad_without_ids": (dict(bad="x"), "bad_words_ids"),
     "stop_id_outside": (dict(stop_token_ids=[131]), r"SamplingParams.stop_token_ids\[0\] is 131"),
+    "end_id_outside": (dict(end_id=131, min_tokens=2), "SamplingParams.end_id is 131; it must be in 0..130"),
     "bad_id_outside": (dict(bad_token_ids=[3, 999]), r"SamplingParams.bad_token_ids\[1\] is 999"),
     "bias_of_wrong_size": (dict(embedding_bias=torch.zeros(7)), "has 7 entries; it needs vocab_size, 131"),
 }
@@ -187,3 +190,40 @@ def test_a_foreign_cpu_is_reported(caplog, monkeypatch):
     with GenerationExecutor.create(engine, KvCacheConfig(max_tokens=64)) as executor:
         assert executor.generate(IDS, greedy(10)).outputs[0].token_ids == hf_greedy(IDS, 10)
     assert "another CPU" in caplog.text
+
+
+@pytest.mark.parametrize("params", [5, "greedy", {"max_tokens": 3}])
+def test_parameters_of_a_wrong_type(it, params):
+    for prompts in (IDS, [IDS]):
+        with pytest.raises(RequestError, match="sampling_params is a"):
+            it.executor.generate(prompts, params)
+
+
+def test_prompts_are_any_iterable_with_an_order(it):
+    expected = it.executor.generate(IDS, greedy(3)).outputs[0].token_ids
+    made = it.executor.generate_async((token for token in IDS), greedy(3))
+    assert made.result(30).outputs[0].token_ids == expected
+    for unordered in ({4, 5}, {4: 5}):
+        with pytest.raises(RequestError, match="has no order"):
+            it.executor.generate_async(unordered)
+
+
+def test_end_tokens_outside_the_vocabulary_never_come(it):
+    limits = replace(it.executor.limits, eos_token_ids=(2, 131))
+    assert make_request(1, IDS, SamplingParams(min_tokens=3), limits).extra_end_ids == ()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(free_gpu_memory_fraction="0.5"),
+        dict(max_attention_window=5.0),
+        dict(max_attention_window=True),
+        dict(max_attention_window=[4, 0]),
+        dict(sink_token_length=True, max_attention_window=4),
+        dict(enable_block_reuse="no"),
+    ],
+)
+def test_cache_options_of_a_wrong_type(fields):
+    with pytest.raises(ConfigError, match=f"KvCacheConfig.{next(iter(fields))} is"):
+        KvCacheConfig(**fields)

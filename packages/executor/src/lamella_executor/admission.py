@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -80,14 +80,19 @@ def make_request(
 def _end_ids(params: SamplingParams, limits: EngineLimits) -> tuple[int, ...]:
     if params.ignore_eos or params.end_id == -1:
         return ()
-    return limits.eos_token_ids if params.end_id is None else (params.end_id,)
+    if params.end_id is not None:
+        return (params.end_id,)
+    return tuple(token for token in limits.eos_token_ids if 0 <= token < limits.vocab_size)  # others never come
 
 
 def _token_ids(name: str, ids: SequenceOf[int], vocab_size: int) -> list[int]:
     """Returns the ids as a new list of ints; numpy and torch integers are accepted."""
     if isinstance(ids, str | bytes):
         raise RequestError(f"{name} is a {type(ids).__name__}; it must be token ids. Tokenize the text, or use LLM")
+    if isinstance(ids, Set | Mapping):
+        raise RequestError(f"{name} is a {type(ids).__name__}, which has no order; it must be a list of token ids")
     try:
+        ids = list(ids)
         if any(isinstance(token, bool) for token in ids):
             raise TypeError("a bool is no token id")
         out = [operator.index(token) for token in ids]
@@ -137,6 +142,11 @@ def _check_params(params: SamplingParams, limits: EngineLimits, decoder: TextDec
     vocab = limits.vocab_size
     _token_ids("SamplingParams.stop_token_ids", params.stop_token_ids or (), vocab)
     _token_ids("SamplingParams.bad_token_ids", params.bad_token_ids or (), vocab)
+    if params.end_id is not None and params.end_id >= vocab:
+        raise RequestError(
+            f"SamplingParams.end_id is {params.end_id}; it must be in 0..{vocab - 1} (vocab_size {vocab}), -1 for "
+            "none, or None for the model's"
+        )
     bias = params.embedding_bias
     if bias is not None and bias.shape[0] != vocab:
         raise RequestError(

@@ -36,6 +36,7 @@ class SchedulerConfig:
                 f"allowed: {', '.join(p.value for p in CapacitySchedulerPolicy)}"
             ) from None
         object.__setattr__(self, "capacity_scheduler_policy", policy)
+        _check_flag("SchedulerConfig.enable_chunked_prefill", self.enable_chunked_prefill)
 
 
 @dataclass(frozen=True)
@@ -57,25 +58,40 @@ class KvCacheConfig:
     sink_token_length: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("enable_block_reuse", "enable_partial_reuse"):
+            _check_flag(f"KvCacheConfig.{name}", getattr(self, name))
         for name in ("max_tokens", "host_memory_bytes", "tokens_per_block"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and not _is_count(value, 1):
                 raise ConfigError(f"KvCacheConfig.{name} is {value!r}; it must be a positive integer or None")
-        if not 0.0 < self.free_gpu_memory_fraction <= 1.0:
+        fraction = self.free_gpu_memory_fraction
+        if not isinstance(fraction, int | float) or not 0.0 < fraction <= 1.0:
             raise ConfigError(
                 f"KvCacheConfig.free_gpu_memory_fraction is {self.free_gpu_memory_fraction!r}; "
                 "it must be above 0 and at most 1"
             )
         window = self.max_attention_window
         if window is not None:
-            windows = (window,) if isinstance(window, int) else tuple(window)
-            if not windows or any(not isinstance(w, int) or w < 1 for w in windows):
-                raise ConfigError(f"KvCacheConfig.max_attention_window is {window!r}; every window must be at least 1")
+            windows = tuple(window) if isinstance(window, list | tuple) else (window,)
+            if not windows or not all(_is_count(w, 1) for w in windows):
+                raise ConfigError(
+                    f"KvCacheConfig.max_attention_window is {window!r}; it must be an integer of at least 1, or one "
+                    "per layer"
+                )
             object.__setattr__(self, "max_attention_window", windows)
-        if not isinstance(self.sink_token_length, int) or self.sink_token_length < 0:
+        if not _is_count(self.sink_token_length, 0):
             raise ConfigError(f"KvCacheConfig.sink_token_length is {self.sink_token_length!r}; it must be 0 or more")
         if self.sink_token_length and window is None:
             raise ConfigError(
                 f"KvCacheConfig.sink_token_length is {self.sink_token_length} without max_attention_window; "
                 "sink tokens matter only beside a window: set max_attention_window too"
             )
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be True or False")

@@ -216,7 +216,10 @@ class SamplingParams:
         if self.embedding_bias is None:
             return
         try:
-            bias = torch.as_tensor(self.embedding_bias).detach().to("cpu", torch.float32, copy=True)
+            bias = torch.as_tensor(self.embedding_bias).detach()
+            if bias.is_complex():
+                raise TypeError("complex numbers")
+            bias = bias.to("cpu", torch.float32, copy=True)
         except (TypeError, ValueError, RuntimeError) as error:
             raise RequestError(
                 f"SamplingParams.embedding_bias is no tensor of numbers, [vocab_size]: {error}"
