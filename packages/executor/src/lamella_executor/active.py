@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from lamella_core.errors import RequestError
+from lamella_executor.failures import decoder_error
 from lamella_executor.request import CompletionOutput, RequestStatus, RequestUpdate
 from lamella_executor.result import GenerationResult
 from lamella_executor.sampler.logprobs import needs_logprobs
@@ -45,20 +47,36 @@ class ActiveRequest:
         self._last_token_s = now
         self._num_positions += 1
 
-    def report(self) -> None:
-        """Shows a streaming request's user what is new, without text or tokens that a stop string may take back."""
+    @property
+    def is_done(self) -> bool:
+        """Whether the user was told a terminal state."""
+        return self._result.done
+
+    def report(self) -> RequestError | None:
+        """Shows a streaming request's user what is new, without text or tokens that a stop string may take back.
+
+        Returns the error if the request's decoder raised; nothing is shown then.
+        """
         if not self._is_streamed:
-            return
-        outputs = [self._output(i, sequence, is_final=False) for i, sequence in enumerate(self._candidates())]
+            return None
+        try:
+            outputs = [self._output(i, sequence, is_final=False) for i, sequence in enumerate(self._candidates())]
+        except BaseException as cause:  # noqa: BLE001 - the decoder is the user's code and may raise anything
+            return decoder_error(cause)
         num_shown = sum(len(output.text) + len(output.token_ids) for output in outputs)
         if num_shown != self._num_shown:
             self._num_shown = num_shown
             self._result.publish(RequestUpdate(self._status, outputs, self._prompt_logprobs()))
+        return None
 
     def conclude(self, status: RequestStatus) -> None:
-        """Publishes the terminal state FINISHED or CANCELLED with the final outputs."""
+        """Publishes the terminal state FINISHED or CANCELLED with the final outputs; FAILED if the decoder raises."""
         sequences = select_outputs(self.request) or self._candidates()
-        outputs = [self._output(i, sequence, is_final=True) for i, sequence in enumerate(sequences)]
+        try:
+            outputs = [self._output(i, sequence, is_final=True) for i, sequence in enumerate(sequences)]
+        except BaseException as cause:  # noqa: BLE001 - the decoder is the user's code and may raise anything
+            self.fail(decoder_error(cause))
+            return
         metrics = self._metrics(sum(output.length for output in outputs))
         self._result.publish(RequestUpdate(status, outputs, self._prompt_logprobs(), metrics=metrics))
 

@@ -6,6 +6,7 @@ import atexit
 import itertools
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -61,8 +62,9 @@ class EngineThread:
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> bool:
         """Ends the loop and waits for it; returns whether the thread ended within ``timeout`` seconds. Idempotent."""
         self.request_stop()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
+        if threading.current_thread() is self._thread:  # a logits processor or decoder shuts down; the step goes on
+            return False
+        self._thread.join(timeout)
         if self._thread.is_alive():
             logger.warning("the engine thread has not ended within %.1f s; a step is still running", timeout)
             return False
@@ -73,29 +75,32 @@ class EngineThread:
 
 
 def _run(loop: Loop, mailbox: Mailbox, ended: Callable[[], None]) -> None:
+    taken: deque[Command] = deque()  # not yet applied
     try:
-        cause = _drive(loop, mailbox)
+        cause = _drive(loop, mailbox, taken)
         if cause is not None:
             logger.error("the engine loop failed; the executor is dead\n%s", detach(cause))
         mailbox.close(cause)
         loop.fail_all(mailbox.dead_error)
     finally:
         mailbox.close(RuntimeError("the engine thread ended unexpectedly"))
-        for command in mailbox.take_rest():
-            if isinstance(command, Submit):
+        for command in (*taken, *mailbox.take_rest()):
+            if isinstance(command, Submit) and not command.result.done:
                 command.fail(mailbox.dead_error())
         ended()
 
 
-def _drive(loop: Loop, mailbox: Mailbox) -> BaseException | None:
+def _drive(loop: Loop, mailbox: Mailbox, taken: deque[Command]) -> BaseException | None:
     """Steps until the mailbox is closed; returns the error that broke the loop, if one did."""
     try:
         while True:
             commands = mailbox.take(wait=not loop.has_work)
             if commands is None:
                 return None
-            for command in commands:
-                _apply(loop, command)
+            taken.extend(commands)
+            while taken:
+                _apply(loop, taken[0])
+                taken.popleft()
             if loop.has_work:
                 loop.step()
     except BaseException as error:  # noqa: BLE001 - whatever broke the loop, every waiter must hear of it

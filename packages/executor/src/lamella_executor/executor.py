@@ -14,7 +14,7 @@ from lamella_core.errors import RequestError
 from lamella_executor.admission import EngineLimits, make_request
 from lamella_executor.config import KvCacheConfig, SchedulerConfig
 from lamella_executor.engine_thread import STOP_TIMEOUT_S, EngineThread, Loop
-from lamella_executor.mailbox import Abort, Mailbox, Submit
+from lamella_executor.mailbox import Mailbox, Submit
 from lamella_executor.result import GenerationResult
 from lamella_executor.sampling_params import SamplingParams
 from lamella_executor.sequence import RequestState, TextDecoder
@@ -136,16 +136,9 @@ class GenerationExecutor:
         if not _is_batch(prompt_token_ids):
             if isinstance(sampling_params, list | tuple):
                 raise RequestError("sampling_params is a list for a single prompt; pass one SamplingParams")
-            return self.generate_async(prompt_token_ids, sampling_params).result()  # type: ignore[arg-type]
+            return self._run([self._prepare(prompt_token_ids, sampling_params)])[0]  # type: ignore[arg-type]
         all_params = _per_prompt(sampling_params, len(prompt_token_ids))
-        commands = [self._prepare(p, s) for p, s in zip(prompt_token_ids, all_params)]  # type: ignore[arg-type]
-        results = [self._submit(command) for command in commands]
-        try:
-            return [result.result() for result in results]
-        except BaseException:
-            for result in results:
-                result.abort()
-            raise
+        return self._run([self._prepare(p, s) for p, s in zip(prompt_token_ids, all_params)])  # type: ignore[arg-type]
 
     def generate_async(
         self,
@@ -177,8 +170,7 @@ class GenerationExecutor:
 
     def abort(self, request_id: int) -> None:
         """Cancels a request; unknown and finished ids are ignored."""
-        if self.is_alive:
-            self._mailbox.put(Abort(request_id))
+        self._mailbox.abort(request_id)
 
     def get_stats(self) -> list[IterationStats]:
         """Returns the most recent iterations, oldest first."""
@@ -226,6 +218,15 @@ class GenerationExecutor:
         result = GenerationResult(request.request_id, prompt, request.params, self._mailbox, streaming=streaming)
         return Submit(request, result)
 
+    def _run(self, commands: list[Submit]) -> list[GenerationResult]:
+        """Submits requests and waits for all; whatever ends the wait early, Ctrl-C included, aborts the others."""
+        try:
+            return [result.result() for result in [self._submit(command) for command in commands]]
+        except BaseException:
+            for command in commands:
+                command.result.abort()
+            raise
+
     def _submit(self, command: Submit) -> GenerationResult:
         self._mailbox.put(command)
         return command.result
@@ -245,6 +246,8 @@ def _per_prompt(
 ) -> SequenceOf[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
+    if not isinstance(params, list | tuple):
+        raise RequestError(f"sampling_params is a {type(params).__name__}; pass a SamplingParams or a list of them")
     if len(params) != count:
         raise RequestError(
             f"sampling_params has {len(params)} entries for {count} prompts; pass one, or one per prompt"

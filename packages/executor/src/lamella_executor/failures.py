@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import traceback
 
+from lamella_core.errors import RequestError
+
 
 def detach(error: BaseException) -> str:
     """Takes the tracebacks out of an error and what caused it; returns them as text.
@@ -24,3 +26,11 @@ def detach(error: BaseException) -> str:
     if hasattr(error, "add_note"):
         error.add_note(f"Where it came from:\n{text}")
     return text
+
+
+def decoder_error(cause: BaseException) -> RequestError:
+    """Returns the error of a request whose decoder, the user's code, raised ``cause``."""
+    detach(cause)
+    error = RequestError(f"the request's decoder raised {type(cause).__name__}: {cause}; check the tokenizer")
+    error.__cause__ = cause
+    return error

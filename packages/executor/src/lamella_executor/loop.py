@@ -65,15 +65,15 @@ class EngineLoop:
 
     def abort(self, request_id: int) -> None:
         """Cancels a request; what it generated is kept. Unknown ids are ignored."""
-        active = self._active.pop(request_id, None)
+        active = self._active.get(request_id)
         if active is not None:
-            self._scheduler.finish(active.request)
-            active.conclude(RequestStatus.CANCELLED)
+            self._finish(active, RequestStatus.CANCELLED)
 
     def fail_all(self, make_error: Callable[[], Exception]) -> None:
         """Fails every request with an error of its own; the loop is not used afterwards."""
         for active in self._active.values():
-            active.fail(make_error())
+            if not active.is_done:
+                active.fail(make_error())
         self._active.clear()
 
     @torch.inference_mode()
@@ -133,11 +133,13 @@ class EngineLoop:
             active.count_token(now)
             error = self._append(row.request, outcome)
             if error is not None:
-                self._finish(active.request, error)
+                self._fail(active, error)
             elif not row.request.sequences or outcome.is_done:
-                self._finish(active.request)
+                self._finish(active, RequestStatus.FINISHED)
             else:
-                active.report()
+                error = active.report()
+                if error is not None:
+                    self._fail(active, error)
 
     def _append(self, request: RequestState, outcome: SampleResult) -> RequestError | None:
         if outcome.error is not None:
@@ -150,14 +152,17 @@ class EngineLoop:
             return error
         return None
 
-    def _finish(self, request: RequestState, error: RequestError | None = None) -> None:
-        """Takes a request out; frees its blocks, which nobody reuses after an error."""
-        active = self._active.pop(request.request_id)
-        self._scheduler.finish(request, cache=error is None)
-        if error is None:
-            active.conclude(RequestStatus.FINISHED)
-        else:
-            active.fail(error)
+    def _finish(self, active: ActiveRequest, status: RequestStatus) -> None:
+        """Takes a request out with its outputs. It stays known until its user has been told, whatever happens here."""
+        self._scheduler.finish(active.request)
+        active.conclude(status)
+        del self._active[active.request.request_id]
+
+    def _fail(self, active: ActiveRequest, error: RequestError) -> None:
+        """Takes a request out; its blocks are freed, and nobody reuses them."""
+        self._scheduler.finish(active.request, cache=False)
+        active.fail(error)
+        del self._active[active.request.request_id]
 
     def _fail_step(self, plan: StepPlan, cause: Exception) -> None:
         """Fails the requests whose cache contents this step was to make."""
@@ -166,7 +171,7 @@ class EngineLoop:
         for request in requests:
             error = StepError(f"the step that computed this request failed with {type(cause).__name__}: {cause}")
             error.__cause__ = cause
-            self._finish(request, error)
+            self._fail(self._active[request.request_id], error)
 
     def _record(self, plan: StepPlan, num_generation: int, started: float, computed: float) -> None:
         kv = self._kv.stats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from lamella_executor.sequence import RequestState
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Submit:
     """A validated request and the result that its user holds."""
 
@@ -27,7 +28,7 @@ class Submit:
         self.result.publish(RequestUpdate(RequestStatus.FAILED, error=error))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Abort:
     """Cancel a request; unknown or finished ids are ignored."""
 
@@ -38,17 +39,26 @@ Command = Submit | Abort
 
 
 class Mailbox:
-    """Commands for the loop, in order. The lock is re-entrant: a garbage collector run may close it at any point."""
+    """A closable queue with one consumer. Closed for good by a shutdown, or by the error that killed the engine.
+
+    It has no lock that could stay held: whatever a producer is doing when Ctrl-C, a garbage collection or a fork comes
+    in between, the loop goes on and the queue can be closed. Operations of deque and Lock are atomic; that is all that
+    is relied on.
+    """
 
     def __init__(self) -> None:
-        self._arrived = threading.Condition()
         self._commands: deque[Command] = deque()
-        self._closed = False
+        self._wake = threading.Lock()  # held: nothing has arrived since the consumer last looked
+        self._wake.acquire()
+        self._is_closed = False
         self._cause: BaseException | None = None
+        self._pid = os.getpid()
+        self._consumer: int | None = None  # thread id
 
     @property
     def is_closed(self) -> bool:
-        return self._closed
+        """Whether commands are refused; always so in a forked child, where no loop runs."""
+        return self._is_closed or os.getpid() != self._pid
 
     def put(self, command: Command) -> None:
         """Appends a command and wakes the loop.
@@ -56,43 +66,76 @@ class Mailbox:
         Raises:
             EngineDeadError: the engine was shut down, or died of the error in ``__cause__``.
         """
-        with self._arrived:
-            if self._closed:
-                raise self.dead_error()
-            self._commands.append(command)
-            self._arrived.notify()
+        if self.is_closed:
+            raise self.dead_error()
+        self._commands.append(command)
+        if self._is_closed:  # meanwhile: either the loop still finds the command and fails it, or it is taken back
+            try:
+                self._commands.remove(command)
+            except ValueError:
+                return
+            raise self.dead_error()
+        self._notify()
+
+    def abort(self, request_id: int) -> None:
+        """Sends an `Abort`; does nothing once closed, when every request fails anyway."""
+        if not self.is_closed:
+            self._commands.append(Abort(request_id))
+            self._notify()
 
     def take(self, wait: bool) -> list[Command] | None:
-        """Returns all commands; None once closed. With ``wait`` it sleeps until there are some or it is closed."""
-        if not wait and not self._commands and not self._closed:
-            return []
-        with self._arrived:
-            while wait and not self._commands and not self._closed:
-                self._arrived.wait()
-            if self._closed:
-                return None
-            commands = list(self._commands)
-            self._commands.clear()
-            return commands
+        """Returns all commands; None once closed. With ``wait`` it sleeps until there are some or it is closed.
+
+        Only the loop's thread calls it.
+        """
+        if wait:
+            self._consumer = threading.get_ident()
+            while not self._commands and not self._is_closed:
+                self._wake.acquire()
+        return None if self._is_closed else self.take_rest()
 
     def close(self, cause: BaseException | None = None) -> None:
         """Refuses further commands and makes the loop stop; ``cause`` is given if the engine died."""
-        with self._arrived:
-            if not self._closed:
-                self._closed, self._cause = True, cause
-            self._arrived.notify_all()
+        if not self._is_closed:
+            self._cause, self._is_closed = cause, True
+        self._notify()
 
     def take_rest(self) -> list[Command]:
-        """Returns what was put but never taken; call after `close`."""
-        with self._arrived:
-            commands = list(self._commands)
-            self._commands.clear()
-            return commands
+        """Returns what was put and not taken yet."""
+        commands: list[Command] = []
+        while self._commands:
+            try:
+                commands.append(self._commands.popleft())
+            except IndexError:  # its producer took it back
+                break
+        return commands
+
+    def check_wait(self) -> None:
+        """Refuses to wait for what can never come.
+
+        Raises:
+            EngineDeadError: this process was forked from the engine's.
+            RuntimeError: this is the engine's own thread (a logits processor or decoder waits for a request).
+        """
+        if os.getpid() != self._pid:
+            raise self.dead_error()
+        if threading.get_ident() == self._consumer:
+            raise RuntimeError("a logits processor or decoder waits for a request; its engine would wait for ever")
 
     def dead_error(self) -> EngineDeadError:
         """Returns a new error that says how the engine ended."""
+        if os.getpid() != self._pid:
+            return EngineDeadError(
+                f"the engine runs in process {self._pid} and a fork has no engine; create an executor in this process"
+            )
         if self._cause is None:
             return EngineDeadError("the executor was shut down; create a new one to go on")
         error = EngineDeadError(f"the engine stopped after {type(self._cause).__name__}: {self._cause}")
         error.__cause__ = self._cause
         return error
+
+    def _notify(self) -> None:
+        try:
+            self._wake.release()
+        except RuntimeError:  # the loop has not yet looked since the last time
+            return

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import threading
 import time
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from lamella_core.errors import EngineDeadError
-from lamella_executor.mailbox import Abort, Mailbox
+from lamella_executor.mailbox import Mailbox
 from lamella_executor.request import CompletionOutput, RequestStatus, RequestUpdate
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _WAIT_SLICE_S = (
     0.5  # a waiting main thread looks for Ctrl-C at least this often, also where locks cannot be interrupted
 )
 
-AsyncWaiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+Wake = Callable[[], object]  # rouses one waiting thread or task; called once, by the loop's thread
 
 
 class GenerationResult:
@@ -55,16 +56,19 @@ class GenerationResult:
         self.params = params
         self.streaming = streaming
         self._mailbox = mailbox
-        self._changed = threading.Condition()
-        self._waiters: list[AsyncWaiter] = []
+        # The loop's thread writes what is published, without a lock (see `publish`).
+        self._waiters: deque[Wake] = deque()
         self._status = RequestStatus.QUEUED
         self._version = 0  # grows when outputs are published, and with the terminal state
-        self._pending: list[CompletionOutput] | None = None  # newest published outputs that no reader has taken
-        self._outputs: list[CompletionOutput] = []
-        self._is_iterated = False
+        self._published: list[CompletionOutput] = []  # newest outputs
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._error: Exception | None = None
         self._metrics: RequestMetrics | None = None
+        # The readers' side.
+        self._reading = threading.RLock()
+        self._taken = self._published  # what `_outputs` was made of
+        self._outputs: list[CompletionOutput] = []
+        self._num_iterators = 0  # running now
 
     # -- what is known now
 
@@ -84,8 +88,8 @@ class GenerationResult:
 
     @property
     def outputs(self) -> list[CompletionOutput]:
-        """The samples or beams, ``params.n`` at the end; while iterating, as of the last yield."""
-        if not self._is_iterated:
+        """The samples or beams, ``params.n`` at the end; while somebody iterates, as of the last yield."""
+        if not self._num_iterators:
             self._take()
         return self._outputs
 
@@ -113,12 +117,12 @@ class GenerationResult:
             EngineDeadError: the engine stopped before the request was done.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
-            while not self.done:
-                left = _WAIT_SLICE_S if deadline is None else deadline - time.monotonic()
-                if left <= 0:
-                    raise self._timeout_error(timeout)
-                self._changed.wait(min(left, _WAIT_SLICE_S))
+        while not self.done:
+            seen = self._version
+            left = _WAIT_SLICE_S if deadline is None else deadline - time.monotonic()
+            if not self.done and left <= 0:
+                raise self._timeout_error(timeout)
+            self._wait_newer(seen, left)
         return self._conclude()
 
     async def aresult(self, timeout: float | None = None) -> GenerationResult:
@@ -133,76 +137,89 @@ class GenerationResult:
         return self.aresult().__await__()
 
     def __iter__(self) -> Iterator[GenerationResult]:
-        self._is_iterated = True
-        seen = 0
-        while True:
-            with self._changed:
+        self._count_iterators(+1)
+        try:
+            seen, is_last = 0, False
+            while not is_last:
                 while self._version == seen:
-                    self._changed.wait(_WAIT_SLICE_S)
-                seen, is_last = self._version, self.done
-                self._take()
-            if is_last:
-                self._conclude()
-            yield self
-            if is_last:
-                return
+                    self._wait_newer(seen, _WAIT_SLICE_S)
+                seen, is_last = self._advance()
+                yield self
+        finally:
+            self._count_iterators(-1)
 
     async def __aiter__(self) -> AsyncIterator[GenerationResult]:
-        self._is_iterated = True
-        seen = 0
-        while True:
-            await self._until_newer(seen)
-            with self._changed:
-                seen, is_last = self._version, self.done
-                self._take()
-            if is_last:
-                self._conclude()
-            yield self
-            if is_last:
-                return
+        self._count_iterators(+1)
+        try:
+            seen, is_last = 0, False
+            while not is_last:
+                await self._until_newer(seen)
+                seen, is_last = self._advance()
+                yield self
+        finally:
+            self._count_iterators(-1)
 
     def abort(self) -> None:
         """Asks the engine to cancel the request; returns at once. Does nothing once it is done."""
         if not self.done:
-            try:
-                self._mailbox.put(Abort(self.request_id))
-            except EngineDeadError:  # the request fails with it anyway
-                return
+            self._mailbox.abort(self.request_id)
 
     # -- the engine's side
 
     def publish(self, update: RequestUpdate) -> None:
-        """Takes an update of the loop and wakes every waiter; only the loop's thread calls it."""
-        with self._changed:
-            if update.status is not self._status and not self._status.may_become(update.status):
-                raise RuntimeError(
-                    f"request {self.request_id}: no transition from {self._status.value} to {update.status.value}"
-                )
-            if self._status.is_terminal:
-                raise RuntimeError(f"request {self.request_id} is {self._status.value} already")
-            if update.outputs is not None:
-                self._pending = update.outputs
-            if update.prompt_logprobs is not None:
-                self._prompt_logprobs = update.prompt_logprobs
-            self._error, self._metrics, self._status = update.error, update.metrics, update.status
-            if update.outputs is None and not self.done:
-                return
-            self._version += 1
-            self._changed.notify_all()
-            waiters, self._waiters = self._waiters, []
-        for loop, future in waiters:
+        """Takes an update of the loop and wakes every waiter; only the loop's thread calls it.
+
+        It takes no lock, for a reader stopped by Ctrl-C could leave it held and hang the engine. Fields are written in
+        the order in which readers may rely on them: outputs, then status, then version.
+        """
+        if self._status.is_terminal:
+            raise RuntimeError(f"request {self.request_id} is {self._status.value} already")
+        if update.status is not self._status and not self._status.may_become(update.status):
+            raise RuntimeError(
+                f"request {self.request_id}: no transition from {self._status.value} to {update.status.value}"
+            )
+        if update.outputs is not None:
+            self._published = update.outputs
+        if update.prompt_logprobs is not None:
+            self._prompt_logprobs = update.prompt_logprobs
+        self._error, self._metrics = update.error, update.metrics
+        self._status = update.status
+        if update.outputs is None and not self.done:
+            return
+        self._version += 1
+        while self._waiters:
             try:
-                loop.call_soon_threadsafe(_resolve, future)
-            except RuntimeError:  # that event loop was closed; nobody waits there any more
+                wake = self._waiters.popleft()
+            except IndexError:  # it gave up waiting
+                break
+            try:
+                wake()
+            except RuntimeError:  # its event loop was closed; nobody waits there any more
                 continue
 
+    # -- the readers' side
+
+    def _count_iterators(self, change: int) -> None:
+        with self._reading:
+            self._num_iterators += change
+
     def _take(self) -> None:
-        """Moves the newest published outputs to the reader's side."""
-        with self._changed:
-            if self._pending is not None:
+        """Moves the newest published outputs to the readers' side."""
+        with self._reading:
+            published = self._published
+            if published is not self._taken:
                 shown = {output.index: output for output in self._outputs}
-                self._outputs = [output.after(shown.get(output.index)) for output in self._pending]
-                self._pending = None
+                self._outputs = [output.after(shown.get(output.index)) for output in published]
+                self._taken = published
+
+    def _advance(self) -> tuple[int, bool]:
+        """Takes what is new; returns its version, and whether the request is done. Raises its error if it failed."""
+        with self._reading:
+            seen, is_last = self._version, self.done
+            self._take()
+        if is_last:
+            self._conclude()
+        return seen, is_last
 
     def _conclude(self) -> GenerationResult:
         if self._error is not None:
@@ -222,17 +239,33 @@ class GenerationResult:
     async def _until_newer(self, seen: int) -> None:
         """Returns once the version differs from ``seen``; the terminal update changes it once more."""
         loop = asyncio.get_running_loop()
-        with self._changed:
-            if self._version != seen:
-                return
-            waiter: AsyncWaiter = (loop, loop.create_future())
-            self._waiters.append(waiter)
+        future: asyncio.Future[None] = loop.create_future()
+        wake = functools.partial(loop.call_soon_threadsafe, _resolve, future)
+        self._waiters.append(wake)
         try:
-            await waiter[1]
+            if self._version == seen:  # looked at after joining the waiters: what is published now wakes this one
+                self._mailbox.check_wait()
+                await future
         finally:
-            with self._changed:
-                if waiter in self._waiters:
-                    self._waiters.remove(waiter)
+            self._stop_waiting(wake)
+
+    def _wait_newer(self, seen: int, timeout: float) -> None:
+        """Returns once the version differs from ``seen``, or after ``timeout`` seconds or one slice."""
+        lock = threading.Lock()
+        lock.acquire()
+        self._waiters.append(lock.release)
+        try:
+            if self._version == seen:
+                self._mailbox.check_wait()
+                lock.acquire(timeout=min(timeout, _WAIT_SLICE_S))
+        finally:
+            self._stop_waiting(lock.release)
+
+    def _stop_waiting(self, wake: Wake) -> None:
+        try:
+            self._waiters.remove(wake)
+        except ValueError:  # it was woken
+            return
 
     def _timeout_error(self, timeout: float | None) -> TimeoutError:
         return TimeoutError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lamella_core.errors import RequestError
-from lamella_executor.failures import detach
+from lamella_executor.failures import decoder_error
 from lamella_executor.kv_cache.manager import KvCacheManager
 from lamella_executor.sampler.stop import StopChecker
 from lamella_executor.sampler.types import NewToken
@@ -30,11 +30,8 @@ def advance_sequences(request: RequestState, continuations: list[NewToken], kv: 
             _STOPS.append(sequence, request, token)
     except RequestError:
         raise
-    except Exception as cause:
-        detach(cause)
-        raise RequestError(
-            f"the request's decoder raised {type(cause).__name__}: {cause}; check the tokenizer"
-        ) from cause
+    except BaseException as cause:  # the decoder is the user's code and may raise anything
+        raise decoder_error(cause) from cause
     for sequence in children:
         if sequence.finish_reason is not None:
             kv.free(sequence)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lamella_core.errors import RequestError
+from lamella_executor.failures import decoder_error
 from lamella_executor.sampler.logprobs import top_logprobs
 from lamella_executor.sampler.penalties import edit_logits, has_edits
 from lamella_executor.sampler.stop import StopChecker, is_end_token
@@ -140,10 +141,8 @@ def _ended(request: RequestState, candidate: _Candidate, raw: torch.Tensor, inde
     try:
         child = parent.fork(index)
         StopChecker().append(child, request, _new_token(candidate, request, raw))
-    except Exception as error:  # the decoder may be the user's
-        raise RequestError(
-            f"the request's decoder raised {type(error).__name__}: {error}; check the tokenizer"
-        ) from error
+    except BaseException as error:  # the decoder is the user's code and may raise anything
+        raise decoder_error(error) from error
     return child if child.finish_reason is not None else None
 
 

@@ -23,7 +23,7 @@ def run_processors(scores: torch.Tensor, request: RequestState) -> None:
         token_ids = [list(sequence.token_ids) for sequence in request.sequences]
         try:
             processor(request.request_id, view, token_ids, None, None)
-        except Exception as error:  # the user's code may raise anything
+        except BaseException as error:  # the user's code may raise anything, also SystemExit
             raise RequestError(
                 f"the logits processor {_name(processor)} raised {type(error).__name__}: {error}"
             ) from error
