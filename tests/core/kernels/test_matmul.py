@@ -1,5 +1,7 @@
 """Products of native and torch kernels against float64, and the bitwise independence of float32 rows."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -61,7 +63,7 @@ def test_float32_row_has_the_same_bits_in_any_company(name, shape):
     stored = matmul.to_layout(w, kernel.layout)
     whole = kernel(x, stored, n, bias)
     threads = torch.get_num_threads()
-    # The fallbacks give torch the same shape for every row; what its libraries do with the rows of one product is theirs.
+    # The fallbacks give torch products of one shape; what its libraries do with the rows of a product is theirs.
     same = torch.equal if kernel.needs_native else partial(torch.allclose, rtol=1e-5, atol=1e-4)
     try:
         torch.set_num_threads(1)

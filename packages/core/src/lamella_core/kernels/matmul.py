@@ -5,8 +5,8 @@ The builder times `candidate_plans` and records the winner's `to_dict` in the en
 was timed or the processor differs from the recorded `cpu_fingerprint`. Further kernels and layouts join through
 `register_kernel` and `register_layout`.
 
-float32 always asks for batch-invariant kernels: a row's result has the same bits whatever it is computed with. The native
-kernels guarantee that; the torch fallbacks come as near as they can by giving torch products of one fixed shape.
+float32 always asks for batch-invariant kernels: a row's result has the same bits whatever it is computed with. The
+native kernels guarantee that; the torch fallbacks come as near as they can, by products of one fixed shape.
 """
 
 from __future__ import annotations
