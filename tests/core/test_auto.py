@@ -91,6 +91,26 @@ def test_bad_config(tmp_path, keys, message):
         AutoConfig.from_hugging_face(write_config(tmp_path, **keys))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"norm_eps": "x"}, "norm_eps is 'x'; it must be a finite number"),
+        ({"rope": {"theta": 3.0}}, "rope is .*; it must be a RopeConfig"),
+        ({"quantization": 3}, "quantization is 3; it must be a QuantConfig"),
+        ({"eos_token_ids": 3}, "eos_token_ids is 3; it must be a list"),
+        ({"head_dim": "8"}, "head_dim is '8'; it must be an integer"),
+    ],
+)
+def test_bad_overrides(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        AutoConfig.from_hugging_face(write_config(tmp_path), **override)
+
+
+def test_a_list_becomes_the_tuple_of_the_field(tmp_path):
+    config = AutoConfig.from_hugging_face(write_config(tmp_path), eos_token_ids=[3, 4])
+    assert config.eos_token_ids == (3, 4) and type(config).from_dict(config.to_dict()) == config
+
+
 def test_tokens_that_do_not_exist_are_left_out(tmp_path):
     config = AutoConfig.from_hugging_face(
         write_config(tmp_path, pad_token_id=-1, bos_token_id=-1, eos_token_id=[-1, 2])

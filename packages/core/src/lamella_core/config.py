@@ -26,6 +26,15 @@ _MOST_NUMBERS = 1 << 48  # in one weight: more is a typing error
 _REMEDY = ". Check the model's config.json"
 _DTYPE_ALIASES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
+# Declared types of a field (or how they begin) that are checked by class alone.
+_TYPES: dict[str, tuple[type, str]] = {
+    "str": (str, "text"),
+    "tuple": (tuple, "a list"),
+    "RopeConfig": (RopeConfig, "a RopeConfig"),
+    "Mapping": (Mapping, "a Mapping"),
+    "QuantConfig": (QuantConfig, "a QuantConfig"),
+}
+
 C = TypeVar("C", bound="ModelConfig")
 
 
@@ -49,7 +58,8 @@ class ModelConfig:
     """Fields that every decoder has; an architecture adds its own by subclassing.
 
     All sizes are of the whole model; what one rank holds follows from ``mapping``. Values are checked by the type of
-    their field, those of subclasses too: int is a positive integer, float a finite number of at least 0, bool a bool.
+    their field, those of subclasses too: int is a positive integer, float a finite number of at least 0, bool a bool. A
+    list becomes the tuple that the field wants.
 
     Raises:
         ConfigError: a value that a field cannot have, or values that contradict each other or the mapping.
@@ -82,6 +92,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", resolve_dtype(self.dtype))
         for f in fields(self):
+            if isinstance(getattr(self, f.name), list):
+                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
             _check_by_type(f.name, f.type, getattr(self, f.name))
         for token in self.eos_token_ids:
             check_integer("eos_token_id", token, 0, LARGEST_INTEGER, _REMEDY)
@@ -149,7 +161,7 @@ class ModelConfig:
         for name in data:
             if name not in known:
                 raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest_name(name, known)}")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values = dict(data)
         values["mapping"] = Mapping.from_dict({**data.get("mapping", {}), "rank": rank})
         values["quantization"] = QuantConfig.from_dict(data.get("quantization", {}))
         if values.get("rope") is not None:
@@ -173,5 +185,6 @@ def _check_by_type(name: str, annotation: object, value: object) -> None:
         check_number(name, value, remedy=_REMEDY)
     elif kind == "bool":
         check_flag(name, value, remedy=_REMEDY)
-    elif kind == "str" and not isinstance(value, str):
-        raise ConfigError(f"{name} is {value!r}; it must be text{_REMEDY}")
+    for declared, (type_, wanted) in _TYPES.items():
+        if kind.startswith(declared) and not isinstance(value, type_) and not (value is None and kind.endswith("None")):
+            raise ConfigError(f"{name} is {value!r}; it must be {wanted}{_REMEDY}")

@@ -32,8 +32,7 @@ class Qwen2Config(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         types = self.layer_types
-        known = isinstance(types, tuple) and all(kind in (FULL, SLIDING) for kind in types)
-        if not known or len(types) != self.num_hidden_layers:
+        if len(types) != self.num_hidden_layers or not all(kind in (FULL, SLIDING) for kind in types):
             raise ConfigError(
                 f"layer_types is {types}; it needs {FULL} or {SLIDING} for each of the {self.num_hidden_layers} layers"
             )
@@ -56,7 +55,7 @@ class Qwen2Config(ModelConfig):
             "norm_eps": hf.get("rms_norm_eps", default=1e-6),
             "rope": hf.rope(common["head_dim"]),
             "sliding_window": window,
-            "layer_types": tuple(types) if isinstance(types, list) else types,
+            "layer_types": types,
         }
 
 
