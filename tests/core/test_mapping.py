@@ -75,6 +75,9 @@ def test_every_layer_and_expert_has_exactly_one_owner(tp, pp, layers, ep):
         ({"rank": False}, ["rank is False", "integer"]),
         ({"world_size": 8, "tp_size": 8, "moe_ep_size": 3}, ["moe_ep_size 3", "tp_size 8"]),
         ({"world_size": 2, "pp_size": 2, "pp_partition": (4,)}, ["(4,)", "2 entries"]),
+        ({"world_size": 2, "pp_size": 2, "pp_partition": 4}, ["pp_partition is 4", "2 entries"]),
+        ({"world_size": 2, "pp_size": 2, "pp_partition": (4, 0)}, ["pp_partition is 0", "at least 1"]),
+        ({"world_size": 2, "pp_size": 2, "pp_partition": (4, 1.5)}, ["pp_partition is 1.5", "integer"]),
     ],
 )
 def test_bad_sizes_are_rejected_with_numbers(fields, words):

@@ -46,12 +46,16 @@ class Mapping:
         check_integer("Mapping.rank", self.rank, 0, self.world_size - 1, f" (world_size is {self.world_size})")
         self._derive_moe_sizes()
         if self.pp_partition is not None:
+            self._check_partition(self.pp_partition)
             object.__setattr__(self, "pp_partition", tuple(self.pp_partition))
-            if len(self.pp_partition) != self.pp_size or min(self.pp_partition) < 1:
-                raise ConfigError(
-                    f"Mapping.pp_partition is {self.pp_partition}; it needs {self.pp_size} entries (pp_size), each of "
-                    "at least 1"
-                )
+
+    def _check_partition(self, counts: object) -> None:
+        if not isinstance(counts, (list, tuple)) or len(counts) != self.pp_size:
+            raise ConfigError(
+                f"Mapping.pp_partition is {counts!r}; it needs a list of {self.pp_size} entries (pp_size)"
+            )
+        for count in counts:
+            check_integer("an entry of Mapping.pp_partition", count, 1)
 
     def _derive_moe_sizes(self) -> None:
         moe_tp, moe_ep = self.moe_tp_size, self.moe_ep_size

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
+from lamella_core.checks import check_flag, check_integer
 from lamella_core.errors import ConfigError, nearest_name
 
 
@@ -44,7 +45,11 @@ def parse_algo(value: QuantAlgo | str | None, field: str) -> QuantAlgo | None:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How a model's weights, activations and KV cache are quantized. The default quantizes nothing."""
+    """How a model's weights, activations and KV cache are quantized. The default quantizes nothing.
+
+    Raises:
+        ConfigError: an unknown algorithm, or a value that a field cannot have.
+    """
 
     quant_algo: QuantAlgo | None = None
     kv_cache_quant_algo: QuantAlgo | None = None
@@ -57,9 +62,12 @@ class QuantConfig:
         object.__setattr__(
             self, "kv_cache_quant_algo", parse_algo(self.kv_cache_quant_algo, "QuantConfig.kv_cache_quant_algo")
         )
-        object.__setattr__(self, "exclude_modules", tuple(self.exclude_modules))
-        if self.group_size < 1:
-            raise ConfigError(f"QuantConfig.group_size is {self.group_size}; it must be at least 1")
+        check_integer("QuantConfig.group_size", self.group_size, 1)
+        check_flag("QuantConfig.has_zero_point", self.has_zero_point)
+        patterns = self.exclude_modules
+        if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ConfigError(f"QuantConfig.exclude_modules is {patterns!r}; it must be a list of name patterns")
+        object.__setattr__(self, "exclude_modules", tuple(patterns))
 
     @property
     def is_quantized(self) -> bool:
