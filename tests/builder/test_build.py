@@ -80,6 +80,13 @@ def test_casting_moves_the_weights(tmp_path: Path) -> None:
     assert Engine.load(tmp_path / "engine").spec == engine.spec
 
 
+def test_a_model_whose_weights_moved_away_is_not_built_again() -> None:
+    model = llama()
+    build(model, BuildConfig(dtype="bfloat16", kernel_selection="default"))
+    with pytest.raises(ConfigError, match="the model has no weights .* load it again"):
+        build(model, BuildConfig(kernel_selection="default"))
+
+
 def test_the_spec_records_limits_steps_and_choices() -> None:
     calls: list[tuple[str, int, int]] = []
     engine = build(llama(), BuildConfig(max_seq_len=32, max_batch_size=4), progress=lambda *call: calls.append(call))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lamella_builder import steps
 from lamella_core import engine
 from lamella_core.engine.build_config import BuildConfig
+from lamella_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from lamella_core.engine import Engine, EngineSpec
@@ -36,9 +37,11 @@ def build(
         like: spec of another rank of the same model, built before: its kernels are taken over, not timed again.
 
     Raises:
-        ConfigError: limits that the model rules out.
+        ConfigError: limits that the model rules out, or a model without weights.
         OutOfMemoryError: the engine cannot be built or run in this machine's memory.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError("the model has no weights (they moved into an engine of another dtype): load it again")
     clock, wanted = steps.StepClock(progress), build_config or BuildConfig()
     with clock.step("resolve limits"):
         config = wanted.resolved(model.config)
