@@ -227,3 +227,12 @@ def test_end_tokens_outside_the_vocabulary_never_come(it):
 def test_cache_options_of_a_wrong_type(fields):
     with pytest.raises(ConfigError, match=f"KvCacheConfig.{next(iter(fields))} is"):
         KvCacheConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(kv_cache_config={"max_tokens": 5}), dict(scheduler_config="MAX_UTILIZATION"), dict(stats_capacity=-1)],
+)
+def test_executor_options_of_a_wrong_type(options):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} is"):
+        GenerationExecutor.create(Engine.from_model(tiny_model(), BuildConfig()), **options)

@@ -52,6 +52,7 @@ def test_an_interrupted_generate_aborts_what_it_submitted(prompts):
         assert loop.num_steps < 50
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_has_no_engine_and_ends():
     loop = EchoLoop()

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
 
-from lamella_core.errors import RequestError
+from lamella_core.errors import ConfigError, RequestError
 from lamella_executor.admission import EngineLimits, make_request
 from lamella_executor.config import KvCacheConfig, SchedulerConfig
 from lamella_executor.engine_thread import STOP_TIMEOUT_S, EngineThread, Loop
@@ -30,7 +30,8 @@ class GenerationExecutor:
     """Serves requests by in-flight batching. Every method may be called from any thread.
 
     Use it as a context manager, call `shutdown`, or drop it: in each case its thread ends after the step that runs, and
-    requests that are not done fail with EngineDeadError. It also ends when the interpreter exits.
+    requests that are not done fail with EngineDeadError. It also ends when the interpreter exits. A forked child has no
+    engine: there every call that needs one raises EngineDeadError.
     """
 
     def __init__(
@@ -84,6 +85,14 @@ class GenerationExecutor:
             ConfigError: options contradict the engine.
             OutOfMemoryError: the KV cache does not fit in memory, or is too small for one token.
         """
+        for name, value, kind in (
+            ("kv_cache_config", kv_cache_config, KvCacheConfig),
+            ("scheduler_config", scheduler_config, SchedulerConfig),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(f"{name} is a {type(value).__name__}; pass a {kind.__name__}")
+        if not isinstance(stats_capacity, int) or stats_capacity < 0:
+            raise ConfigError(f"stats_capacity is {stats_capacity!r}; it must be an integer of at least 0")
         from lamella_executor.assemble import assemble  # imports torch; keeps `import lamella_executor` light
 
         parts = assemble(
