@@ -148,3 +148,9 @@ def test_equal_biases_make_equal_params() -> None:
     assert SamplingParams(embedding_bias=bias) != SamplingParams()
     with pytest.raises(RequestError, match="embedding_bias"):
         SamplingParams(embedding_bias=[])
+
+
+def test_equal_params_have_equal_hashes():
+    first, second = (SamplingParams(stop=["a"], embedding_bias=torch.ones(3)) for _ in range(2))
+    assert first == second
+    assert len({first, second, SamplingParams(stop=["b"])}) == 2

@@ -262,6 +262,9 @@ class SamplingParams:
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return all(torch.equal(a, b) if _are_tensors(a, b) else a is b or a == b for a, b in pairs)
 
+    def __hash__(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self) if f.name != "embedding_bias"))
+
     def __repr__(self) -> str:
         shown = (f for f in fields(self) if f.name != "embedding_bias")
         changed = (f"{f.name}={getattr(self, f.name)!r}" for f in shown if getattr(self, f.name) not in (f.default, ()))
