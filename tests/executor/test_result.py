@@ -238,3 +238,23 @@ def test_results_of_a_dead_engine():
         assert not executor.is_alive
         futures[0].abort()
         executor.abort(1)
+
+
+def test_a_wake_without_news_yields_nothing():
+    """A waiter that joins while a publish wakes others may be woken by it."""
+    result = loose_result()
+    result.publish(running([65]))
+
+    async def read() -> list[list[int]]:
+        async def wake_then_end() -> None:
+            await asyncio.sleep(0.05)
+            result._waiters.popleft()()
+            await asyncio.sleep(0.05)
+            result.publish(RequestUpdate(RequestStatus.FINISHED, outputs=[CompletionOutput(0, "AB", [65, 66])]))
+
+        task = asyncio.ensure_future(wake_then_end())
+        diffs = [update.outputs[0].token_ids_diff async for update in result]
+        await task
+        return diffs
+
+    assert asyncio.run(read()) == [[65], [66]]

@@ -153,7 +153,8 @@ class GenerationResult:
         try:
             seen, is_last = 0, False
             while not is_last:
-                await self._until_newer(seen)
+                while self._version == seen:
+                    await self._until_newer(seen)
                 seen, is_last = self._advance()
                 yield self
         finally:
@@ -187,7 +188,7 @@ class GenerationResult:
         if update.outputs is None and not self.done:
             return
         self._version += 1
-        while self._waiters:
+        for _ in range(len(self._waiters)):  # not those that join meanwhile: they may have seen this version
             try:
                 wake = self._waiters.popleft()
             except IndexError:  # it gave up waiting
@@ -237,7 +238,7 @@ class GenerationResult:
             await self._until_newer(seen)
 
     async def _until_newer(self, seen: int) -> None:
-        """Returns once the version differs from ``seen``; the terminal update changes it once more."""
+        """Returns once the version differs from ``seen``; a wake may come early, so look again."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         wake = functools.partial(loop.call_soon_threadsafe, _resolve, future)
@@ -250,7 +251,7 @@ class GenerationResult:
             self._stop_waiting(wake)
 
     def _wait_newer(self, seen: int, timeout: float) -> None:
-        """Returns once the version differs from ``seen``, or after ``timeout`` seconds or one slice."""
+        """Returns once the version differs from ``seen``, after ``timeout`` seconds or a slice, or on an early wake."""
         lock = threading.Lock()
         lock.acquire()
         self._waiters.append(lock.release)
