@@ -138,7 +138,8 @@ def test_a_fatal_error_reaches_every_waiter(it):
             raise AssertionError("an invariant is violated")
 
     it.loop._sampler = Broken()
-    futures = [it.executor.generate_async(IDS, greedy(20)) for _ in range(5)]
+    with it.held():  # otherwise the engine may be dead before the last one is sent
+        futures = [it.executor.generate_async(IDS, greedy(20)) for _ in range(5)]
     for future in futures:
         with pytest.raises(EngineDeadError, match="AssertionError: an invariant is violated"):
             future.result(30)
