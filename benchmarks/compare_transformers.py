@@ -1,6 +1,6 @@
 """Lamella against `transformers.generate`: same dummy weights, same prompts, one process, alternating, medians.
 
-    python benchmarks/compare_transformers.py [--dtype bfloat16] [--threads 2] [--repeats 3] [--report-json FILE]
+    python benchmarks/compare_transformers.py [--dtype bfloat16] [--threads 2] [--repeats 3] [--workloads decode]
 
 The model has the shape of TinyLlama-1.1B. Three workloads: decode (batch 1, 128 tokens in, 64 out: the rate of the 63
 tokens after the first), prefill (512 tokens in, 1 out) and batch (16 requests of 128 in, 64 out, all at once: output
@@ -36,6 +36,8 @@ TINYLLAMA = {
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
     "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+
+WORKLOADS = ["decode", "prefill", "batch"]
 
 
 def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
@@ -101,14 +103,19 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def measure(engine: Transformers | Lamella, vocab_size: int) -> dict[str, float]:
-    """One pass over the three workloads; tokens per second."""
+def measure(engine: Transformers | Lamella, workloads: list[str]) -> dict[str, float]:
+    """One pass over the workloads; tokens per second."""
+    vocab_size = TINYLLAMA["vocab_size"]
     one, long, many = (random_prompts(n, length, vocab_size) for n, length in ((1, 128), (1, 512), (16, 128)))
-    first = seconds(lambda: engine.generate(one, 1))
-    whole = seconds(lambda: engine.generate(one, 64))
-    prefill = seconds(lambda: engine.generate(long, 1))
-    batch = seconds(lambda: engine.generate(many, 64))
-    return {"decode": 63 / (whole - first), "prefill": 512 / prefill, "batch": 16 * 64 / batch}
+    result: dict[str, float] = {}
+    if "decode" in workloads:
+        first = seconds(lambda: engine.generate(one, 1))
+        result["decode"] = 63 / (seconds(lambda: engine.generate(one, 64)) - first)
+    if "prefill" in workloads:
+        result["prefill"] = 512 / seconds(lambda: engine.generate(long, 1))
+    if "batch" in workloads:
+        result["batch"] = 16 * 64 / seconds(lambda: engine.generate(many, 64))
+    return result
 
 
 def floors(lamella: Lamella, dtype: torch.dtype, bandwidth: float, rate: float) -> dict[str, float]:
@@ -126,6 +133,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--report-json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -142,14 +150,14 @@ def main() -> None:
     for _ in range(args.repeats):
         ceilings.append((machine.read_bandwidth(), machine.matmul_rate(dtype)))
         for engine in (peer, lamella):
-            samples[engine.name].append(measure(engine, TINYLLAMA["vocab_size"]))
+            samples[engine.name].append(measure(engine, args.workloads))
     lamella.executor.shutdown()
     bandwidth, rate = (max(values) for values in zip(*ceilings))
     floor = floors(lamella, dtype, bandwidth, rate)
     print(f"read {bandwidth / 1e9:.1f} GB/s, matrix product {rate / 1e9:.0f} GFLOP/s (best of {len(ceilings)})")
     report = {}
     print(f"{'tokens/s':10s} {'transformers':>13s} {'lamella':>9s} {'ratio':>7s} {'floor':>8s} {'of floor':>9s}")
-    for name in ("decode", "prefill", "batch"):
+    for name in args.workloads:
         a, b = (statistics.median(s[name] for s in samples[who]) for who in ("transformers", "lamella"))
         report[name] = {"transformers": a, "lamella": b, "ratio": b / a, "floor": floor[name]}
         print(f"{name:10s} {a:13.1f} {b:9.1f} {b / a:6.1f}x {floor[name]:8.1f} {b / floor[name]:8.0%}")
