@@ -19,7 +19,7 @@ LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 def slow(*args): time.sleep(0.02)
 SLOW = SamplingParams(max_tokens=200, ignore_eos=True, logits_processor=slow)
 def threads():
-    return [t.name for t in threading.enumerate() if "lamella" in t.name]
+    return [t.name for t in threading.enumerate() if t is not threading.main_thread()]
 def settled(limit=5.0):
     end = time.monotonic() + limit
     while threads() and time.monotonic() < end:
@@ -32,6 +32,11 @@ IN_ONE_PROCESS = """
 def leaving_with():
     with LLM(model) as llm:
         llm.generate("The fox", LONG)
+    assert not threads()
+
+def progress_bars():
+    with LLM(model, enable_tqdm=True) as llm:
+        llm.generate(["The fox", "A"], LONG)
     assert not threads()
 
 def leaving_with_while_requests_run():

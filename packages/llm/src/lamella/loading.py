@@ -54,9 +54,9 @@ def _progress(shown: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     if not shown:
         yield None
         return
-    from tqdm import tqdm
+    from lamella.progress import Bar
 
-    bar = tqdm(desc="build", unit="unit")
+    bar = Bar(desc="build", unit="unit")
 
     def update(step: str, done: int, total: int) -> None:
         bar.set_description(step, refresh=False)

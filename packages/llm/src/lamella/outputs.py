@@ -137,10 +137,10 @@ class BatchError(RequestError):
 
 def wait_all(outputs: list[RequestOutput], *, show_progress: bool) -> None:
     """Waits until every request is done; failed ones keep their error. The progress bar shows on a terminal only."""
-    from tqdm import tqdm
+    from lamella.progress import Bar
 
     hidden = None if show_progress and len(outputs) > 1 else True
-    for output in tqdm(outputs, desc="Processed requests", disable=hidden):
+    for output in Bar(outputs, desc="Processed requests", disable=hidden):
         try:
             output.result()
         except RequestError:
