@@ -41,6 +41,9 @@ BAD_PROMPTS = {
     "None": (None, "prompt is NoneType"),
     "number": (7, "prompt is int"),
     "unknown key": ({"text": "a"}, "known: prompt, prompt_token_ids"),
+    "keys of several types": ({"text": "a", 1: "b"}, "known: prompt, prompt_token_ids"),
+    "dict of None": ({"prompt": None}, "nothing but None"),
+    "array of no dimension": (torch.tensor(7), "prompt is"),
     "empty dict": ({}, "known: prompt, prompt_token_ids"),
     "nested": ([["a", "b"]], "sequence of integers"),
     "too long": ("fox " * 2000, "at most 255 are allowed.*truncate_prompt_tokens"),
@@ -75,6 +78,7 @@ BAD_PARAMS = {
     "many stops": ({"stop": ["a"] * 10_000}, "10000 entries"),
     "stop token out of range": ({"stop_token_ids": [10**7]}, "stop_token_ids"),
     "bias shape": ({"embedding_bias": torch.zeros(3)}, "embedding_bias has 3 entries"),
+    "stop surrogate": ({"stop": ["fox", "\ud800"]}, "SamplingParams.stop is not valid Unicode"),
     "bad word surrogate": ({"bad": "\ud800"}, "not valid Unicode"),
 }
 
@@ -144,6 +148,9 @@ BAD_ARGUMENTS = [
     ({"max_batch_size": 0}, "max_batch_size is 0"),
     ({"max_seq_len": 10**6}, "max_seq_len 1000000 exceeds"),
     ({"kv_cache_config": {"max_token": 5}}, "no field 'max_token'; did you mean 'max_tokens'"),
+    ({"kv_cache_config": {5: 5}}, "no field 5"),
+    ({"tensor_parallel_size": True}, "tensor_parallel_size is True"),
+    ({"skip_tokenizer_init": "no"}, "skip_tokenizer_init is 'no'; it must be True or False"),
     ({"kv_cache_config": 5}, "kv_cache_config is int"),
     ({"skip_tokenizer_init": True, "tokenizer": "x"}, "contradict"),
     ({"tokenizer": "./no-such-dir"}, "does not exist"),
@@ -154,6 +161,12 @@ BAD_ARGUMENTS = [
 def test_bad_arguments(model_dir: Path, arguments, match):
     with pytest.raises(ConfigError, match=match):
         LLM(model_dir, **arguments)
+
+
+@pytest.mark.parametrize("model", [None, 3, b"directory"])
+def test_a_model_that_is_no_path(model):
+    with pytest.raises(ConfigError, match=f"model is {type(model).__name__}; pass a directory, a hub id or an Engine"):
+        LLM(model)
 
 
 def test_dict_configs_and_overrides(model_dir: Path):

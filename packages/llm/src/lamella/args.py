@@ -6,21 +6,19 @@ import logging
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lamella_core.config import resolve_dtype
-from lamella_core.engine import BuildConfig
+from lamella_core.engine import BuildConfig, Engine
 from lamella_core.errors import ConfigError, nearest_name
 from lamella_core.quantization.config import QuantConfig
 from lamella_executor import KvCacheConfig, SchedulerConfig
-
-if TYPE_CHECKING:
-    from lamella_core.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 LOAD_FORMATS = ("auto", "dummy")
 _BUILD_LIMITS = ("max_batch_size", "max_num_tokens", "max_seq_len", "max_input_len", "max_beam_width")
+_FLAGS = ("skip_tokenizer_init", "trust_remote_code", "enable_tqdm")
 _CONFIG_TYPES = {
     "kv_cache_config": KvCacheConfig,
     "scheduler_config": SchedulerConfig,
@@ -68,11 +66,16 @@ class LlmArgs:
     max_stats_len: int = 1000  # iterations that get_stats remembers
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, str | os.PathLike) and not str(self.model):
+        if isinstance(self.model, bytes) or not isinstance(self.model, str | os.PathLike | Engine):
+            raise ConfigError(f"model is {type(self.model).__name__}; pass a directory, a hub id or an Engine")
+        if not str(self.model):
             raise ConfigError("model is empty; pass a directory or a hub id such as 'org/name'")
         if self.load_format not in LOAD_FORMATS:
             raise ConfigError(f"load_format is {self.load_format!r}; allowed: {', '.join(LOAD_FORMATS)}")
         resolve_dtype(self.dtype)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         for name in _BUILD_LIMITS + ("max_stats_len",):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -94,9 +97,9 @@ class LlmArgs:
         )
         for name in sizes:
             value = getattr(self, name)
-            if value is None or value == 1:
+            if value is None or (value == 1 and type(value) is int):
                 continue
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
             raise ConfigError(
                 f"{name} is {value}; this release of LLM runs a model on one rank: leave it at 1. Sharded checkpoints "
@@ -144,5 +147,5 @@ def _as_config(name: str, value: Any, kind: Any) -> Any:
     known = [f.name for f in fields(kind)]
     for key in value:
         if key not in known:
-            raise ConfigError(f"{name} has no field {key!r}{nearest_name(key, known)}")
+            raise ConfigError(f"{name} has no field {key!r}{nearest_name(str(key), known)}")
     return kind(**value)

@@ -32,7 +32,7 @@ def is_single(inputs: Any) -> bool:
     if isinstance(inputs, str | bytes | dict):
         return True
     if not isinstance(inputs, Sequence):
-        return not hasattr(inputs, "__iter__") or getattr(inputs, "ndim", 2) == 1  # an array of token ids
+        return not hasattr(inputs, "__iter__") or getattr(inputs, "ndim", 2) <= 1  # an array of token ids
     return len(inputs) > 0 and not isinstance(inputs[0], str | bytes | dict | Sequence) and _is_int(inputs[0])
 
 
@@ -91,6 +91,8 @@ def prepare(prompt: Any, params: SamplingParams, tokenizer: TokenizerBase | None
                 f"SamplingParams.{name} is {getattr(params, name)!r}, but this LLM has no tokenizer; "
                 f"use {'stop_token_ids' if name == 'stop' else 'bad_token_ids'}"
             )
+    for word in params.stop or ():
+        check_text(word, "SamplingParams.stop")
     decoder = None
     if tokenizer is not None and ((params.detokenize and text is not None) or params.stop):
         decoder = IncrementalDecoder(
@@ -111,8 +113,10 @@ def _split(prompt: Any) -> tuple[str | None, Sequence[int] | None]:
     if isinstance(prompt, dict):
         unknown = set(prompt) - set(_PROMPT_KEYS)
         if unknown or not prompt:
-            raise RequestError(f"a prompt dict has the keys {sorted(prompt)}; known: {', '.join(_PROMPT_KEYS)}")
+            raise RequestError(f"a prompt dict has the keys {list(prompt)}; known: {', '.join(_PROMPT_KEYS)}")
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if text is None and ids is None:
+            raise RequestError(f"a prompt dict holds nothing but None; set one of: {', '.join(_PROMPT_KEYS)}")
         return (check_text(text) if text is not None else None), (_ids(ids) if ids is not None else None)
     if isinstance(prompt, str | bytes | bytearray):
         return check_text(prompt), None
