@@ -11,7 +11,7 @@ from tests.support.text_models import TEXT, byte_fallback_backend, byte_level_to
 
 from lamella.tokenizer import CustomTokenizer, TokenizersTokenizer, TransformersTokenizer
 from lamella.tokenizer_loading import bad_word_sequences, load_tokenizer
-from lamella_core.errors import ConfigError
+from lamella_core.errors import ConfigError, RequestError
 
 MESSAGES = [{"role": "user", "content": "Tell me of the fox."}]
 
@@ -57,6 +57,9 @@ def test_chat_template(model_dir: Path):
     assert tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=False) == "<s><|user|>Tell me of the fox."
     ids = tokenizer.apply_chat_template(MESSAGES, tokenize=True)
     assert ids == tokenizer.encode(text, add_special_tokens=False)
+    for wrong in ("hello", []):
+        with pytest.raises(RequestError, match="chat template cannot render"):
+            tokenizer.apply_chat_template(wrong)
     with pytest.raises(ConfigError, match="no chat template"):
         CustomTokenizer(Characters()).apply_chat_template(MESSAGES)
 
@@ -90,6 +93,9 @@ def test_bad_mode_and_directory_without_tokenizer(tmp_path: Path):
     with pytest.raises(ConfigError, match="tokenizer_mode is 'fast'"):
         load_tokenizer(None, model_dir=tmp_path, mode="fast")
     with pytest.raises(ConfigError, match="no usable tokenizer.*skip_tokenizer_init"):
+        load_tokenizer(None, model_dir=tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')  # transformers makes an empty tokenizer of it
+    with pytest.raises(ConfigError, match="no usable tokenizer.*vocabulary is empty.*skip_tokenizer_init"):
         load_tokenizer(None, model_dir=tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text("{not json")

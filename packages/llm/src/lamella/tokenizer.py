@@ -71,6 +71,7 @@ class TokenizerBase(ABC):
 
         Raises:
             ConfigError: this tokenizer has no chat template.
+            RequestError: the template cannot render the messages.
         """
         raise ConfigError(f"{type(self).__name__} has no chat template; pass plain text or token ids")
 
@@ -157,6 +158,11 @@ class TransformersTokenizer(TokenizerBase):
                 f"no usable tokenizer in {source!r} ({reason}); pass tokenizer= (a directory or an object), or "
                 "skip_tokenizer_init=True and prompts of token ids"
             ) from error
+        if not tokenizer.vocab_size:  # some classes are made without any file
+            raise ConfigError(
+                f"no usable tokenizer in {source!r} (its vocabulary is empty); pass tokenizer= (a directory or an "
+                "object), or skip_tokenizer_init=True and prompts of token ids"
+            )
         loaded = cls(tokenizer)
         loaded.directory = Path(source) if Path(source).is_dir() else None
         return loaded
@@ -188,9 +194,15 @@ class TransformersTokenizer(TokenizerBase):
     ) -> Any:
         if not self._tokenizer.chat_template and "chat_template" not in variables:
             raise ConfigError("this model's tokenizer has no chat template; pass plain text or token ids")
-        text = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=False, **variables
-        )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, tokenize=False, **variables
+            )
+        except Exception as error:  # a template is a program: it may raise anything
+            raise RequestError(
+                f"the chat template cannot render the messages ({type(error).__name__}: {error}); pass a list of dicts "
+                "such as {'role': 'user', 'content': '...'}"
+            ) from error
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
