@@ -163,6 +163,28 @@ def test_bad_configs(model_dir: Path, tmp_path: Path):
         LLM(ModelConfig(model_dir), async_mod=True)
 
 
+def test_arguments_of_another_kind_are_named(llm: LLM, model_dir: Path):
+    with pytest.raises(ConfigError, match="config is a builtins.str; pass a lamella.hlapi.ModelConfig"):
+        LLM(str(model_dir))
+    config = ModelConfig(model_dir=str(model_dir))
+    with pytest.raises(ConfigError, match="kv_cache_config is a lamella_executor.*pass a lamella.hlapi.KvCacheConfig"):
+        LLM(config, kv_cache_config=lamella.KvCacheConfig())
+    with pytest.raises(ConfigError, match="streaming_llm is 'yes'"):
+        LLM(config, streaming_llm="yes")
+    with pytest.raises(ConfigError, match="sampling_config is a .*SamplingParams"):
+        llm.generate(PROMPTS, sampling_config=lamella.SamplingParams())
+
+
+def test_nothing_of_a_sampling_config_is_dropped_in_silence(llm: LLM, model_dir: Path):
+    with pytest.raises(RequestError, match="n=2.*greedy"):
+        llm.generate(PROMPTS[0], sampling_config=SamplingConfig(top_k=1, num_return_sequences=2))
+    with pytest.raises(RequestError, match="0 entries for 3 prompts"):
+        llm.generate(PROMPTS, sampling_config=[])
+    with LLM(ModelConfig(model_dir=model_dir), kv_cache_config=KvCacheConfig(max_new_tokens=0)) as other:
+        with pytest.raises(RequestError, match="max_tokens is 0"):
+            other.generate(PROMPTS[0])
+
+
 def test_sampling_config_maps_to_params(llm: LLM):
     params = SamplingConfig(temperature=0.7, top_k=5, top_p=0.9, random_seed=3, min_length=2).to_params(16)
     assert (params.temperature, params.top_k, params.top_p, params.seed, params.min_tokens) == (0.7, 5, 0.9, 3, 2)

@@ -194,7 +194,7 @@ class SamplingConfig:
             params.update(use_beam_search=True, best_of=v["beam_width"], early_stopping=v["early_stopping"],
                           beam_search_diversity_rate=v["beam_search_diversity_rate"])  # fmt: skip
             params["n"] = v["num_return_sequences"] or v["beam_width"]
-        elif v["top_k"] != 1:  # top_k=1 is greedy
+        else:
             params.update(temperature=v["temperature"], top_k=v["top_k"], top_p=v["top_p"] or None)
             params["n"] = v["num_return_sequences"] or 1
         return SamplingParams(**params)

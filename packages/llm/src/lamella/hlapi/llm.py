@@ -55,10 +55,12 @@ class LLM:
             if name not in _OPTIONS:
                 raise ConfigError(f"LLM got an unexpected option {name!r}{nearest_name(name, _OPTIONS)}")
         self.config = config
-        cache = kv_cache_config or KvCacheConfig()
+        _check_kind("config", config, ModelConfig)
+        cache = KvCacheConfig() if kv_cache_config is None else kv_cache_config
+        _check_kind("kv_cache_config", cache, KvCacheConfig)
         if options.get("kvcahe_free_gpu_memory_fraction") is not None:
             cache = replace(cache, free_gpu_memory_fraction=options["kvcahe_free_gpu_memory_fraction"])
-        self._max_new_tokens = cache.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        self._max_new_tokens = DEFAULT_MAX_NEW_TOKENS if cache.max_new_tokens is None else cache.max_new_tokens
         self._llm = _LLM(
             str(config.model_dir or config.model),
             tokenizer,
@@ -87,8 +89,12 @@ class LLM:
         sampling_config: SamplingConfig | Sequence[SamplingConfig] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Generates and waits; one prompt (text or token ids) in, one out. Read ``.text`` and ``.token_ids``."""
-        params = [self._params(c) for c in sampling_config] if isinstance(sampling_config, list | tuple) else None
-        return self._llm.generate(prompts, params or self._params(sampling_config))  # type: ignore[arg-type]
+        params: Any
+        if isinstance(sampling_config, list | tuple):
+            params = [self._params(config) for config in sampling_config]
+        else:
+            params = self._params(sampling_config)
+        return self._llm.generate(prompts, params)  # type: ignore[arg-type]
 
     def generate_async(
         self, prompt: PromptInput, sampling_config: SamplingConfig | None = None, streaming: bool = False
@@ -113,11 +119,24 @@ class LLM:
         self.shutdown()
 
     def _params(self, config: Any) -> SamplingParams:
-        return (config or self.get_default_sampling_config()).to_params(self._max_new_tokens)
+        if config is None:
+            config = self.get_default_sampling_config()
+        _check_kind("sampling_config", config, SamplingConfig)
+        return config.to_params(self._max_new_tokens)
+
+
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        found = f"{type(value).__module__}.{type(value).__name__}"
+        raise ConfigError(f"{name} is a {found}; pass a {kind.__module__.rpartition('.')[0]}.{kind.__name__}")
 
 
 def _streaming(value: bool | StreamingLLMParam) -> StreamingLLMParam | None:
-    return value if isinstance(value, StreamingLLMParam) else StreamingLLMParam() if value else None
+    if isinstance(value, StreamingLLMParam):
+        return value
+    if not isinstance(value, bool):
+        raise ConfigError(f"streaming_llm is {value!r}; pass True, False or a StreamingLLMParam")
+    return StreamingLLMParam() if value else None
 
 
 def _model_arguments(config: ModelConfig) -> dict[str, Any]:
