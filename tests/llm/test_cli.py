@@ -169,3 +169,37 @@ def test_a_closed_pipe_is_no_traceback(model_dir: Path):
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, env={**os.environ})
     assert done.stdout == "["
     assert "Traceback" not in done.stderr
+
+
+def test_brackets_in_prompts_and_paths_are_plain_text(model_dir: Path, tmp_path: Path, monkeypatch, capsys):
+    path = tmp_path / "a[" / "b]"  # "[/b]" would be a closing tag
+    path.parent.mkdir()
+    shutil.copytree(model_dir, path)
+    code, _, err = run_main(monkeypatch, capsys, "generate", path, "[/x]", "[bold]two", "--max-tokens", "2")
+    assert code == 0
+    assert "> [/x]\n" in err and "> [bold]two\n" in err
+    options = ("--isl", "3", "--osl", "2", "--num-requests", "1")
+    assert run_main(monkeypatch, capsys, "bench", "latency", "--model", path, *options)[0] == 0
+
+
+def test_a_report_that_cannot_be_written_is_said_before_the_run(model_dir: Path, tmp_path: Path, monkeypatch, capsys):
+    options = ("--model", model_dir, "--isl", "3", "--osl", "2", "--num-requests", "1")
+    code, out, err = run_main(monkeypatch, capsys, "bench", "latency", *options, "--report-json", tmp_path)
+    assert (code, out) == (1, "")
+    assert "--report-json" in err and "cannot be written" in err
+
+
+def test_output_that_the_terminal_cannot_encode():
+    code = "import typer; from lamella.cli import main; main.app = lambda: typer.echo('a \u4e2d'); main.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a ?\n", b"")
+
+
+def test_check_needs_a_text_file_of_text(model_dir: Path, tmp_path: Path, monkeypatch, capsys):
+    binary = tmp_path / "text"
+    binary.write_bytes(b"\x88")
+    code, _, err = run_main(monkeypatch, capsys, "check", model_dir, "--text-file", binary)
+    assert code == 1
+    assert "not UTF-8 text" in err

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lamella.cli.machine import GIB, machine, peak_memory_bytes, versions
@@ -49,10 +50,10 @@ class BenchPlan:
 def run_bench(plan: BenchPlan, report_json: Path | None) -> dict[str, Any]:
     """Runs the benchmark, prints its tables and returns (and maybe writes) the report."""
     err = Console(stderr=True, highlight=False)
-    if report_json is not None and not report_json.absolute().parent.is_dir():
-        raise ConfigError(f"--report-json: the directory {report_json.absolute().parent} does not exist")
+    if report_json is not None:
+        _check_writable(report_json)
     start = time.perf_counter()
-    with err.status(f"loading {plan.model}"):
+    with err.status(f"loading {escape(plan.model)}"):
         llm = _open(plan)
     with llm:
         load_s = time.perf_counter() - start
@@ -76,6 +77,22 @@ def run_bench(plan: BenchPlan, report_json: Path | None) -> dict[str, Any]:
     if report_json is not None:
         report_json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _check_writable(path: Path) -> None:
+    """Raises ConfigError if the report could not be written, before minutes are spent on measuring.
+
+    A file that was there keeps its content; none is left behind if there was none.
+    """
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--report-json: the directory {path.absolute().parent} does not exist")
+    existed = path.exists()
+    try:
+        path.open("a", encoding="utf-8").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"--report-json: {path} cannot be written ({error.strerror}); choose another file") from error
 
 
 def _open(plan: BenchPlan) -> LLM:
@@ -185,9 +202,12 @@ def _print(out: Console, report: dict[str, Any]) -> None:
         f"{engine['architecture']}, {engine['num_hidden_layers']} layers, hidden {engine['hidden_size']}, "
         f"{engine['dtype']}; {plan['num_requests']} requests of {plan['isl']} in, {plan['osl']} out, "
         f"{plan['concurrency']} in flight",
+        markup=False,
         soft_wrap=True,
     )
-    out.print(f"{host['cpu']}, {host['usable_cores']} cores, {host['torch_threads']} threads", soft_wrap=True)
+    out.print(
+        f"{host['cpu']}, {host['usable_cores']} cores, {host['torch_threads']} threads", markup=False, soft_wrap=True
+    )
     names = ("lamella", "torch", "python")
     out.print(", ".join(f"{name} {report['versions'][name]}" for name in names))
     table = Table("metric", "value")

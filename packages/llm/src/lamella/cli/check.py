@@ -98,7 +98,9 @@ def run_check(hf_dir: Path, *, text: str | None, max_tokens: int, dtype: str, to
     table = Table("check", "measured", "")
     for name, value, ok in report.checks:
         table.add_row(name, value, "[green]ok[/green]" if ok else "[red]FAILED[/red]")
-    out.print(f"{hf_dir}: {llm.engine.spec.model.architecture}, {llm.engine.spec.model.dtype}", soft_wrap=True)
+    out.print(
+        f"{hf_dir}: {llm.engine.spec.model.architecture}, {llm.engine.spec.model.dtype}", markup=False, soft_wrap=True
+    )
     out.print(table)
     for line in report.differences:
         out.print(line, markup=False, soft_wrap=True)
@@ -142,6 +144,8 @@ def _compare_prompt(
     llm: LLM, reference: Any, prompt: str, tokenizer: TokenizerBase, max_tokens: int, report: Report
 ) -> None:
     ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ConfigError(f"the model's tokenizer turns {prompt!r} into no token; check needs one that knows text")
     capture = _Capture()
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, logits_processor=capture)
     ours = llm.generate(ids, params).outputs[0].token_ids

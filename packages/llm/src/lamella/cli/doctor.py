@@ -40,6 +40,8 @@ def run_doctor(*, as_json: bool) -> None:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
     table = Table("", "what", "found", "to add it", box=None, pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"  # a path or command is never cut
     for row in rows:
         mark = "[green]ok[/green]" if row.ok else "[yellow]--[/yellow]"
         table.add_row(mark, row.name, row.value, row.remedy)

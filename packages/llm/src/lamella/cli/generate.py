@@ -7,6 +7,7 @@ import time
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from lamella.llm import LLM
 from lamella.outputs import RequestOutput
@@ -21,7 +22,7 @@ def run_generate(
     err = Console(stderr=True, highlight=False)
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
     start = time.perf_counter()
-    with err.status(f"loading {model}"):
+    with err.status(f"loading {escape(model)}"):
         llm = LLM(model, tokenizer, dtype=dtype)
     with llm:
         load_s = time.perf_counter() - start
@@ -31,7 +32,7 @@ def run_generate(
         outputs = [llm.generate_async(text, params, streaming=True) for text in texts]
         for prompt, output in zip(prompts, outputs):
             if len(outputs) > 1:
-                err.print(f"[dim]> {prompt[:200]}[/dim]", markup=True)
+                err.print(f"[dim]> {escape(prompt[:200])}[/dim]")
             _print_stream(output)
         seconds = time.perf_counter() - start
     _print_numbers(err, outputs, load_s, seconds)

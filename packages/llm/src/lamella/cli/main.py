@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed (or a check that did not pass), 2 wrong usage, 130 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib.metadata import version as installed_version
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lamella_core.errors import LamellaError
+from lamella_core.errors import ConfigError, LamellaError
 
 app = typer.Typer(
     name="lamella",
@@ -34,6 +35,9 @@ DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float
 
 def main() -> None:
     """Runs the command line and exits; every expected error is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # text that the terminal's encoding lacks is shown as '?'
     try:
         app()
     except (LamellaError, OSError, ImportError) as error:
@@ -187,11 +191,16 @@ def check(
     text_file: Annotated[Path | None, typer.Option(help="Text for the perplexity; default: a built-in one.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Greedy tokens to compare per prompt.", min=1)] = 32,
     dtype: DtypeOption = "float32",
-    tolerance: Annotated[float, typer.Option(help="Largest error of a logit, relative to the largest logit.")] = 1e-3,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest error of a logit, relative to the largest logit.", min=0)
+    ] = 1e-3,
 ) -> None:
     """Compare logits, greedy tokens and perplexity with transformers; exit code 1 if they differ."""
     from lamella.cli.check import run_check
 
-    text = text_file.read_text(encoding="utf-8") if text_file is not None else None
+    try:
+        text = text_file.read_text(encoding="utf-8") if text_file is not None else None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--text-file: {text_file} is not UTF-8 text ({error})") from error
     if not run_check(hf_dir, text=text, max_tokens=max_tokens, dtype=dtype, tolerance=tolerance):
         raise typer.Exit(1)
