@@ -74,6 +74,14 @@ def test_custom_objects():
     assert isinstance(load_tokenizer(byte_level_tokenizer(), model_dir=None), TransformersTokenizer)
 
 
+@pytest.mark.parametrize("ids", ["abc", None, [1.5]])
+def test_custom_objects_that_return_no_ids(ids: object):
+    characters = Characters()
+    characters.encode = lambda text: ids
+    with pytest.raises(RequestError, match="Characters.encode returned .*sequence of integers"):
+        load_tokenizer(characters, model_dir=None).encode("a")
+
+
 def test_bare_tokenizers_objects_are_custom_objects():
     tokenizer = load_tokenizer(byte_fallback_backend(), model_dir=None)
     ids = tokenizer.encode("a fox", add_special_tokens=False)
@@ -82,7 +90,7 @@ def test_bare_tokenizers_objects_are_custom_objects():
 
 @pytest.mark.parametrize(
     ("source", "match"),
-    [(3, "encode"), ("./missing", "does not exist"), (None, "brings no tokenizer")],
+    [(3, "encode"), (Characters, "class Characters"), ("./missing", "does not exist"), (None, "brings no tokenizer")],
 )
 def test_bad_sources(source, match):
     with pytest.raises(ConfigError, match=match):

@@ -10,6 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,13 @@ class CustomTokenizer(TokenizerBase):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         options = {"add_special_tokens": add_special_tokens} if self._encode_takes else {}
         ids = self._tokenizer.encode(text, **options)
-        return [int(i) for i in getattr(ids, "ids", ids)]
+        try:
+            return [index(i) for i in getattr(ids, "ids", ids)]
+        except TypeError:
+            name = type(self._tokenizer).__name__
+            raise RequestError(
+                f"{name}.encode returned {type(ids).__name__} {str(ids)[:40]!r}; it must be a sequence of integers"
+            ) from None
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

@@ -36,6 +36,8 @@ def load_tokenizer(
         return _from_directory(source if source is not None else model_dir, mode, revision)
     if isinstance(source, TokenizerBase):
         return source
+    if isinstance(source, type):
+        raise ConfigError(f"tokenizer is the class {source.__name__}; pass an object of it")
     if not (callable(getattr(source, "encode", None)) and callable(getattr(source, "decode", None))):
         raise ConfigError(
             f"tokenizer is {type(source).__name__}; it must be a directory, a hub id or an object with encode(text) "
