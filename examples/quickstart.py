@@ -1,5 +1,6 @@
 """Four prompts to the bundled demo model, which writes children's stories. Run: python examples/quickstart.py"""
 
+import logging
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ PROMPTS = [
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # the first run says that it compiles the CPU kernels
     start = time.perf_counter()
     with LLM(MODEL) as llm:
         load_s = time.perf_counter() - start
