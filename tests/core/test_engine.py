@@ -105,6 +105,13 @@ def test_another_cpu_is_noticed_and_gets_default_kernels(model: CausalLM) -> Non
     assert torch.allclose(logits(elsewhere.model()), logits(model), atol=2e-5)
 
 
+def test_other_native_kernels_are_not_called_another_cpu(model: CausalLM) -> None:
+    engine = Engine.from_model(model)
+    older = dataclasses.replace(engine.spec, cpu={**engine.spec.cpu, "native": "older"})
+    message = Engine(older, {0: engine.weights()}).check_cpu()
+    assert message is not None and "another set of native kernels" in message and "another CPU" not in message
+
+
 def test_threads_and_torch_version_do_not_make_another_cpu(model: CausalLM) -> None:
     engine = Engine.from_model(model)
     cpu = {**engine.spec.cpu, "threads": 999, "torch": "0.0"}

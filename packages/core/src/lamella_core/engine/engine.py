@@ -148,7 +148,8 @@ class Engine:
         if not changed:
             return None
         details = "; ".join(f"{key}: built with {recorded.get(key)!r}, here {here.get(key)!r}" for key in changed)
-        return f"the engine's kernels were chosen on another CPU ({details}); default kernels run. Build it again here"
+        what = "with another set of native kernels" if changed == ["native"] else "on another CPU"
+        return f"the engine's kernels were chosen {what} ({details}); default kernels run. Build it again here"
 
     def check_processes(self, num_processes: int) -> None:
         """Refuses to run on another number of processes than there are ranks.
