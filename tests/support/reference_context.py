@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lamella_core.context import AttentionSpec, Communicator, SingleRank
+from lamella_core.layers.rotary import Rotation
 
 
 @dataclass
@@ -50,9 +51,14 @@ class ReferenceContext:
         k: torch.Tensor,
         v: torch.Tensor,
         *,
+        rotation: Rotation | None = None,
         alibi_slopes: torch.Tensor | None = None,
         sink_logits: torch.Tensor | None = None,
+        kv_scales: torch.Tensor | None = None,
+        out_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if rotation is not None:
+            rotation.apply_(q, k)
         assert q.shape[1:] == (spec.num_heads, spec.head_dim) and k.shape[1:] == (spec.num_kv_heads, spec.head_dim)
         assert sum(count for _, count in self.segments) == q.shape[0] == k.shape[0] == v.shape[0]
         out, begin = [], 0

@@ -9,9 +9,12 @@ Shape legend: T tokens of this step (packed, no padding); on this rank Hq query 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from lamella_core.layers.rotary import Rotation
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,18 @@ class ForwardContext(Protocol):
     def attend(
         self,
         spec: AttentionSpec,
-        q: torch.Tensor,  # [T, Hq, D], position encoding applied
-        k: torch.Tensor,  # [T, Hkv, D], position encoding applied
+        q: torch.Tensor,  # [T, Hq, D]
+        k: torch.Tensor,  # [T, Hkv, D]
         v: torch.Tensor,  # [T, Hkv, D]
         *,
+        rotation: Rotation | None = None,  # applied to q and k first, in place; None: nothing to apply
         alibi_slopes: torch.Tensor | None = None,  # [Hq] float32
         sink_logits: torch.Tensor | None = None,  # [Hq], extra softmax column per head
+        kv_scales: torch.Tensor | None = None,  # [2] float32, of keys and values in a float8 cache
+        out_scale: torch.Tensor | None = None,  # [] float32: the result may come as float8, divided by it
     ) -> torch.Tensor:
-        """Stores k and v in the layer's cache, then attends causally over each request's keys; returns [T, Hq, D]."""
+        """Stores k and v in the layer's cache, then attends causally over each request's keys; returns [T, Hq, D].
+
+        A runtime may ignore ``out_scale`` and return q's dtype.
+        """
         ...

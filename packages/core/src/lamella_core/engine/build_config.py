@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 KV_CACHE_TYPES = ("paged", "continuous", "disabled")
 KERNEL_SELECTIONS = ("timed", "default")
+DEVICES = ("auto", "cpu", "cuda")
 
 T = TypeVar("T")
 
@@ -54,6 +55,8 @@ class BuildConfig:
         opt_num_tokens: step size in tokens that kernels are chosen for beside single-token decoding and long prompts;
             None: ``max_batch_size * max_beam_width``.
         dtype: of the weights in the engine; None: the model's.
+        device: where the engine runs: "cpu", "cuda", or "auto": an NVIDIA GPU of compute capability 8.0 or more if
+            this machine has one, else the CPU. In an engine it is resolved.
         kernel_selection: "timed" times the candidates on this machine, "default" takes the usual choice at once.
         gather_context_logits: read by ported scripts; every engine can return prompt logits.
         gather_generation_logits: read by ported scripts; every engine can return the logits of generated tokens.
@@ -71,6 +74,7 @@ class BuildConfig:
     tokens_per_block: int = 32
     opt_num_tokens: int | None = None
     dtype: str | None = None
+    device: str = "auto"
     kernel_selection: str = "timed"
     gather_context_logits: bool = False
     gather_generation_logits: bool = False
@@ -84,6 +88,7 @@ class BuildConfig:
         object.__setattr__(self, "kv_cache_type", str(getattr(self.kv_cache_type, "value", self.kv_cache_type)).lower())
         _check_choice("kv_cache_type", self.kv_cache_type, KV_CACHE_TYPES)
         _check_choice("kernel_selection", self.kernel_selection, KERNEL_SELECTIONS)
+        _check_choice("device", self.device, DEVICES)
         if self.tokens_per_block & (self.tokens_per_block - 1):
             raise ConfigError(f"BuildConfig.tokens_per_block is {self.tokens_per_block}; it must be a power of two")
         if self.max_beam_width > self.max_num_tokens:
@@ -99,6 +104,7 @@ class BuildConfig:
             ConfigError: a limit that the model or another limit rules out.
         """
         from lamella_core.config import resolve_dtype  # imports torch: constructing a BuildConfig does not
+        from lamella_core.device import resolve_device
 
         most = model.max_position_embeddings
         seq_len = most if self.max_seq_len is None else self.max_seq_len
@@ -112,7 +118,10 @@ class BuildConfig:
             raise ConfigError(f"BuildConfig.max_input_len {input_len} exceeds max_seq_len {seq_len}; lower it")
         opt = min(self.max_num_tokens, self.opt_num_tokens or self.max_batch_size * self.max_beam_width)
         dtype = resolve_dtype(self.dtype, model.dtype)
-        return replace(self, max_seq_len=seq_len, max_input_len=input_len, opt_num_tokens=opt, dtype=dtype)
+        device = resolve_device(self.device)
+        return replace(
+            self, max_seq_len=seq_len, max_input_len=input_len, opt_num_tokens=opt, dtype=dtype, device=device
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-ready fields."""

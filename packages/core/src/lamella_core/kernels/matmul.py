@@ -30,6 +30,15 @@ HALVES = (torch.bfloat16, torch.float16)
 FEWEST_ROWS, FEW_ROWS = 4, 16  # a product of so few rows is bound by reading the weight, or nearly so
 
 
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """Factors of a float8 product: (x * ``x``) times (w * ``w``) transposed, in ``out_dtype``."""
+
+    x: Tensor  # float32, [] for all rows or [M, 1]
+    w: Tensor  # float32, [] for all outputs or [N]
+    out_dtype: torch.dtype
+
+
 class MatmulKernel(Protocol):
     """A way to compute x [M, K] times w transposed, plus bias [N], for a weight w of N output features.
 
@@ -37,6 +46,7 @@ class MatmulKernel(Protocol):
         name: key in `KERNELS`, recorded in engines.
         layout: key in `LAYOUTS` of the weights it reads.
         batch_invariant: whether a float32 row's bits are meant to be independent of the rows computed with it.
+        device: "cpu" or "cuda", of the tensors it takes.
     """
 
     @property
@@ -45,13 +55,15 @@ class MatmulKernel(Protocol):
     def layout(self) -> str: ...
     @property
     def batch_invariant(self) -> bool: ...
+    @property
+    def device(self) -> str: ...
 
     def available(self, dtype: torch.dtype, n: int, k: int) -> bool:
         """Whether this machine can run it for weights of this dtype and shape."""
         ...
 
-    def __call__(self, x: Tensor, w: Tensor, n: int, bias: Tensor | None) -> Tensor:
-        """Return [M, n] in x's dtype."""
+    def __call__(self, x: Tensor, w: Tensor, n: int, bias: Tensor | None, scales: Scales | None = None) -> Tensor:
+        """Return [M, n] in x's dtype; float8 products come with ``scales``, which name the dtype."""
         ...
 
 
@@ -65,12 +77,13 @@ class CpuMatmul:
     dtypes: tuple[torch.dtype, ...]
     needs_native: bool
     function: Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
+    device: str = "cpu"
 
     def available(self, dtype: torch.dtype, n: int, k: int) -> bool:
         """Whether the dtype is served and, for native kernels, the library is loaded."""
         return dtype in self.dtypes and n > 0 and k > 0 and (not self.needs_native or native_status().available)
 
-    def __call__(self, x: Tensor, w: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, w: Tensor, n: int, bias: Tensor | None, scales: Scales | None = None) -> Tensor:
         """Return x [M, K] times w transposed plus bias: [M, n]."""
         return self.function(x, w, n, bias)
 
@@ -164,12 +177,12 @@ class MatmulPlan:
         """Whether this machine can run every step for this weight."""
         return all(KERNELS[name].available(dtype, n, k) for _, name in self.steps)
 
-    def run(self, x: Tensor, w: Tensor, n: int, bias: Tensor | None = None) -> Tensor:
-        """Multiply x [M, K] by w (in this plan's layout) transposed, plus bias [n]: [M, n]."""
+    def run(self, x: Tensor, w: Tensor, n: int, bias: Tensor | None = None, scales: Scales | None = None) -> Tensor:
+        """Multiply x [M, K] by w (in this plan's layout) transposed, plus bias [n]: [M, n]; float8 with ``scales``."""
         rows = x.shape[0]
         for limit, name in self.steps:
             if limit is None or rows <= limit:
-                return KERNELS[name](x, w, n, bias)
+                return KERNELS[name](x, w, n, bias, scales)
         raise ConfigError(f"plan {self.steps} has no step for {rows} rows")
 
     def to_dict(self) -> dict[str, Any]:

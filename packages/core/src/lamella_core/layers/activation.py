@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from lamella_core.errors import ConfigError, nearest_name
-from lamella_core.kernels.cpu import ops
+from lamella_core.kernels import ops
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class GatedActivation(Protocol):
+    """Maps [T, 2 I], gate and up side by side, to activation(gate) * up [T, I]."""
+
+    def __call__(self, gate_up: torch.Tensor, out_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """With ``out_scale`` [] float32 the result may come as float8, divided by it (see `Linear.input_scale`)."""
+        ...
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -75,12 +84,12 @@ def get_activation(name: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
-def gated(name: str) -> Activation:
-    """Returns the function that maps [T, 2 I], gate and up side by side, to activation(gate) * up [T, I]."""
+def gated(name: str) -> GatedActivation:
+    """Returns the gated form of the activation called ``name``; see `get_activation`."""
     activation = get_activation(name)
 
-    def apply(x: torch.Tensor) -> torch.Tensor:
-        gate, up = x.chunk(2, dim=-1)
+    def apply(gate_up: torch.Tensor, out_scale: torch.Tensor | None = None) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
         return activation(gate) * up
 
     return ops.silu_and_mul if activation is silu else apply

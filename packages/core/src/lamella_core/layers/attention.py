@@ -55,11 +55,14 @@ class Attention(nn.Module):
             name=f"{name}.o_proj",
         )
 
+    @property
+    def input_scale(self) -> torch.Tensor | None:
+        """Scale with which x may also come as float8, see `Linear.input_scale`."""
+        return self.qkv_proj.input_scale
+
     def forward(self, x: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext) -> torch.Tensor:
         """Returns [T, H]; ``rotation`` is None where positions enter in another way."""
         spec, tokens = self.spec, x.shape[0]
         q, k, v = self.qkv_proj(x, ctx).view(tokens, sum(self.heads), spec.head_dim).split_with_sizes(self.heads, dim=1)
-        if rotation is not None:
-            rotation.apply_(q, k)  # q and k are views of a tensor made above
-        out = ctx.attend(spec, q, k, v)
+        out = ctx.attend(spec, q, k, v, rotation=rotation, out_scale=self.o_proj.input_scale)
         return self.o_proj(out.reshape(tokens, spec.num_heads * spec.head_dim), ctx)

@@ -7,6 +7,7 @@ from torch import nn
 
 from lamella_core.context import ForwardContext
 from lamella_core.layers.attention import Attention
+from lamella_core.layers.mlp import FeedForward
 from lamella_core.layers.norm import Norm
 from lamella_core.layers.rotary import Rotation
 
@@ -14,7 +15,7 @@ from lamella_core.layers.rotary import Rotation
 class DecoderLayer(nn.Module):
     """Takes and returns (hidden [T, H], residual [T, H] or None): their sum is the stream, added by the next norm."""
 
-    def __init__(self, *, input_norm: Norm, attention: Attention, mlp_norm: Norm, mlp: nn.Module) -> None:
+    def __init__(self, *, input_norm: Norm, attention: Attention, mlp_norm: Norm, mlp: FeedForward) -> None:
         super().__init__()
         self.input_norm = input_norm
         self.attention = attention
@@ -24,7 +25,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: torch.Tensor, residual: torch.Tensor | None, rotation: Rotation | None, ctx: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, residual = self.input_norm(hidden, residual)
+        normed, residual = self.input_norm(hidden, residual, self.attention.input_scale)
         attended = self.attention(normed, rotation, ctx)
-        normed, residual = self.mlp_norm(attended, residual)
+        normed, residual = self.mlp_norm(attended, residual, self.mlp.input_scale)
         return self.mlp(normed, ctx), residual

@@ -51,6 +51,11 @@ class Linear(nn.Module):
         self.method.create_weights(self)
         self.bias = empty_parameter(ShardSpec(dims=(self.out_sections,)), self.dtype) if bias else None
 
+    @property
+    def input_scale(self) -> torch.Tensor | None:
+        """Scale [] float32 with which `forward` also takes its input as float8; None: only in the model's dtype."""
+        return self.method.input_scale(self)
+
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         return self.method.apply(self, x, self.bias)
 

@@ -11,7 +11,16 @@ from lamella_core.layers.activation import gated, get_activation
 from lamella_core.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 
 
-class GatedMLP(nn.Module):
+class FeedForward(nn.Module):
+    """The second half of a decoder layer: called with (x [T, H], ctx), returns [T, H]."""
+
+    @property
+    def input_scale(self) -> torch.Tensor | None:
+        """Scale with which x may also come as float8, see `Linear.input_scale`; None: only in the model's dtype."""
+        return None
+
+
+class GatedMLP(FeedForward):
     """down(activation(gate(x)) * up(x)) (Shazeer 2020), gate and up in one product."""
 
     def __init__(self, config: ModelConfig, *, name: str, bias: bool = False) -> None:
@@ -23,11 +32,15 @@ class GatedMLP(nn.Module):
         self.activation = gated(config.hidden_act)
         self.down_proj = RowParallelLinear(inner, config.hidden_size, bias, config=config, name=f"{name}.down_proj")
 
+    @property
+    def input_scale(self) -> torch.Tensor | None:
+        return self.gate_up_proj.input_scale
+
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        return self.down_proj(self.activation(self.gate_up_proj(x, ctx)), ctx)
+        return self.down_proj(self.activation(self.gate_up_proj(x, ctx), self.down_proj.input_scale), ctx)
 
 
-class MLP(nn.Module):
+class MLP(FeedForward):
     """down(activation(up(x)))."""
 
     def __init__(self, config: ModelConfig, *, name: str, bias: bool = True) -> None:
@@ -36,6 +49,10 @@ class MLP(nn.Module):
         self.up_proj = ColumnParallelLinear(config.hidden_size, inner, bias, config=config, name=f"{name}.up_proj")
         self.activation = get_activation(config.hidden_act)
         self.down_proj = RowParallelLinear(inner, config.hidden_size, bias, config=config, name=f"{name}.down_proj")
+
+    @property
+    def input_scale(self) -> torch.Tensor | None:
+        return self.up_proj.input_scale
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         return self.down_proj(self.activation(self.up_proj(x, ctx)), ctx)

@@ -14,6 +14,7 @@ from lamella_core.config import ModelConfig
 from lamella_core.context import ForwardContext
 from lamella_core.layers.activation import gated
 from lamella_core.layers.linear import Linear, ReplicatedLinear
+from lamella_core.layers.mlp import FeedForward
 from lamella_core.layers.sharding import Section, fused, split, whole
 
 MOST_EXPERTS = 10_000
@@ -81,7 +82,7 @@ class GatedExperts(nn.Module):
         return out
 
 
-class MoE(nn.Module):
+class MoE(FeedForward):
     """Router and experts; the ranks' parts are summed: [T, H] -> [T, H]."""
 
     def __init__(

@@ -6,13 +6,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lamella_core.kernels.cpu import ops
+from lamella_core.kernels import ops
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.sharding import replicated
 
 
 class Norm(nn.Module):
-    """Called with x [T, H] and the residual stream [T, H] (or None); returns (normed sum, sum)."""
+    """Called with x [T, H] and the residual stream [T, H] (or None); returns (normed sum, sum).
+
+    With ``out_scale`` [] float32 the normed sum may come as float8, divided by it (see `Linear.input_scale`).
+    """
 
     weight: Parameter
 
@@ -21,15 +24,19 @@ class Norm(nn.Module):
         self.eps = eps
         self.weight = empty_parameter(replicated(hidden_size), dtype)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, out_scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
 
 
 class RMSNorm(Norm):
     """x / rms(x) * weight (Zhang and Sennrich 2019); the statistics in float32."""
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        return ops.rms_norm(x, self.weight, self.eps, residual)
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, out_scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.rms_norm(x, self.weight, self.eps, residual, out_scale)
 
 
 class LayerNorm(Norm):
@@ -41,6 +48,8 @@ class LayerNorm(Norm):
         super().__init__(hidden_size, eps, dtype)
         self.bias = empty_parameter(replicated(hidden_size), dtype) if bias else None
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, out_scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         total = x if residual is None else x + residual
         return F.layer_norm(total, (total.shape[-1],), self.weight, self.bias, self.eps), total

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lamella_core.errors import ConfigError
-from lamella_core.kernels.cpu import ops
+from lamella_core.kernels import ops
 from lamella_core.rope_config import RopeConfig
 
 _FIRST_CAPACITY = 2048  # positions in the first table
@@ -40,6 +40,9 @@ class Rotation:
         ops.rope_inplace(q, k, self.cos, self.sin, self.rotary_dim, self.interleaved)
 
 
+Tables = tuple[torch.Tensor, torch.Tensor]  # cos, sin: [positions, rotary_dim / 2] float32
+
+
 class RotaryEmbedding:
     """Turns positions into rotations of the first ``rotary_dim`` elements of queries and keys."""
 
@@ -47,7 +50,7 @@ class RotaryEmbedding:
         self.rope = rope
         self.max_position_embeddings = max_position_embeddings
         self.max_seq_len: int | None = None
-        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin: [positions, rotary_dim / 2] float32
+        self._tables: Tables | None = None
 
     def set_max_seq_len(self, max_seq_len: int) -> None:
         """Makes the tables for all positions below ``max_seq_len`` now; with longrope also chooses the factors."""
@@ -55,15 +58,26 @@ class RotaryEmbedding:
         self._tables = rotary_tables(self.rope, max_seq_len, self.max_position_embeddings, max_seq_len)
 
     def __call__(self, positions: torch.Tensor) -> Rotation:
-        """Returns the rotations of ``positions`` [T] int64; the tables grow as needed."""
-        needed = int(positions.max()) + 1 if positions.numel() else 1
+        """Returns the rotations of ``positions`` [T] int64.
+
+        The tables grow as needed; on a GPU only `set_max_seq_len` makes them, so that no value is waited for.
+        """
+        cos, sin = (table.index_select(0, positions) for table in self._covering(positions))
+        return Rotation(cos, sin, self.rope.rotary_dim, self.rope.interleaved)
+
+    def _covering(self, positions: torch.Tensor) -> Tables:
+        """Returns tables that reach all positions, on their device."""
         tables = self._tables
+        if tables is not None and positions.is_cuda:
+            if tables[0].device != positions.device:
+                self._tables = tables = (tables[0].to(positions.device), tables[1].to(positions.device))
+            return tables
+        needed = int(positions.max()) + 1 if positions.numel() else 1
         if tables is None or needed > tables[0].shape[0]:
             capacity = max(_FIRST_CAPACITY, 1 << (needed - 1).bit_length())
-            tables = rotary_tables(self.rope, capacity, self.max_position_embeddings, self.max_seq_len)
-            self._tables = tables
-        cos, sin = (table.index_select(0, positions) for table in tables)
-        return Rotation(cos, sin, self.rope.rotary_dim, self.rope.interleaved)
+            cos, sin = rotary_tables(self.rope, capacity, self.max_position_embeddings, self.max_seq_len)
+            self._tables = tables = (cos.to(positions.device), sin.to(positions.device))
+        return tables
 
 
 def rotary_tables(

@@ -27,6 +27,13 @@ class LinearMethod(Protocol):
         """Gives ``layer`` its parameters (empty, each a `Parameter` with its shard) and what `apply` needs."""
         ...
 
+    def input_scale(self, layer: Linear) -> torch.Tensor | None:
+        """Returns the layer's static input scale [] float32, by which whoever makes its input may quantize it; or None.
+
+        An offer: `apply` takes float8 inputs quantized so, and quantizes inputs in the model's dtype itself.
+        """
+        ...
+
     def apply(
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, expert: int | None = None
     ) -> torch.Tensor:

@@ -31,6 +31,9 @@ class Unquantized:
             layout="rows",
         )
 
+    def input_scale(self, layer: Linear) -> torch.Tensor | None:
+        return None
+
     def apply(
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, expert: int | None = None
     ) -> torch.Tensor:

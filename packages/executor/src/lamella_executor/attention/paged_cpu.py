@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lamella_core.context import AttentionSpec, Communicator
 from lamella_core.kernels.cpu import ops
+from lamella_core.layers.rotary import Rotation
 from lamella_executor.scheduler.plan import StepPlan
 from lamella_executor.sequence import EVICTED_BLOCK
 
@@ -149,10 +150,15 @@ class PagedAttentionContext:
         k: Tensor,  # [T, Hkv, D]
         v: Tensor,  # [T, Hkv, D]
         *,
+        rotation: Rotation | None = None,
         alibi_slopes: Tensor | None = None,
         sink_logits: Tensor | None = None,
+        kv_scales: Tensor | None = None,
+        out_scale: Tensor | None = None,
     ) -> Tensor:
-        """Writes this step's keys and values, then attends over the cache; returns [T, Hq, D]."""
+        """Rotates, writes this step's keys and values, then attends over the cache; returns [T, Hq, D] in q's dtype."""
+        if rotation is not None:
+            rotation.apply_(q, k)
         batch, window = self._batch, self._windows[spec.layer_idx]
         keys, values = self._cache.layer(spec.layer_idx)
         ops.write_kv(k, v, keys, values, batch.slots)

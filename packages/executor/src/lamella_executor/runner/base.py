@@ -8,6 +8,14 @@ import torch
 
 from lamella_executor.scheduler.plan import StepPlan
 
+# In `Sequence.token_ids`: the token that the step before this one sampled for the sequence, still on the device.
+PENDING_TOKEN = -1
+
+# What `LaunchedStep.collect` returns instead of a token when a row's logits cannot be sampled.
+NAN_LOGITS = -2
+POSITIVE_INFINITE_LOGITS = -3
+NEGATIVE_INFINITE_LOGITS = -4
+
 
 class Runner(Protocol):
     """Computes one step. Implemented by `ModelRunner`, and by fakes in tests."""
@@ -17,5 +25,39 @@ class Runner(Protocol):
 
         Returns:
             [plan.num_logits, vocab_size] float32, writable: for each item in order, its last ``num_logits`` tokens.
+        """
+        ...
+
+
+class LaunchedStep(Protocol):
+    """A step that was handed to the device; it may still be computing."""
+
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """[plan.num_logits, vocab_size] float32, writable, on the device; None if the host samples none of its rows.
+
+        Valid until the runner's next launch.
+        """
+        ...
+
+    def collect(self) -> list[int]:
+        """Waits until the step is done.
+
+        Returns:
+            The sampled token of each item of the plan that is sampled on the device (`ScheduledSequence.is_sampled` and
+            `lamella_executor.sampler.device.is_device_sampled` of its request), in plan order; one of the negative
+            codes above where the logits cannot be sampled.
+        """
+        ...
+
+
+class LaunchingRunner(Protocol):
+    """A runner that computes steps while the host goes on; samples plain requests where the logits are."""
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Enqueues a step: block copies, forward pass, sampling of the items that are sampled on the device.
+
+        Steps are computed in the order of their launches. A token id `PENDING_TOKEN` in an item stands for the token
+        that the previously launched step sampled for its sequence. The plan is read before this returns.
         """
         ...

@@ -1,0 +1,40 @@
+"""Operations that layers are made of, each on the device that its tensors are on.
+
+CPU tensors go to `lamella_core.kernels.cpu`, CUDA tensors to `lamella_core.kernels.triton`; without triton, CUDA tensors
+go through PyTorch (`lamella_core.kernels.cpu.reference`, which says what each operation means). Signatures and errors
+are those of `lamella_core.kernels.cpu.ops`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lamella_core.kernels import triton as triton_kernels
+from lamella_core.kernels.cpu import ops as cpu_ops
+from lamella_core.kernels.cpu import reference
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Root-mean-square norm of x [T, H] (plus residual); with ``out_scale`` [] float32 the result may be float8."""
+    if x.is_cuda and triton_kernels.is_available():
+        from lamella_core.kernels.triton import norm
+
+        return norm.rms_norm(x, weight, eps, residual, out_scale)
+    return cpu_ops.rms_norm(x, weight, eps, residual)
+
+
+def silu_and_mul(gate_up: Tensor, out_scale: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of rows [gate, up]: [T, 2I] -> [T, I]; with ``out_scale`` [] float32 the result may be float8."""
+    if gate_up.is_cuda and triton_kernels.is_available():
+        from lamella_core.kernels.triton import activation
+
+        return activation.silu_and_mul(gate_up, out_scale)
+    return cpu_ops.silu_and_mul(gate_up)
+
+
+def rope_inplace(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool = False) -> None:
+    """Rotates the first ``rotary_dim`` values of every head of q [T, Hq, D] and k [T, Hkv, D] in place."""
+    rope = reference.rope_inplace if q.is_cuda else cpu_ops.rope_inplace
+    rope(q, k, cos, sin, rotary_dim, interleaved)
