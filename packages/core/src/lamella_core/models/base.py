@@ -28,7 +28,7 @@ from lamella_core.hub import resolve_model_dir
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.embedding import LMHead, VocabParallelEmbedding
 from lamella_core.layers.norm import Norm
-from lamella_core.layers.rotary import RotaryEmbedding
+from lamella_core.layers.rotary import Rotation, RotaryEmbedding
 from lamella_core.mapping import Mapping
 from lamella_core.models._dummy import fill_dummy
 from lamella_core.quantization.config import QuantConfig
@@ -104,7 +104,10 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         """Returns hidden states [T, H]: the next stage's input, or what `compute_logits` takes on the last stage."""
         if hidden is None:
             hidden = self.embed(input_ids, positions, ctx)
-        rotation = self.rotary(positions) if self.rotary is not None else None
+        return self.run_layers(hidden, self.rotary(positions) if self.rotary is not None else None, ctx)
+
+    def run_layers(self, hidden: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext) -> torch.Tensor:
+        """Returns what `forward` returns, from the first layer's input [T, H] and the tokens' rotations."""
         residual: torch.Tensor | None = None
         for layer in self.layers.values():
             hidden, residual = layer(hidden, residual, rotation, ctx)

@@ -7,11 +7,12 @@ import torch
 from lamella_core.context import Communicator, SingleRank
 from lamella_core.models.base import CausalLM
 from lamella_executor.attention.paged_cpu import LayerWindow, PagedAttentionContext, PagedKvCache, make_batch
+from lamella_executor.runner.recorded import RecordedDecode
 from lamella_executor.scheduler.plan import StepPlan
 
 
 class ModelRunner:
-    """Runs step plans eagerly."""
+    """Runs step plans: decoding steps from recordings where the model allows, everything else eagerly."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class ModelRunner:
         self._cache = cache
         self._windows = windows
         self._tp = tp or SingleRank()
+        self._decode = RecordedDecode(model, cache, windows, self._tp)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> torch.Tensor:
@@ -39,7 +41,9 @@ class ModelRunner:
         self._cache.copy_blocks(plan.block_copies)
         batch = make_batch(plan, self._cache.tokens_per_block)
         ctx = PagedAttentionContext(self._cache, batch, self._windows, self._tp)
-        hidden = self._model(batch.input_ids, batch.positions, ctx)  # [T, H]
+        hidden = self._decode.run(batch) if all(item.num_tokens == 1 for item in plan.items) else None
+        if hidden is None:
+            hidden = self._model(batch.input_ids, batch.positions, ctx)  # [T, H]
         if batch.logit_rows is not None:
             if batch.logit_rows.numel() == 0:
                 return torch.empty(0, self._model.config.vocab_size)

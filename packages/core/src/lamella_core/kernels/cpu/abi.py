@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +38,42 @@ SIGNATURES: dict[str, list[type]] = {
     # kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size, window, num_sinks, scale, softcap,
     # dtype, threads
     "lamella_paged_attention": [P] * 9 + [I64] * 11 + [F32, F32, I32, I32],
+    # calls, count, width, failed
+    "lamella_replay": [P, I64, I64, P],
 }
+
+# Kernels that `lamella_replay` can call; a kernel's place is its code there.
+RECORDABLE = (
+    "lamella_matmul_panels",
+    "lamella_gemv_rows",
+    "lamella_rms_norm",
+    "lamella_silu_and_mul",
+    "lamella_rope",
+    "lamella_write_kv",
+    "lamella_paged_attention",
+)
+
+_observed = threading.local()  # .library: what this thread's `kernels` returns instead of the library
+
+
+def kernels() -> Any:
+    """The native library (`ctypes.CDLL`), or None when only the torch fallbacks serve; see `observed`."""
+    return getattr(_observed, "library", None) or _library()
+
+
+@contextmanager
+def observed(library: object) -> Iterator[None]:
+    """Within the block this thread's operations call the functions of ``library``, which passes them on."""
+    _observed.library = library
+    try:
+        yield
+    finally:
+        del _observed.library
 
 
 @functools.lru_cache(maxsize=1)
-def kernels() -> ctypes.CDLL | None:
-    """The native library with its functions declared, or None when only the torch fallbacks serve."""
+def _library() -> ctypes.CDLL | None:
+    """The native library with its functions declared."""
     library = native_library()
     if library is not None:
         for name, arguments in SIGNATURES.items():
