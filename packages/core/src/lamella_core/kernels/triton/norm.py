@@ -1,0 +1,120 @@
+"""Root-mean-square norm, with the residual's addition before it and float8 quantization after it in the same pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from lamella_core.kernels.cpu import reference
+from lamella_core.kernels.triton.launch import (
+    float8_storage,
+    has_float8,
+    launch_options,
+    next_power_of_2,
+    use_pdl,
+)
+from lamella_core.kernels.triton.quantize import to_float8
+
+VALUES_PER_WARP = 512  # 16 a thread: two 16-byte loads of each operand
+MOST_WARPS = 16
+SMALL_TILE = 2048  # values per program where rows are shorter: several rows share a program
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rms_norm_kernel(
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    out_scale_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    eps: tl.tensor,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    NATIVE_FLOAT8: tl.constexpr,
+    USE_PDL: tl.constexpr,
+) -> None:
+    """ROWS rows of H values per program; statistics in float32, the normed value rounded before the weight."""
+    cols = tl.arange(0, BLOCK)[None, :]
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    in_row = cols < H
+    mask = in_row if ROWS == 1 else in_row & (rows < num_rows)
+    weight = tl.load(weight_ptr + cols, in_row, other=0.0)
+    if USE_PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    rows = rows.to(tl.int64)
+    x = tl.load(x_ptr + rows * x_stride + cols, mask, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + rows * residual_stride + cols, mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        tl.store(total_ptr + rows * H + cols, x, mask)
+    wide = x.to(tl.float32)
+    mean = tl.sum(wide * wide, axis=1) / H
+    factor = tl.rsqrt(mean + eps)[:, None]
+    normed = (wide * factor).to(x.dtype).to(tl.float32)
+    normed = (normed * weight.to(tl.float32)).to(x.dtype)
+    if QUANTIZE:
+        scaled = tl.div_rn(normed.to(tl.float32), tl.load(out_scale_ptr).to(tl.float32))
+        tl.store(out_ptr + rows * H + cols, to_float8(scaled, NATIVE_FLOAT8), mask)
+    else:
+        tl.store(out_ptr + rows * H + cols, normed, mask)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Root-mean-square norm of x (plus residual), rounded where Hugging Face models round.
+
+    Args:
+        x: [T, H], float32, bfloat16 or float16; rows may be apart, values of a row are side by side.
+        weight: [H], contiguous; multiplied after the cast back to x's dtype.
+        eps: added to the mean square.
+        residual: [T, H] of x's dtype, added first and rounded to it.
+        out_scale: [] float32; if given the normed rows come as float8_e4m3fn, divided by it.
+
+    Returns:
+        The normed rows, and the sum that was normed (x itself without a residual): both [T, H].
+    """
+    if weight.dtype is not x.dtype or x.dtype not in DTYPES or x.stride(1) != 1:
+        return reference.rms_norm(x, weight, eps, residual)  # rare; the offer of a scale is left
+    num_rows, width = x.shape
+    quantize = out_scale is not None
+    out = torch.empty((num_rows, width), dtype=torch.float8_e4m3fn if quantize else x.dtype, device=x.device)
+    total = x if residual is None else torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
+    if num_rows == 0:
+        return out, total
+    block = next_power_of_2(width)
+    rows = max(1, SMALL_TILE // block)
+    _rms_norm_kernel[(-(-num_rows // rows),)](
+        x,
+        x if residual is None else residual,
+        weight,
+        float8_storage(out) if quantize else out,
+        total,
+        out_scale,
+        num_rows,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        H=width,
+        BLOCK=block,
+        ROWS=rows,
+        HAS_RESIDUAL=residual is not None,
+        QUANTIZE=quantize,
+        NATIVE_FLOAT8=has_float8(),
+        USE_PDL=use_pdl(),
+        num_warps=min(MOST_WARPS, max(1, block * rows // VALUES_PER_WARP)),
+        **launch_options(),
+    )
+    return out, total
