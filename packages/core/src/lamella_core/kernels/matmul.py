@@ -5,8 +5,9 @@ The builder times `candidate_plans` and records the winner's `to_dict` in the en
 was timed or the processor differs from the recorded `cpu_fingerprint`. Further kernels and layouts join through
 `register_kernel` and `register_layout`.
 
-float32 always asks for batch-invariant kernels: a row's result has the same bits whatever it is computed with. The
-native kernels guarantee that; the torch fallbacks come as near as they can, by products of one fixed shape.
+On the CPU, float32 always asks for batch-invariant kernels: a row's result has the same bits whatever it is computed
+with. The native kernels guarantee that; the torch fallbacks come as near as they can, by products of one fixed shape.
+CUDA kernels (`gpu_matmul`) make no such promise, and all read the layout "rows".
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lamella_core.errors import ConfigError, nearest_name
 from lamella_core.kernels.cpu import ops, reference
 from lamella_core.kernels.cpu.build import native_status
 from lamella_core.kernels.cpu.host import host
+from lamella_core.kernels.gpu_matmul import gpu_kernels
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -207,16 +209,21 @@ class MatmulPlan:
         return cls(layout=data["layout"], steps=tuple((step[0], step[1]) for step in data["steps"]))
 
 
-def candidate_plans(dtype: torch.dtype, n: int, k: int, *, require_batch_invariant: bool) -> list[MatmulPlan]:
+def candidate_plans(
+    dtype: torch.dtype, n: int, k: int, *, require_batch_invariant: bool, device: str = "cpu"
+) -> list[MatmulPlan]:
     """Plans worth timing on this machine for a weight [n, k]; never empty for the three float dtypes.
 
     Args:
         dtype: of the weight and the activations.
         n: output features.
         k: input features.
-        require_batch_invariant: leave out what is not batch-invariant; always so for float32.
+        require_batch_invariant: leave out what is not batch-invariant; always so for float32. Not on CUDA.
+        device: "cpu" or "cuda", where the weight is.
     """
-    plans = [_single(kernel.name) for kernel in KERNELS.values()]
+    if device == "cuda":
+        return [plan for plan in _gpu_plans(dtype) if plan.available(dtype, n, k)]
+    plans = [_single(kernel.name) for kernel in KERNELS.values() if kernel.device == device]
     for few in (FEWEST_ROWS, FEW_ROWS):
         for many in ("torch_rows", "torch_upcast"):
             plans.append(MatmulPlan("rows", ((few, "native_rows"), (None, many))))
@@ -231,30 +238,37 @@ def candidate_plans(dtype: torch.dtype, n: int, k: int, *, require_batch_invaria
     ]
 
 
-def default_plan(dtype: torch.dtype, n: int, k: int, *, batch_invariant: bool, layout: str | None = None) -> MatmulPlan:
+def default_plan(
+    dtype: torch.dtype, n: int, k: int, *, batch_invariant: bool, layout: str | None = None, device: str = "cpu"
+) -> MatmulPlan:
     """The plan when nothing was timed here, for weights that are (or will be) stored in ``layout``.
 
     Args:
         dtype: of the weight and the activations.
         n: output features.
         k: input features.
-        batch_invariant: ask for batch invariance; always so for float32.
+        batch_invariant: ask for batch invariance; always so for float32. Not on CUDA.
         layout: layout that the weight has already; None to choose one.
+        device: "cpu" or "cuda", where the weight is.
 
     Raises:
         ConfigError: no kernel on this machine reads that layout and dtype.
     """
     if layout is not None:
         _known("layout", layout, LAYOUTS)
-    strict = batch_invariant or dtype == torch.float32
-    for plan in _preference(strict):
+    strict = device == "cpu" and (batch_invariant or dtype == torch.float32)
+    for plan in _gpu_plans(dtype) if device == "cuda" else _preference(strict):
         fits = layout is None or plan.layout == layout
         if fits and plan.available(dtype, n, k) and (plan.batch_invariant or not strict):
             return plan
     for kernel in KERNELS.values():
-        if kernel.layout == layout and kernel.available(dtype, n, k) and (kernel.batch_invariant or not strict):
+        fits = kernel.device == device == "cpu" and kernel.layout == layout
+        if fits and kernel.available(dtype, n, k) and (kernel.batch_invariant or not strict):
             return _single(kernel.name)
-    raise ConfigError(f"no matmul kernel here reads layout {layout!r} with {dtype}; rebuild the engine on this machine")
+    where = "GPU" if device == "cuda" else "CPU"
+    raise ConfigError(
+        f"no matmul kernel reads layout {layout!r} with {dtype} [{n}, {k}] on this {where}; rebuild the engine here"
+    )
 
 
 def _single(name: str) -> MatmulPlan:
@@ -273,6 +287,17 @@ def _preference(strict: bool) -> list[MatmulPlan]:
     # With bfloat16 dot products in hardware, torch's library outruns float32 arithmetic when rows are many.
     first = [*rows, *panels] if host().has("avx512_bf16", "amx_bf16", "bf16") else [*panels, *rows]
     return [*first, _single("torch_panels")]
+
+
+def _gpu_plans(dtype: torch.dtype) -> list[MatmulPlan]:
+    """CUDA plans from the one usually fastest to the one always possible, which stops at float8."""
+    libraries = ["cublas_fp8", "torch_fp8_upcast"] if dtype == torch.float8_e4m3fn else ["cublas"]
+    few = [
+        MatmulPlan("rows", ((rows, "triton_gemv"), (None, many)))
+        for many in libraries
+        for rows in (FEWEST_ROWS, FEW_ROWS, 1)
+    ]
+    return [*few, *map(_single, libraries)]
 
 
 def cpu_fingerprint() -> dict[str, Any]:
@@ -294,7 +319,7 @@ def cpu_fingerprint() -> dict[str, Any]:
 def _register_builtin() -> None:
     register_layout(Layout("rows", lambda w: w.contiguous(), lambda w, n: w[:n]))
     register_layout(Layout("panel16", ops.pack_panels, ops.unpack_panels))
-    for kernel in (
+    kernels: tuple[MatmulKernel, ...] = (
         CpuMatmul("native_panels", "panel16", True, FLOATS, True, ops.matmul_panels),
         CpuMatmul("native_rows", "rows", True, FLOATS, True, lambda x, w, n, bias: ops.gemv_rows(x, w, bias)),
         CpuMatmul("torch_rows", "rows", False, FLOATS, False, lambda x, w, n, bias: F.linear(x, w, bias)),
@@ -303,7 +328,9 @@ def _register_builtin() -> None:
         ),
         CpuMatmul("torch_tiled", "rows", True, FLOATS, False, lambda x, w, n, bias: reference.linear_tiled(x, w, bias)),
         CpuMatmul("torch_panels", "panel16", True, FLOATS, False, reference.matmul_panels),
-    ):
+        *gpu_kernels(),
+    )
+    for kernel in kernels:
         register_kernel(kernel)
 
 
