@@ -72,7 +72,7 @@ def _prefetch(pointers):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+def _store(  # type: ignore[no-untyped-def]
     acc,  # [ROWS, BLOCK_N] float32
     rows,  # [ROWS]
     cols,  # [BLOCK_N]
@@ -102,8 +102,8 @@ def _store(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _vector_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+@triton.jit(do_not_specialize=["m"])
+def _vector_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [M, K], rows stride_x apart
     w_ptr,  # [N, K]
     out_ptr,  # [M, N]
@@ -162,8 +162,8 @@ def _vector_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     _store(total, rows, cols, out_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, m, n, SCALED, SCALE_PER_ROW, SCALE_PER_COL)
 
 
-@triton.jit
-def _matrix_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+@triton.jit(do_not_specialize=["m"])
+def _matrix_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # as in _vector_kernel
     w_ptr,
     out_ptr,
