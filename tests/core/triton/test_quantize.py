@@ -24,7 +24,7 @@ def round_trip(x):
 
 
 def test_conversion_without_float8_instructions(device):
-    """All finite codes, the midpoints between them (half to even) and their neighbours, both signs, beyond the range."""
+    """All finite codes, midpoints between them (half to even), their neighbours, both signs, beyond the range."""
     codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     middle = (codes[1:] + codes[:-1]) / 2
     near = torch.cat([torch.nextafter(middle, codes[1:]), torch.nextafter(middle, codes[:-1])])

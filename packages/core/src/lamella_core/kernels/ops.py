@@ -19,18 +19,18 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Root-mean-square norm of x [T, H] (plus residual); with ``out_scale`` [] float32 the result may be float8."""
     if x.is_cuda and triton_kernels.is_available():
-        from lamella_core.kernels.triton import norm
+        from lamella_core.kernels.triton.norm import rms_norm as rms_norm_kernel
 
-        return norm.rms_norm(x, weight, eps, residual, out_scale)
+        return rms_norm_kernel(x, weight, eps, residual, out_scale)
     return cpu_ops.rms_norm(x, weight, eps, residual)
 
 
 def silu_and_mul(gate_up: Tensor, out_scale: Tensor | None = None) -> Tensor:
     """silu(gate) * up of rows [gate, up]: [T, 2I] -> [T, I]; with ``out_scale`` [] float32 the result may be float8."""
     if gate_up.is_cuda and triton_kernels.is_available():
-        from lamella_core.kernels.triton import activation
+        from lamella_core.kernels.triton.activation import silu_and_mul as silu_and_mul_kernel
 
-        return activation.silu_and_mul(gate_up, out_scale)
+        return silu_and_mul_kernel(gate_up, out_scale)
     return cpu_ops.silu_and_mul(gate_up)
 
 
