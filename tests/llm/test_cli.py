@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lamella import LLM, SamplingParams
 from lamella.cli import main as cli
-from lamella.cli.bench import distribution
+from lamella.cli.bench.summary import distribution
 from lamella.cli.doctor import findings
 
 runner = CliRunner()

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from lamella.cli.bench.commands import bench_app
 from lamella_core.errors import ConfigError, LamellaError
 
 app = typer.Typer(
@@ -24,7 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench_app = typer.Typer(help="Measure throughput or latency.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 ModelArgument = Annotated[
@@ -95,84 +95,6 @@ def generate(  # noqa: PLR0913 - one parameter per option
         add_special_tokens=not chat,
     )  # fmt: skip
     run_generate(model, prompts, params, chat=chat, tokenizer=tokenizer, dtype=dtype)
-
-
-_HfConfig = Annotated[
-    Path | None, typer.Option(help="Directory with a config.json; with --load-format dummy no weights are needed.")
-]
-_Model = Annotated[str | None, typer.Option(help="Model to measure: hub id, directory, checkpoint or engine.")]
-_LoadFormat = Annotated[str, typer.Option(help="auto, or dummy: random weights from config.json alone.")]
-_Isl = Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)]
-_Osl = Annotated[int, typer.Option(help="Tokens generated per prompt.", min=1)]
-_Warmup = Annotated[int, typer.Option(help="Requests run before the clock starts.", min=0)]
-_Report = Annotated[Path | None, typer.Option(help="Write everything that was measured to this JSON file.")]
-_BatchSize = Annotated[int | None, typer.Option(help="Requests per step at most.", min=1)]
-_Kernels = Annotated[str | None, typer.Option(help="timed: time the kernels first; default: take the usual ones.")]
-_NumTokens = Annotated[int | None, typer.Option(help="Tokens per step at most.", min=1)]
-
-
-@bench_app.command()
-def throughput(  # noqa: PLR0913 - one parameter per option
-    model: _Model = None,
-    hf_config: _HfConfig = None,
-    load_format: _LoadFormat = "auto",
-    isl: _Isl = 128,
-    osl: _Osl = 64,
-    num_requests: Annotated[int, typer.Option(help="Requests to measure.", min=1)] = 16,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight at once; 0: all.", min=0)] = 0,
-    dtype: DtypeOption = "auto",
-    max_batch_size: _BatchSize = None,
-    max_num_tokens: _NumTokens = None,
-    kernel_selection: _Kernels = None,
-    warmup: _Warmup = 1,
-    report_json: _Report = None,
-) -> None:
-    """Tokens per second with many requests in flight."""
-    from lamella.cli.bench import BenchPlan, run_bench
-
-    source = _bench_source(model, hf_config)
-    run_bench(
-        BenchPlan(
-            mode="throughput", model=source, load_format=load_format, dtype=dtype, isl=isl, osl=osl,
-            num_requests=num_requests, concurrency=concurrency or num_requests, warmup=warmup,
-            max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, kernel_selection=kernel_selection,
-        ),
-        report_json,
-    )  # fmt: skip
-
-
-@bench_app.command()
-def latency(  # noqa: PLR0913 - one parameter per option
-    model: _Model = None,
-    hf_config: _HfConfig = None,
-    load_format: _LoadFormat = "auto",
-    isl: _Isl = 128,
-    osl: _Osl = 64,
-    num_requests: Annotated[int, typer.Option(help="Requests to measure, one after the other.", min=1)] = 5,
-    dtype: DtypeOption = "auto",
-    max_num_tokens: _NumTokens = None,
-    kernel_selection: _Kernels = None,
-    warmup: _Warmup = 1,
-    report_json: _Report = None,
-) -> None:
-    """Time per request and per token with one request at a time."""
-    from lamella.cli.bench import BenchPlan, run_bench
-
-    source = _bench_source(model, hf_config)
-    run_bench(
-        BenchPlan(
-            mode="latency", model=source, load_format=load_format, dtype=dtype, isl=isl, osl=osl,
-            num_requests=num_requests, concurrency=1, warmup=warmup, max_batch_size=1, max_num_tokens=max_num_tokens,
-            kernel_selection=kernel_selection,
-        ),
-        report_json,
-    )  # fmt: skip
-
-
-def _bench_source(model: str | None, hf_config: Path | None) -> str:
-    if (model is None) == (hf_config is None):
-        raise typer.BadParameter("give either --model, or --hf-config (with --load-format dummy)")
-    return model if model is not None else str(hf_config)
 
 
 @app.command()

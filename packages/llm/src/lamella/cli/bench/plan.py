@@ -1,0 +1,138 @@
+"""BenchPlan: what to measure, the defaults that suit the device, and the `LLM` that it asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from lamella.llm import LLM
+from lamella_core.checkpoint.formats import ENGINE_FILE
+from lamella_core.device import resolve_device
+from lamella_core.engine import BuildConfig
+from lamella_core.errors import ConfigError
+from lamella_core.quantization.config import QuantAlgo, QuantConfig, parse_algo
+from lamella_executor import KvCacheConfig, SamplingParams
+
+T = TypeVar("T")
+
+KV_CACHE_DTYPES = {"auto": None, "fp8": QuantAlgo.FP8, "fp8_e4m3": QuantAlgo.FP8}
+STATS_LEN = 1 << 14  # steps that are remembered; a run of more is described by its last ones
+
+_GPU_BATCH_SIZE = 2048  # products are bound by arithmetic long before, and longer steps hide more of the host
+_GPU_NUM_TOKENS = 8192
+_GPU_WARMUP = 256  # requests: enough to meet the kernels of large batches and full prompt chunks
+_WARMUP_OSL = 32
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """What to measure. Fields that are None get a default that suits the device, see `resolved`."""
+
+    mode: str  # "throughput" | "latency"
+    model: str
+    load_format: str
+    dtype: str
+    isl: int  # prompt tokens
+    osl: int  # generated tokens
+    num_requests: int  # latency: runs of ``concurrency`` requests each
+    concurrency: int  # requests in flight
+    config_only: bool = False  # the model is a config.json; the limits may follow the workload
+    quant: str | None = None  # name of a QuantAlgo
+    kv_cache_dtype: str = "auto"
+    device: str = "auto"
+    warmup: int | None = None  # requests before the clock starts; latency: runs
+    max_batch_size: int | None = None
+    max_num_tokens: int | None = None
+    max_seq_len: int | None = None
+    scheduler_policy: str | None = None
+    free_gpu_memory_fraction: float | None = None
+    kernel_selection: str | None = None  # "timed" | "default"
+    seed: int = 0
+    breakdown: bool = True
+
+    def resolved(self) -> BenchPlan:
+        """Returns the plan with a known device, and with defaults for large batches if that is a GPU.
+
+        An engine keeps its own limits.
+
+        Raises:
+            ConfigError: a GPU is asked for and there is none, or an unknown name.
+        """
+        if self.kv_cache_dtype.lower() not in KV_CACHE_DTYPES:
+            raise ConfigError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; allowed: {', '.join(KV_CACHE_DTYPES)}")
+        parse_algo(_algo_name(self.quant), "quant")
+        if self._is_engine:
+            return replace(self, warmup=_given(self.warmup, 1))
+        on_gpu = resolve_device(self.device) == "cuda"
+        is_latency = self.mode == "latency"
+        batch = min(_GPU_BATCH_SIZE, self.concurrency) if on_gpu else None
+        return replace(
+            self,
+            device="cuda" if on_gpu else "cpu",
+            warmup=_given(self.warmup, 1 if is_latency or not on_gpu else min(self.num_requests, _GPU_WARMUP)),
+            max_batch_size=_given(self.max_batch_size, batch),
+            max_num_tokens=_given(self.max_num_tokens, _GPU_NUM_TOKENS if on_gpu else None),
+            max_seq_len=_given(self.max_seq_len, self.isl + self.osl if self.config_only else None),
+            kernel_selection=_given(self.kernel_selection, "timed" if on_gpu else "default"),
+        )
+
+    @property
+    def _is_engine(self) -> bool:
+        return (Path(self.model) / ENGINE_FILE).is_file()
+
+    @property
+    def params(self) -> SamplingParams:
+        """Greedy, to the full length."""
+        return SamplingParams(max_tokens=self.osl, ignore_eos=True)
+
+    @property
+    def warmup_params(self) -> SamplingParams:
+        return SamplingParams(max_tokens=min(self.osl, _WARMUP_OSL), ignore_eos=True)
+
+    def open(self) -> LLM:
+        """Builds or loads the model of a resolved plan and starts serving it, without a tokenizer or prefix reuse.
+
+        Raises:
+            ConfigError: options that contradict each other, the model or the engine.
+            OutOfMemoryError: weights and KV cache do not fit.
+        """
+        fraction, policy = self.free_gpu_memory_fraction, self.scheduler_policy
+        kv = KvCacheConfig(enable_block_reuse=False)
+        llm = LLM(
+            self.model,
+            skip_tokenizer_init=True,
+            load_format=self.load_format,
+            dtype=self.dtype,
+            max_batch_size=self.max_batch_size,
+            max_num_tokens=self.max_num_tokens,
+            max_seq_len=self.max_seq_len,
+            build_config=self._build_config(),
+            quant_config=self._quant_config(),
+            kv_cache_config=kv if fraction is None else replace(kv, free_gpu_memory_fraction=fraction),
+            scheduler_config={"capacity_scheduler_policy": policy.upper()} if policy else None,
+            max_stats_len=STATS_LEN,
+        )
+        built_for = llm.engine.spec.build.device
+        if self.device not in ("auto", built_for):
+            llm.shutdown()
+            raise ConfigError(f"device is {self.device!r}, but the engine was built for {built_for!r}; leave it out")
+        return llm
+
+    def _build_config(self) -> BuildConfig | None:
+        if not self._is_engine:
+            return BuildConfig(device=self.device, kernel_selection=self.kernel_selection or "default")
+        return BuildConfig(kernel_selection=self.kernel_selection) if self.kernel_selection else None
+
+    def _quant_config(self) -> QuantConfig | None:
+        weights = parse_algo(_algo_name(self.quant), "quant")
+        cache = KV_CACHE_DTYPES[self.kv_cache_dtype.lower()]
+        return QuantConfig(quant_algo=weights, kv_cache_quant_algo=cache) if weights or cache else None
+
+
+def _algo_name(quant: str | None) -> str | None:
+    return quant.upper().replace("-", "_") if quant and quant.lower() != "none" else None
+
+
+def _given(value: T | None, default: T | None) -> T | None:
+    return default if value is None else value

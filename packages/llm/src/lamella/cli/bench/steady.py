@@ -1,0 +1,119 @@
+"""A short stretch of a workload in its steady state, seen by the GPU's profiler.
+
+The engine runs in its own thread. The profiler is told to record the GPU only, so it sees what every thread launches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamella.cli.bench.kernels import breakdown, clip, read_trace
+from lamella.cli.bench.plan import BenchPlan
+from lamella.cli.bench.workload import random_prompts
+from lamella.llm import LLM
+from lamella.outputs import RequestOutput
+from lamella_core.errors import LamellaError, RequestError
+from lamella_executor import RequestStatus, SamplingParams
+
+NUM_STEPS = 32
+_START_TIMEOUT_S = 120.0
+_POLL_S = 0.005
+
+
+def staggered(isl: int, osl: int, count: int) -> list[tuple[int, int]]:
+    """Returns (prompt tokens, tokens to generate) of ``count`` requests that look like requests in mid-life.
+
+    Their contexts are spread evenly between ``isl`` and ``isl + osl``, as those of a workload that has run for long.
+    The least advanced come first, so that none ends before the last of them has started.
+    """
+    done = [index * osl // count for index in range(count)]
+    return [(isl + past, osl - past) for past in done]
+
+
+def profile_steps(llm: LLM, plan: BenchPlan, num_running: int) -> dict[str, Any]:
+    """Runs some steps of the workload under the profiler; returns their `breakdown`.
+
+    Args:
+        llm: serves nothing else meanwhile.
+        plan: resolved.
+        num_running: requests that run at once in the steady state.
+
+    Raises:
+        LamellaError: the load did not start, or the profiler saw no kernel.
+    """
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # or kernels inside CUDA graphs are lost after the first session
+    with _profiler():
+        pass  # the first session loads the tracing library, which takes seconds
+    with _steady_load(llm, plan, num_running):
+        with _profiler() as session:
+            first = _iteration(llm)
+            _wait_for(lambda: _iteration(llm) > first + NUM_STEPS, "steps")
+            steps = [s for s in llm.get_stats() if s.iteration > first]
+    events = read_trace(_trace(session))
+    if all(event.is_copy for event in events):
+        raise LamellaError("the profiler recorded no kernel; another tool may hold the GPU's tracing interface")
+    step_s = (steps[-1].timestamp_s - steps[0].timestamp_s) / (len(steps) - 1)
+    window = clip(events, 1e6 * step_s * NUM_STEPS)
+    return {
+        **breakdown(window, NUM_STEPS),
+        "num_running": sum(s.num_running for s in steps) / len(steps),
+        "num_context_tokens": sum(s.num_context_tokens for s in steps) / len(steps),
+    }
+
+
+@contextmanager
+def _steady_load(llm: LLM, plan: BenchPlan, num_running: int) -> Iterator[None]:
+    """Keeps about ``num_running`` requests running; they are gone on exit."""
+    lengths = staggered(plan.isl, plan.osl, num_running)
+    fresh = [(plan.isl, plan.osl)] * num_running
+    outputs: list[RequestOutput] = []
+    try:
+        for index, (isl, osl) in enumerate([*lengths, *fresh]):
+            prompt = random_prompts(llm.engine.spec.model.vocab_size, isl, 1, plan.seed + 1 + index)[0]
+            outputs.append(llm.generate_async(prompt, SamplingParams(max_tokens=osl, ignore_eos=True)))
+        running = outputs[: len(lengths)]
+        _wait_for(lambda: all(output.status is not RequestStatus.QUEUED for output in running), "requests")
+        yield
+    finally:
+        for output in outputs:
+            output.abort()
+        for output in outputs:
+            try:
+                output.result()
+            except RequestError:
+                continue  # the numbers of this run do not depend on how it ends
+
+
+@contextmanager
+def _profiler() -> Iterator[torch.profiler.profile]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as session:
+        yield session
+
+
+def _trace(session: torch.profiler.profile) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        session.export_chrome_trace(str(path))
+        return json.loads(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _iteration(llm: LLM) -> int:
+    stats = llm.get_stats()
+    return stats[-1].iteration if stats else 0
+
+
+def _wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise LamellaError(f"the {what} to be profiled did not come within {_START_TIMEOUT_S:.0f} s")
+        time.sleep(_POLL_S)

@@ -1,0 +1,116 @@
+"""From what was measured to the numbers that are reported; JSON-ready, times in seconds unless named otherwise."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from lamella.cli.bench.plan import BenchPlan
+from lamella.cli.bench.workload import Measured, time_per_output_token
+from lamella.roofline import ModelShape, Roofline, find_hardware
+from lamella_core.config import ModelConfig
+from lamella_core.errors import ConfigError
+from lamella_executor.stats import IterationStats
+
+PERCENTILES = (50, 90, 95, 99)
+
+
+def summarize(measured: Measured, plan: BenchPlan) -> dict[str, Any]:
+    """Returns rates over the wall time, and mean and percentiles of each request's times."""
+    outputs, wall_s = measured.outputs, measured.wall_s
+    metrics = [o.metrics for o in outputs if o.metrics is not None]
+    generated = sum(m.num_output_tokens for m in metrics)
+    prompt = sum(m.num_prompt_tokens for m in metrics)
+    results: dict[str, Any] = {
+        "wall_s": wall_s,
+        "num_requests": len(outputs),
+        "request_throughput": len(outputs) / wall_s,
+        "output_throughput": generated / wall_s,
+        "total_throughput": (generated + prompt) / wall_s,
+        "ttft_s": distribution([m.ttft_s for m in metrics if m.ttft_s is not None]),
+        "tpot_s": distribution([m.itl_mean_s for m in metrics if m.itl_mean_s is not None]),
+        "latency_s": distribution([m.e2e_s for m in metrics]),
+    }
+    if measured.runs:
+        results["runs"] = measured.runs
+        results["time_per_output_token_s"] = time_per_output_token(measured.runs, plan.osl)
+    return results
+
+
+def distribution(values: list[float]) -> dict[str, float] | None:
+    """Returns min, mean, max and the percentiles (linear interpolation); None without values."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    result = {"min": ordered[0], "mean": sum(ordered) / len(ordered), "max": ordered[-1]}
+    for percent in PERCENTILES:
+        place = (len(ordered) - 1) * percent / 100
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        result[f"p{percent}"] = ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return result
+
+
+def summarize_steps(steps: Sequence[IterationStats], *, decode_only: bool = False) -> dict[str, Any] | None:
+    """Returns how the engine's steps were filled and where the loop's time went; None without steps.
+
+    ``forward`` is what the loop waited for the model, ``host`` scheduling, sampling and updates, ``between`` the time
+    from the end of the step before. On a GPU the forward pass runs beside the host, and only a trace can say more.
+
+    Args:
+        steps: consecutive, oldest first.
+        decode_only: times are of the steps that computed no prompt tokens.
+    """
+    pairs = list(zip(steps, steps[1:]))
+    if decode_only:
+        pairs = [pair for pair in pairs if not pair[1].num_context_tokens]
+    if not pairs:
+        return None
+    count = len(pairs)
+    whole = sum(after.timestamp_s - before.timestamp_s for before, after in pairs)
+    forward = sum(after.forward_s for _, after in pairs)
+    busy = sum(after.latency_s for _, after in pairs)
+    return {
+        "num_steps": len(steps),
+        "mean_running": statistics.fmean(s.num_running for s in steps),
+        "median_running": statistics.median(s.num_running for s in steps),
+        "most_running": max(s.num_running for s in steps),
+        "mean_context_tokens": statistics.fmean(s.num_context_tokens for s in steps),
+        "mean_generation_tokens": statistics.fmean(s.num_generation_tokens for s in steps),
+        "num_paused": sum(s.num_paused for s in steps),
+        "most_live_blocks": max(s.num_live_blocks for s in steps),
+        "step_ms": 1e3 * whole / count,
+        "parts_ms": {
+            "forward": 1e3 * forward / count,
+            "host": 1e3 * (busy - forward) / count,
+            "between": 1e3 * max(0.0, whole - busy) / count,
+        },
+    }
+
+
+def against_roofline(
+    results: dict[str, Any], plan: BenchPlan, config: ModelConfig, gpu_name: str | None
+) -> dict[str, Any] | None:
+    """Returns what the GPU allows for this workload and which part of it was reached; None if that is not known."""
+    hardware = find_hardware(gpu_name) if gpu_name else None
+    if hardware is None:
+        return None
+    try:
+        roofline = Roofline(ModelShape.of(config), hardware)
+        if plan.mode == "latency":
+            bound = roofline.step(plan.concurrency, plan.isl + plan.osl / 2)
+            reached = results["time_per_output_token_s"]
+            parts = {"step_s": bound, "fraction": bound / reached if reached else None}
+        else:
+            most = plan.concurrency
+            bound = roofline.serial(plan.isl, plan.osl, most)
+            parts = {
+                "serial_throughput": bound,
+                "overlap_throughput": roofline.overlap(plan.isl, plan.osl, most),
+                "concurrency": roofline.concurrency(plan.isl, plan.osl, most),
+                "fraction": results["output_throughput"] / bound,
+            }
+    except ConfigError as error:
+        return {"hardware": hardware.name, "unknown": str(error)}
+    return {"hardware": hardware.name, "is_measured": hardware.is_measured, **parts}
