@@ -25,6 +25,7 @@ from lamella_core.errors import ConfigError, nearest_name
 from lamella_core.kernels.cpu import ops, reference
 from lamella_core.kernels.cpu.build import native_status
 from lamella_core.kernels.cpu.host import host
+from lamella_core.kernels.fp8 import Fp8Upcast
 from lamella_core.kernels.gpu_matmul import gpu_kernels
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -279,14 +280,14 @@ def _preference(strict: bool) -> list[MatmulPlan]:
     """Plans from the one usually fastest to the one always possible."""
     panels = [_single("native_panels")]
     if strict:
-        return [*panels, _single("native_rows"), _single("torch_tiled"), _single("torch_panels")]
+        return [*panels, _single("native_rows"), _single("torch_tiled"), _single("torch_panels"), _single("fp8_upcast")]
     rows = [
         MatmulPlan("rows", ((FEW_ROWS, "native_rows"), (None, "torch_rows"))),
         _single("torch_rows"),
     ]
     # With bfloat16 dot products in hardware, torch's library outruns float32 arithmetic when rows are many.
     first = [*rows, *panels] if host().has("avx512_bf16", "amx_bf16", "bf16") else [*panels, *rows]
-    return [*first, _single("torch_panels")]
+    return [*first, _single("torch_panels"), _single("fp8_upcast")]
 
 
 def _gpu_plans(dtype: torch.dtype) -> list[MatmulPlan]:
@@ -328,6 +329,7 @@ def _register_builtin() -> None:
         ),
         CpuMatmul("torch_tiled", "rows", True, FLOATS, False, lambda x, w, n, bias: reference.linear_tiled(x, w, bias)),
         CpuMatmul("torch_panels", "panel16", True, FLOATS, False, reference.matmul_panels),
+        Fp8Upcast(),
         *gpu_kernels(),
     )
     for kernel in kernels:
