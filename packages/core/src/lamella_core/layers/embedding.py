@@ -55,7 +55,7 @@ class VocabParallelEmbedding(VocabMatrix):
 
 
 class LMHead(nn.Module):
-    """Hidden states [R, H] -> logits [R, vocab_size] float32, gathered from all ranks.
+    """Hidden states [R, H] -> logits [R, vocab_size], gathered from all ranks.
 
     With ``tied_to`` it owns nothing and multiplies by the embedding's weight.
     """
@@ -73,10 +73,10 @@ class LMHead(nn.Module):
         if bias:
             self.bias = empty_parameter(ShardSpec(dims=((self.rows,),)), config.torch_dtype)
 
-    def forward(self, hidden: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, ctx: ForwardContext, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         holder = self._tied[0] if self._tied else self
         logits = holder.plan.run(hidden, holder.weight, self.rows.padded_length, self.bias)
-        return ctx.tp.all_gather(logits.float(), dim=-1)[:, : self.vocab_size]
+        return ctx.tp.all_gather(logits.to(dtype), dim=-1)[:, : self.vocab_size]
 
 
 class PositionEmbedding(nn.Module):

@@ -115,11 +115,16 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
             return self.norm(hidden, residual)[0]
         return hidden if residual is None else hidden + residual
 
-    def compute_logits(self, hidden: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """Returns logits [R, vocab_size] float32 of rows [R, H] of the last stage's hidden states, on every tp rank."""
+    def compute_logits(
+        self, hidden: torch.Tensor, ctx: ForwardContext, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Returns logits [R, vocab_size] of rows [R, H] of the last stage's hidden states, on every tp rank.
+
+        With the model's own ``dtype`` they are what the output layer computes, without a wider copy.
+        """
         if self.lm_head is None:
             raise ConfigError("this pipeline stage has no output layer: only the last stage computes logits")
-        return self.lm_head(hidden, ctx)
+        return self.lm_head(hidden, ctx, dtype)
 
     def attention_specs(self) -> list[AttentionSpec]:
         """Returns one spec per attention layer of this rank, in layer order: what KV caches are sized from."""

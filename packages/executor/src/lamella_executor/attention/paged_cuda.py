@@ -1,0 +1,186 @@
+"""Paged attention on a device: the KV cache's tensors, and one step's ForwardContext over them.
+
+Legend: T tokens of the step (packed), of which the first D_ belong to sequences that compute one token; N KV blocks of
+P tokens; Hq and Hkv heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lamella_core.context import AttentionSpec, Communicator
+from lamella_core.layers.rotary import Rotation
+from lamella_executor.attention.backend import LayerCall, StepAttention
+from lamella_executor.attention.paged_cpu import LayerWindow
+
+COPY_TILE = 16  # blocks copied at a time: bounds the temporary memory
+
+
+class DeviceKvCache:
+    """Keys and values of every attention layer on a device; owns the memory, which is zero at first.
+
+    Layers of one shape share an allocation. Block N, one more than there are, is scratch: rows that only pad a step
+    write there.
+    """
+
+    def __init__(
+        self,
+        specs: SequenceOf[AttentionSpec],
+        num_blocks: int,
+        tokens_per_block: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.tokens_per_block = tokens_per_block
+        self.dtype = dtype
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._pools: list[Tensor] = []  # [2 * layers, N + 1, Hkv, P, D], as bytes if float8
+        alike: dict[tuple[int, int], list[AttentionSpec]] = defaultdict(list)
+        for spec in specs:
+            alike[spec.num_kv_heads, spec.head_dim].append(spec)
+        for (kv_heads, head_dim), members in alike.items():
+            shape = (2 * len(members), num_blocks + 1, kv_heads, tokens_per_block, head_dim)
+            raw = torch.zeros(shape, dtype=torch.uint8 if dtype.itemsize == 1 else dtype, device=device)
+            self._pools.append(raw)
+            pool = raw.view(dtype)
+            for place, spec in enumerate(members):
+                self._layers[spec.layer_idx] = (pool[2 * place], pool[2 * place + 1])
+
+    @property
+    def scratch_block(self) -> int:
+        return self.num_blocks
+
+    @property
+    def is_float8(self) -> bool:
+        return self.dtype.itemsize == 1
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(pool.nbytes for pool in self._pools)
+
+    def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Returns keys and values of a layer, each [N + 1, Hkv, P, D]."""
+        return self._layers[layer_idx]
+
+    def copy_blocks(self, sources: Tensor, destinations: Tensor) -> None:
+        """Copies whole blocks in every layer; [n] int64 each, on the device.
+
+        No source may also be a destination, and no destination may come twice.
+        """
+        for start in range(0, sources.shape[0], COPY_TILE):
+            source, destination = sources[start : start + COPY_TILE], destinations[start : start + COPY_TILE]
+            for pool in self._pools:
+                pool.index_copy_(1, destination, pool.index_select(1, source))
+
+
+class RopeAndCache(Protocol):
+    """Rotates q [T, Hq, D] and k [T, Hkv, D], and stores k and v at ``slots`` [T] int64; q is rotated in place."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotation: Rotation | None,
+        caches: tuple[Tensor, Tensor],
+        slots: Tensor,
+        kv_scales: Tensor | None,
+    ) -> None: ...
+
+
+class CudaStepContext:
+    """One step's `lamella_core.context.ForwardContext` over a cache on a device."""
+
+    def __init__(
+        self,
+        cache: DeviceKvCache,
+        slots: Tensor,  # [T] int64: block * P + offset, where a token's keys and values go
+        num_decode: int,
+        attention: StepAttention,
+        rope_and_cache: RopeAndCache,
+        windows: dict[int, LayerWindow],
+        tp: Communicator,
+    ) -> None:
+        self._cache = cache
+        self._slots = slots
+        self._num_decode = num_decode
+        self._attention = attention
+        self._rope_and_cache = rope_and_cache
+        self._windows = windows
+        self.tp = tp
+
+    def attend(  # noqa: PLR0913 - as the protocol has it
+        self,
+        spec: AttentionSpec,
+        q: Tensor,  # [T, Hq, D]
+        k: Tensor,  # [T, Hkv, D]
+        v: Tensor,  # [T, Hkv, D]
+        *,
+        rotation: Rotation | None = None,
+        alibi_slopes: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+        kv_scales: Tensor | None = None,
+        out_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Rotates, writes this step's keys and values, then attends over the cache; returns [T, Hq, D]."""
+        caches = self._cache.layer(spec.layer_idx)
+        scales = kv_scales if self._cache.is_float8 else None
+        self._rope_and_cache(q, k, v, rotation, caches, self._slots, scales)
+        call = LayerCall(
+            spec, self._windows[spec.layer_idx], *caches, alibi_slopes, sink_logits, scales, out_scale
+        )  # fmt: skip
+        num_decode = self._num_decode
+        if num_decode == q.shape[0]:
+            return self._attention.decode(q, call)
+        if num_decode == 0:
+            return self._attention.prefill(q, call)
+        parts = self._attention.decode(q[:num_decode], call), self._attention.prefill(q[num_decode:], call)
+        return torch.cat(parts)
+
+
+def torch_rope_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: Rotation | None,
+    caches: tuple[Tensor, Tensor],
+    slots: Tensor,
+    kv_scales: Tensor | None,
+) -> None:
+    """`RopeAndCache` through PyTorch, for devices without triton."""
+    if rotation is not None:
+        rotation.apply_(q, k)
+    for index, (rows, cache) in enumerate(zip((k, v), caches)):
+        size = cache.shape[2]
+        blocks, offsets = slots // size, slots % size
+        if cache.itemsize == 1:
+            wide = rows.float() if kv_scales is None else rows.float() / kv_scales[index]
+            limit = torch.finfo(cache.dtype).max
+            cache.view(torch.uint8)[blocks, :, offsets] = wide.clamp(-limit, limit).to(cache.dtype).view(torch.uint8)
+        else:
+            cache[blocks, :, offsets] = rows.to(cache.dtype)
+
+
+def triton_rope_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: Rotation | None,
+    caches: tuple[Tensor, Tensor],
+    slots: Tensor,
+    kv_scales: Tensor | None,
+) -> None:
+    """`RopeAndCache` in one kernel."""
+    from lamella_core.kernels.triton.rope_cache import rope_and_cache
+
+    cos, sin, rotary_dim, interleaved = None, None, 0, False
+    if rotation is not None:
+        cos, sin = rotation.cos, rotation.sin
+        rotary_dim, interleaved = rotation.rotary_dim, rotation.interleaved
+    rope_and_cache(q, k, v, cos, sin, rotary_dim, interleaved, *caches, slots, kv_scales)

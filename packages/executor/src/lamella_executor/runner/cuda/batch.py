@@ -1,0 +1,181 @@
+"""A step's plan as packed integers: what the host writes, and the device tensors that the step reads.
+
+Legend: T rows of the step, S sequences, of which the first D_ compute one token; L rows whose logits are wanted, R of
+them sampled on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from lamella_executor.attention.backend import AttentionStep, HostLengths
+from lamella_executor.runner.cuda.slots import Slot
+from lamella_executor.runner.cuda.transfer import Inbox
+from lamella_executor.scheduler.plan import ScheduledSequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """Device tensors of one step; all but ``attention.block_tables`` are sections of the inbox, int32."""
+
+    tokens: Tensor  # [T], -1 - row: what the previous step sampled in that row
+    token_slots: Tensor  # [T]
+    positions: Tensor  # [T]
+    attention: AttentionStep
+    logit_rows: Tensor | None  # [L] of T; None: all rows
+    num_logits: int  # L
+    sampled_rows: Tensor | None  # [R] of L; None: all of them
+    sampled_slots: Tensor  # [R]
+    generated: Tensor  # [R], tokens that each sampled sequence has generated so far
+    num_sampled: int  # R
+
+
+def is_decode_only(items: SequenceOf[ScheduledSequence]) -> bool:
+    """Whether each item computes one token and wants its logits."""
+    return all([item.num_tokens == 1 == item.num_logits for item in items])
+
+
+def pack_decode(
+    inbox: Inbox,
+    block_tables: Tensor,
+    items: SequenceOf[ScheduledSequence],
+    slots: SequenceOf[Slot],
+    size: int,
+) -> StepInputs:
+    """Packs a step of one token each, padded to ``size`` rows that belong to the last slot, which is scratch."""
+    step = slots[0].step
+    tokens = [_resolved(item.sequence.token_ids[item.start], slot, step) for item, slot in zip(items, slots)]
+    positions = np.array([item.start for item in items], np.int32)
+    prompts = np.array([slot.num_prompt_tokens for slot in slots], np.int32)
+    contexts = positions + 1
+    sections = (
+        inbox.put(tokens, size),
+        inbox.put([slot.index for slot in slots], size, fill=block_tables.shape[0] - 1),
+        inbox.put(positions, size),
+        inbox.put(contexts, size, fill=1),
+        inbox.put(contexts - prompts, size),
+    )
+    for row, slot in enumerate(slots):
+        slot.row, slot.sampled_step = row, step
+    lengths = HostLengths(contexts, np.ones(len(items), np.int32))
+    return _decode_inputs(sections, block_tables, int(contexts.max()), lengths)
+
+
+def reserve_decode(inbox: Inbox, block_tables: Tensor, size: int, max_context_len: int) -> StepInputs:
+    """Returns where `pack_decode` puts a step of ``size`` rows, for its capture; sends rows that are all padding."""
+    inbox.begin()
+    scratch = block_tables.shape[0] - 1
+    sections = (
+        inbox.put([], size),
+        inbox.put([], size, fill=scratch),
+        inbox.put([], size),
+        inbox.put([], size, fill=1),
+        inbox.put([], size),
+    )
+    inbox.send()
+    return _decode_inputs(sections, block_tables, max_context_len, None)
+
+
+def _decode_inputs(
+    sections: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    block_tables: Tensor,
+    max_context_len: int,
+    host: HostLengths | None,
+) -> StepInputs:
+    tokens, slots, positions, contexts, generated = sections
+    size = tokens.shape[0]
+    attention = AttentionStep(
+        block_tables=block_tables,
+        table_rows=slots,
+        context_lens=contexts,
+        query_start=contexts[:0],
+        num_decode=size,
+        num_tokens=size,
+        max_query_len=1,
+        max_context_len=max_context_len,
+        host=host,
+    )
+    return StepInputs(tokens, slots, positions, attention, None, size, None, slots, generated, size)
+
+
+def pack_mixed(
+    inbox: Inbox, block_tables: Tensor, items: SequenceOf[ScheduledSequence], slots: SequenceOf[Slot]
+) -> StepInputs:
+    """Packs any step; items that compute one token and come first are attended to as decoding ones."""
+    tokens, lengths = _token_ids(items, slots), np.array([item.num_tokens for item in items], np.int32)
+    starts = np.array([item.start for item in items], np.int32)
+    ends = np.cumsum(lengths, dtype=np.int32)  # last row of each item, plus one
+    contexts = starts + lengths
+    indices = np.array([slot.index for slot in slots], np.int32)
+    owners = np.repeat(np.arange(len(items)), lengths)
+    positions = np.arange(len(tokens), dtype=np.int32) + (contexts - ends)[owners]
+    is_long = lengths > 1
+    num_decode = int(is_long.argmax()) if is_long.any() else len(items)
+    decode_end = int(ends[num_decode - 1]) if num_decode else 0
+    attention_sections = (
+        inbox.put(indices),
+        inbox.put(contexts),
+        inbox.put(np.concatenate(([0], ends[num_decode:] - decode_end))),
+    )
+    attention = AttentionStep(
+        block_tables,
+        *attention_sections,
+        num_decode=num_decode,
+        num_tokens=len(tokens),
+        max_query_len=int(lengths[num_decode:].max()) if num_decode < len(items) else 1,
+        max_context_len=int(contexts.max()),
+        host=HostLengths(contexts, lengths),
+    )
+    rows = _LogitRows(items, slots, ends)
+    return StepInputs(
+        tokens=inbox.put(tokens),
+        token_slots=inbox.put(indices[owners]),
+        positions=inbox.put(positions),
+        attention=attention,
+        logit_rows=None if len(rows.logits) == len(tokens) else inbox.put(rows.logits),
+        num_logits=len(rows.logits),
+        sampled_rows=None if len(rows.sampled) == len(rows.logits) else inbox.put(rows.sampled),
+        sampled_slots=inbox.put(indices[rows.items]),
+        generated=inbox.put([contexts[i] - slots[i].num_prompt_tokens for i in rows.items]),
+        num_sampled=len(rows.sampled),
+    )
+
+
+class _LogitRows:
+    """Which rows need logits, and which of those are sampled on the device."""
+
+    def __init__(self, items: SequenceOf[ScheduledSequence], slots: SequenceOf[Slot], ends: np.ndarray) -> None:
+        self.logits: list[int] = []  # rows of the step
+        self.sampled: list[int] = []  # of those rows
+        self.items: list[int] = []  # the item of each sampled row
+        for index, (item, slot) in enumerate(zip(items, slots)):
+            if not item.num_logits:
+                continue
+            end = int(ends[index])
+            self.logits += range(end - item.num_logits, end)
+            if slot.is_device_sampled and item.is_sampled:
+                slot.row, slot.sampled_step = len(self.sampled), slot.step
+                self.sampled.append(len(self.logits) - 1)
+                self.items.append(index)
+
+
+def _token_ids(items: SequenceOf[ScheduledSequence], slots: SequenceOf[Slot]) -> list[int]:
+    """Returns the step's tokens; only an item's last one can be pending."""
+    ids: list[int] = []
+    for item, slot in zip(items, slots):
+        ids += item.sequence.token_ids[item.start : item.end]
+        ids[-1] = _resolved(ids[-1], slot, slot.step)
+    return ids
+
+
+def _resolved(token: int, slot: Slot, step: int) -> int:
+    """Returns a known token as it is, and for a pending one -1 - the row where the previous step sampled it."""
+    if token >= 0:
+        return token
+    if slot.sampled_step != step - 1:
+        raise RuntimeError("a token is pending that the previous step did not sample on the device")
+    return -1 - slot.row
