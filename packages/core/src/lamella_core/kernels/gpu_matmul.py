@@ -101,8 +101,7 @@ def cublas_fp8(x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None)
     if scales.x.numel() == 1 and scales.w.numel() == 1:
         return _scaled_mm(x, w, scales.x, scales.w, bias, scales.out_dtype)
     if scales.out_dtype == torch.bfloat16:
-        x_scale = scales.x.expand(x.shape[0], 1).contiguous()
-        w_scale = scales.w.expand(w.shape[0]).contiguous()[None, :]
+        x_scale, w_scale = _vector(scales.x, x.shape[0])[:, None], _vector(scales.w, w.shape[0])[None, :]
         return _scaled_mm(x, w, x_scale, w_scale, bias, torch.bfloat16)
     one = _one(x.device)
     product = _scaled_mm(x, w, one, one, None, torch.float32).mul_(scales.x).mul_(scales.w)
@@ -113,6 +112,13 @@ def _scaled_mm(
     x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     return torch._scaled_mm(x, w.t(), x_scale, w_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
+
+
+def _vector(scale: Tensor, size: int) -> Tensor:
+    """Returns a scale as ``size`` numbers with the strides of a new tensor, which `torch._scaled_mm` checks."""
+    if scale.numel() == size:
+        return scale.as_strided((size,), (1,))
+    return scale.reshape(()).expand(size).clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache
