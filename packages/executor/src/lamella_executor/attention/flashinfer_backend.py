@@ -34,11 +34,15 @@ def why_no_flashinfer() -> str | None:
     return None
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 class FlashInferAttention:
     """An `AttentionBackend`; owns FlashInfer's workspaces on the device.
 
-    Calls that FlashInfer does not serve go to ``fallback``; which, and why, is logged once. Over a float8 cache decoding
-    computes in float8 (queries are rounded to it as well), prompts in the queries' dtype.
+    Calls that FlashInfer does not serve go to ``fallback``; which, and why, is logged once. Over a float8 cache
+    decoding computes in float8 (queries are rounded to it as well), prompts in the queries' dtype.
 
     Args:
         fallback: serves the rest.
@@ -68,7 +72,7 @@ class FlashInferAttention:
         if reason is not None:
             raise ConfigError(f"attention by FlashInfer was asked for, but {reason}, or choose another backend")
         device = torch.device(device)
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        capability = _capability(device)
         scales = HostScales()
         self.fallback = fallback
         self.decoder = XqaDecode(device, capability, scales) if decode else None

@@ -3,8 +3,9 @@
 Source: `flashinfer.xqa` (FlashInfer 0.6.13 to 0.7). Its conventions, as this module relies on them:
 
 * the page table [S, W] int32 is read as rows that follow each other without gaps, lengths [S, 1] as unsigned 32-bit;
-* scores are ``q.k * q_scale * kv_scale / sqrt(D)`` and the output ``p.v * kv_scale * rcp_out_scale``; the former two may
-  be floats or float32 tensors of one value, the last is a float. Over an unquantized cache ``kv_scale`` is left out;
+* scores are ``q.k * q_scale * kv_scale / sqrt(D)`` and the output ``p.v * kv_scale * rcp_out_scale``; the former two
+  may be floats or float32 tensors of one value, the last is a float. Unless the cache is quantized, ``kv_scale`` is
+  left out;
 * a window of w shows the last w keys, the query's own among them;
 * the counters start as zeros and every launch leaves them so.
 """
