@@ -14,15 +14,18 @@ KINDS = (GEMM, ATTENTION, GLUE, SAMPLING, COPY, OTHER)
 # The first that is found in the kernel's name decides. Rotary and cache writes come before attention, whose words are
 # in their names too; attention before GEMM, for its kernels are built on the same matrix libraries.
 _PATTERNS = (
-    (SAMPLING, r"sampl|argmax|top_?k|top_?p|multinomial|gumbel|philox"),
-    (GLUE, r"rope|rotary|append_?paged|reshape_and_cache|write_kv|rms_?norm|layer_?norm|silu|act_and_mul|quant"),
-    (ATTENTION, r"attention|attn|mha|flash_?fwd|flash::|kvcache_?kernel|merge_?state|xqa|decode_kernel|prefill_kernel"),
-    (GEMM, r"gemm|gemv|matmul|nvjet|cutlass|splitk|scaled_mm|wgmma|skinny|xmma|cublas"),
-    (COPY, r"^memcpy|^memset"),
     (
-        GLUE,
-        r"norm|gelu|embed|gather|scatter|index|elementwise|reduce|cat_?array|copy|fill|prepare|batch|cast|triton_",
+        SAMPLING,
+        r"sampl|argmax|top_?k|top_?p|min_?p_|multinomial|gumbel|philox|^_?(greedy|histogram|thresholds|masses|draw)_",
     ),
+    (GLUE, r"rope|rotary|append_?paged|reshape_and_cache|write_kv|rms_?norm|layer_?norm|silu|act_and_mul|quant"),
+    (
+        ATTENTION,
+        r"attention|attn|mha|xqa|flash_?fwd|flash::|kvcache_?kernel|merge_?states?"
+        r"|^_?(decode|prefill|split|merge|combine)_",
+    ),
+    (GEMM, r"gemm|gemv|matmul|nvjet|cutlass|split_?k_?reduce|scaled_mm|wgmma|xmma|cublas|^_(vector|matrix)_kernel"),
+    (GLUE, r"norm|gelu|embed|gather|scatter|index|elementwise|reduce|cat_?array|copy|fill|prepare|update|cast|triton_"),
 )
 _COMPILED = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _PATTERNS)
 

@@ -23,7 +23,8 @@ def print_report(out: Console, report: dict[str, Any]) -> None:
         out.print(
             f"{steps['num_steps']} steps: {steps['mean_running']:.1f} requests running on "
             f"average, {steps['most_running']} at most; {steps['mean_context_tokens']:.1f} prompt and "
-            f"{steps['mean_generation_tokens']:.1f} generated tokens; {steps['num_paused']} pauses",
+            f"{steps['mean_generation_tokens']:.1f} generated tokens; {steps['num_paused']} pauses; "
+            f"{steps['parts_ms']['host']:.2f} ms of the host in a step of {steps['step_ms']:.2f} ms",
             soft_wrap=True,
         )
 

@@ -55,8 +55,8 @@ def distribution(values: list[float]) -> dict[str, float] | None:
 def summarize_steps(steps: Sequence[IterationStats], *, decode_only: bool = False) -> dict[str, Any] | None:
     """Returns how the engine's steps were filled and where the loop's time went; None without steps.
 
-    ``forward`` is what the loop waited for the model, ``host`` scheduling, sampling and updates, ``between`` the time
-    from the end of the step before. On a GPU the forward pass runs beside the host, and only a trace can say more.
+    ``forward`` is what the loop waited for the model, ``host`` scheduling, launching, sampling and updates, ``between``
+    the time from the end of the step before. On a GPU the model runs beside the host; a trace says what it did.
 
     Args:
         steps: consecutive, oldest first.
@@ -69,7 +69,7 @@ def summarize_steps(steps: Sequence[IterationStats], *, decode_only: bool = Fals
         return None
     count = len(pairs)
     whole = sum(after.timestamp_s - before.timestamp_s for before, after in pairs)
-    forward = sum(after.forward_s for _, after in pairs)
+    forward = sum(after.wait_s for _, after in pairs)
     busy = sum(after.latency_s for _, after in pairs)
     return {
         "num_steps": len(steps),
