@@ -51,7 +51,9 @@ class KvCacheConfig:
     enable_block_reuse: bool = True  # requests that share a prefix share its blocks
     enable_partial_reuse: bool = True  # the matching head of a block that differs later is copied, not recomputed
     max_tokens: int | None = None  # tokens the cache holds
-    free_gpu_memory_fraction: float = 0.9  # of the device memory left after the weights
+    free_gpu_memory_fraction: float = 0.9  # of the device memory left after the weights and the largest step
+    max_gpu_total_bytes: int | None = None  # of the cache, on a GPU
+    gpu_memory_utilization: float | None = None  # of the GPU's memory, for weights, steps and cache together; None: all
     host_memory_bytes: int | None = None  # budget of the cache on a CPU; None: a fraction of the free memory
     tokens_per_block: int | None = None  # None: what the engine was built with
     max_attention_window: int | tuple[int, ...] | None = None
@@ -60,16 +62,13 @@ class KvCacheConfig:
     def __post_init__(self) -> None:
         for name in ("enable_block_reuse", "enable_partial_reuse"):
             _check_flag(f"KvCacheConfig.{name}", getattr(self, name))
-        for name in ("max_tokens", "host_memory_bytes", "tokens_per_block"):
+        for name in ("max_tokens", "host_memory_bytes", "max_gpu_total_bytes", "tokens_per_block"):
             value = getattr(self, name)
             if value is not None and not _is_count(value, 1):
                 raise ConfigError(f"KvCacheConfig.{name} is {value!r}; it must be a positive integer or None")
-        fraction = self.free_gpu_memory_fraction
-        if not isinstance(fraction, int | float) or not 0.0 < fraction <= 1.0:
-            raise ConfigError(
-                f"KvCacheConfig.free_gpu_memory_fraction is {self.free_gpu_memory_fraction!r}; "
-                "it must be above 0 and at most 1"
-            )
+        _check_fraction("KvCacheConfig.free_gpu_memory_fraction", self.free_gpu_memory_fraction)
+        if self.gpu_memory_utilization is not None:
+            _check_fraction("KvCacheConfig.gpu_memory_utilization", self.gpu_memory_utilization)
         window = self.max_attention_window
         if window is not None:
             windows = tuple(window) if isinstance(window, list | tuple) else (window,)
@@ -90,6 +89,11 @@ class KvCacheConfig:
 
 def _is_count(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_fraction(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 < value <= 1.0:
+        raise ConfigError(f"{name} is {value!r}; it must be above 0 and at most 1")
 
 
 def _check_flag(name: str, value: object) -> None:
