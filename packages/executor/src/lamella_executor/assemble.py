@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lamella_core.checkpoint.formats import detect_format
+from lamella_core.device import resolve_device
 from lamella_core.engine import BuildConfig, Engine
 from lamella_core.errors import ConfigError, EngineFormatError
 from lamella_executor.admission import EngineLimits
@@ -15,8 +16,10 @@ from lamella_executor.attention.paged_cpu import LayerWindow, PagedKvCache, laye
 from lamella_executor.config import KvCacheConfig, SchedulerConfig
 from lamella_executor.kv_cache.manager import KvCacheManager
 from lamella_executor.loop import EngineLoop
-from lamella_executor.memory import KvCacheDemand, plan_kv_cache
+from lamella_executor.memory import KvCacheDemand, KvCachePlan, plan_kv_cache
+from lamella_executor.runner.base import Runner
 from lamella_executor.runner.model_runner import ModelRunner
+from lamella_executor.runner.setup import RunnerSetup
 from lamella_executor.sampler.sampler import Sampler
 from lamella_executor.scheduler.scheduler import Scheduler
 from lamella_executor.sequence import RequestState
@@ -46,28 +49,20 @@ def assemble(
     max_batch_size: int | None = None,
     max_num_tokens: int | None = None,
     stats_capacity: int = 1000,
+    attn_backend: str = "auto",
 ) -> ExecutorParts:
     """Loads the model, sizes and reserves the KV cache, and connects the parts; see `GenerationExecutor.create`."""
     engine = _load(engine)
     engine.check_processes(1)
-    warning = engine.check_cpu()
-    if warning is not None:
-        logger.warning("%s", warning)
-    build, config = engine.spec.build, engine.spec.model
-    limits = _limits(engine, max_batch_size, max_num_tokens)
-    model = engine.model()
-    model.set_max_seq_len(limits.max_seq_len)
-    specs = model.attention_specs()
-    windows = layer_windows(specs, _windows(kv_config), kv_config.sink_token_length)
-    window = _widest(windows)
-    tokens_per_block = _tokens_per_block(build, kv_config, limits.max_seq_len)
-    demand = _demand(build, limits, window, kv_config.sink_token_length, tokens_per_block)
-    plan = plan_kv_cache(specs, config.torch_dtype, tokens_per_block, kv_config, demand)
-    logger.info("KV cache: %d blocks of %d tokens, %d bytes", plan.num_blocks, tokens_per_block, plan.num_bytes)
-    is_paged = build.kv_cache_type == "paged"
+    setup = _setup(engine, kv_config, max_batch_size, max_num_tokens)
+    limits, window = setup.limits, _widest(setup.windows)
+    device = engine.spec.build.device
+    runner, plan = _start(engine, setup, attn_backend)
+    logger.info("KV cache: %d blocks of %d tokens, %d bytes", plan.num_blocks, plan.tokens_per_block, plan.num_bytes)
+    is_paged = engine.spec.build.kv_cache_type == "paged"
     kv = KvCacheManager(
         plan.num_blocks,
-        tokens_per_block,
+        plan.tokens_per_block,
         enable_block_reuse=kv_config.enable_block_reuse and is_paged,
         enable_partial_reuse=kv_config.enable_partial_reuse and is_paged,
         window=window,
@@ -77,14 +72,44 @@ def assemble(
         kv,
         max_batch_size=limits.max_batch_size,
         max_num_tokens=limits.max_num_tokens,
-        policy=scheduler_config.capacity_scheduler_policy,
+        policy=scheduler_config.policy_for(device),
         enable_chunked_prefill=scheduler_config.enable_chunked_prefill,
         max_beam_width=limits.max_beam_width,
     )
-    runner = ModelRunner(model, PagedKvCache(specs, plan.num_blocks, tokens_per_block, config.torch_dtype), windows)
     stats = StatsBuffer(stats_capacity)
-    loop = EngineLoop(runner, scheduler, kv, Sampler(config.vocab_size), stats)
+    loop = EngineLoop(runner, scheduler, kv, Sampler(limits.vocab_size), stats)
     return ExecutorParts(loop, limits, stats, scheduler.check_fits)
+
+
+def _setup(
+    engine: Engine, kv_config: KvCacheConfig, max_batch_size: int | None, max_num_tokens: int | None
+) -> RunnerSetup:
+    """Loads the model and resolves what its runner needs to know."""
+    build = engine.spec.build
+    limits = _limits(engine, max_batch_size, max_num_tokens)
+    model = engine.model()
+    model.set_max_seq_len(limits.max_seq_len)
+    specs = model.attention_specs()
+    windows = layer_windows(specs, _windows(kv_config), kv_config.sink_token_length)
+    tokens_per_block = _tokens_per_block(build, kv_config, limits.max_seq_len)
+    demand = _demand(build, limits, _widest(windows), kv_config.sink_token_length, tokens_per_block)
+    return RunnerSetup(model, specs, windows, tokens_per_block, limits, kv_config, demand)
+
+
+def _start(engine: Engine, setup: RunnerSetup, attn_backend: str) -> tuple[Runner, KvCachePlan]:
+    """Returns the runner of the engine's device, its KV cache allocated, and the cache's size."""
+    if engine.spec.build.device == "cuda":
+        from lamella_executor.runner.cuda.start import start_runner  # imports what a CPU has no use for
+
+        resolve_device("cuda")
+        return start_runner(setup, attn_backend)
+    warning = engine.check_cpu()
+    if warning is not None:
+        logger.warning("%s", warning)
+    dtype = engine.spec.model.torch_dtype
+    plan = plan_kv_cache(setup.specs, dtype, setup.tokens_per_block, setup.kv_config, setup.demand)
+    cache = PagedKvCache(setup.specs, plan.num_blocks, setup.tokens_per_block, dtype)
+    return ModelRunner(setup.model, cache, setup.windows), plan
 
 
 def _load(engine: Engine | str | Path) -> Engine:

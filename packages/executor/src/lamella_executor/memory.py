@@ -1,9 +1,10 @@
-"""How large the KV cache becomes, and how much memory this machine has left for it.
+"""How large the KV cache of a CPU becomes, and how much memory this machine has left for it.
 
-On a CPU the default is what ``max_batch_size`` sequences of ``max_seq_len`` tokens need, but no more than
+The default is what ``max_batch_size`` sequences of ``max_seq_len`` tokens need, but no more than
 `DEFAULT_FRACTION` of the memory that is free once the weights are mapped. ``max_tokens`` and ``host_memory_bytes`` of
 `KvCacheConfig` replace the default (the smaller wins); they may claim up to `EXPLICIT_FRACTION`.
-``free_gpu_memory_fraction`` speaks of device memory and has no effect here.
+`lamella_executor.runner.cuda.memory` does the same for a GPU, where ``free_gpu_memory_fraction``,
+``max_gpu_total_bytes`` and ``gpu_memory_utilization`` count, which have no effect here.
 """
 
 from __future__ import annotations
@@ -70,30 +71,35 @@ def plan_kv_cache(
         OutOfMemoryError: what was asked for exceeds the free memory, or not even one block fits.
     """
     free = available_bytes() if free_bytes is None else free_bytes
-    block_bytes = tokens_per_block * sum(2 * s.num_kv_heads * s.head_dim for s in specs) * dtype.itemsize
-    if block_bytes == 0:
+    size = block_bytes(specs, dtype, tokens_per_block)
+    if size == 0:
         return KvCachePlan(num_blocks=1, tokens_per_block=tokens_per_block, block_bytes=0)
-    asked = _asked_blocks(config, tokens_per_block, block_bytes)
+    asked = _asked_blocks(config, tokens_per_block, size)
     if asked:
         knob = min(asked, key=lambda name: asked[name])
         num_blocks, source = asked[knob], f"KvCacheConfig.{knob} is {getattr(config, knob)}"
-        most = int(free * EXPLICIT_FRACTION) // block_bytes
+        most = int(free * EXPLICIT_FRACTION) // size
         if num_blocks > most:
             raise OutOfMemoryError(
-                f"{source}, which takes {num_blocks * block_bytes / _MIB:.0f} MiB of KV cache; {free / _MIB:.0f} MiB "
+                f"{source}, which takes {num_blocks * size / _MIB:.0f} MiB of KV cache; {free / _MIB:.0f} MiB "
                 f"are free and {EXPLICIT_FRACTION:.0%} of them may be used. At most {most * tokens_per_block} tokens "
                 f"fit: lower {knob}"
             )
     else:
         per_sequence = -(-demand.max_resident_tokens // tokens_per_block)
-        num_blocks = min(demand.max_sequences * per_sequence, int(free * DEFAULT_FRACTION) // block_bytes)
+        num_blocks = min(demand.max_sequences * per_sequence, int(free * DEFAULT_FRACTION) // size)
         source = f"{DEFAULT_FRACTION:.0%} of {free / _MIB:.0f} MiB free memory"
     if num_blocks < 1:
         raise OutOfMemoryError(
-            f"{source}, less than one KV block: {tokens_per_block} tokens take {block_bytes} bytes. Raise "
+            f"{source}, less than one KV block: {tokens_per_block} tokens take {size} bytes. Raise "
             "KvCacheConfig.host_memory_bytes, free memory, or lower tokens_per_block"
         )
-    return KvCachePlan(num_blocks, tokens_per_block, block_bytes)
+    return KvCachePlan(num_blocks, tokens_per_block, size)
+
+
+def block_bytes(specs: SequenceOf[AttentionSpec], dtype: torch.dtype, tokens_per_block: int) -> int:
+    """Returns the bytes of one block: keys and values of all of this rank's layers."""
+    return tokens_per_block * sum(2 * s.num_kv_heads * s.head_dim for s in specs) * dtype.itemsize
 
 
 def _asked_blocks(config: KvCacheConfig, tokens_per_block: int, block_bytes: int) -> dict[str, int]:

@@ -234,8 +234,8 @@ class CudaRunner:
     # life
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Records decoding steps as CUDA graphs, or says in the log why they run without.
+    def capture(self, max_rows: int) -> None:
+        """Records decoding steps of up to ``max_rows`` as CUDA graphs, or says in the log why they run without.
 
         Raises:
             OutOfMemoryError: the graphs do not fit.
@@ -243,10 +243,10 @@ class CudaRunner:
         reason = self._why_not_captured()
         if reason is None:
             try:
-                self._graphs.capture(self, capture_sizes(self._limits.max_sequences))
+                self._graphs.capture(self, capture_sizes(max_rows))
             except torch.OutOfMemoryError as error:
                 raise OutOfMemoryError(
-                    f"recording decoding steps of up to {self._limits.max_sequences} sequences found no memory "
+                    f"recording decoding steps of up to {max_rows} sequences found no memory "
                     f"({error}); lower KvCacheConfig.free_gpu_memory_fraction or max_batch_size"
                 ) from error
             except RuntimeError as error:
@@ -263,6 +263,10 @@ class CudaRunner:
         if not parts.ops.is_capturable:
             return "sampling without triton cannot be recorded"
         return why_not_capturable(self._model)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._cache.num_bytes
 
     @property
     def num_graph_sizes(self) -> int:

@@ -1,0 +1,47 @@
+"""Steps of the largest sizes over made-up requests: to measure what they take, and to compile what they use."""
+
+from __future__ import annotations
+
+from lamella_executor.runner.cuda.state import RunnerLimits
+from lamella_executor.sampling_params import SamplingParams
+from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
+from lamella_executor.sequence import RequestState, Sequence
+
+_SHORT = 8  # tokens
+
+
+def dry_plans(limits: RunnerLimits, tokens_per_block: int, scratch_block: int) -> list[StepPlan]:
+    """Returns plans that need no KV block: what they write goes to the scratch block.
+
+    The largest step, half decoding and with rows that the host samples; the same sampled on the device, greedily and
+    not; a single short prompt.
+    """
+    host, greedy = SamplingParams(logprobs=0), SamplingParams()
+    random = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=1)
+    chunks = _largest(limits)
+    short = [min(_SHORT, limits.max_seq_len, limits.max_num_tokens)]
+    steps = ((chunks, host), (chunks, random), (chunks, greedy), (short, greedy))
+    return [
+        StepPlan([_item(length, params, tokens_per_block, scratch_block) for length in lengths])
+        for lengths, params in steps
+    ]
+
+
+def _largest(limits: RunnerLimits) -> list[int]:
+    """Returns the items' lengths of a step with as many tokens and as many sequences as there may be."""
+    longest = min(limits.max_seq_len, limits.max_num_tokens)
+    num_prompts = -(-limits.max_num_tokens // longest)
+    singles = [1] * max(0, limits.max_sequences - num_prompts)
+    left = limits.max_num_tokens - len(singles)
+    prompts = []
+    while left > 0:
+        prompts.append(min(left, longest))
+        left -= prompts[-1]
+    return (singles + prompts)[: limits.max_sequences]
+
+
+def _item(length: int, params: SamplingParams, tokens_per_block: int, scratch_block: int) -> ScheduledSequence:
+    blocks = [scratch_block] * -(-length // tokens_per_block)
+    sequence = Sequence(0, [0] * length, length, blocks=blocks)
+    request = RequestState(0, params, seed=0, end_id=None, max_tokens=1, sequences=[sequence], arrival_s=0.0)
+    return ScheduledSequence(request, sequence, 0, length, 1)

@@ -1,0 +1,200 @@
+"""How a CUDA runner starts: weights to the device, one large step to see what it takes, KV cache, recordings."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
+import torch
+
+from lamella_core.checkpoint.layout import PLAIN_LAYOUT, matmul_weights
+from lamella_core.errors import ConfigError, OutOfMemoryError
+from lamella_core.kernels import triton as triton_kernels
+from lamella_core.layers.parameter import set_parameter
+from lamella_core.models.base import CausalLM
+from lamella_executor.attention.backend import AttentionBackend
+from lamella_executor.attention.paged_cuda import DeviceKvCache
+from lamella_executor.attention.torch_backend import TorchAttention
+from lamella_executor.memory import KvCachePlan, block_bytes
+from lamella_executor.runner.cuda.dry_run import dry_plans
+from lamella_executor.runner.cuda.graphs import capture_sizes
+from lamella_executor.runner.cuda.memory import (
+    DeviceMemory,
+    DeviceNeeds,
+    activation_bytes,
+    graph_bytes,
+    plan_device_memory,
+)
+from lamella_executor.runner.cuda.ops import DeviceOps, TorchOps, TritonOps
+from lamella_executor.runner.cuda.runner import CudaRunner, DeviceParts
+from lamella_executor.runner.cuda.state import RunnerLimits
+from lamella_executor.runner.setup import RunnerSetup
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "torch")
+_MIB = 1 << 20
+
+
+class StartTimes:
+    """How long each phase of a start took."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._seconds[name] = time.monotonic() - started
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())
+        return f"{phases}; {sum(self._seconds.values()):.1f} s in all"
+
+
+def start_runner(
+    setup: RunnerSetup, attn_backend: str = "auto", device: torch.device | str = "cuda"
+) -> tuple[CudaRunner, KvCachePlan]:
+    """Returns a runner that is ready for its first step, and the size of its KV cache.
+
+    Args:
+        setup: the model is moved to the device.
+        attn_backend: one of `ATTENTION_BACKENDS`.
+        device: "cuda"; on "cpu" (tests) memory is not measured, and the cache must be given a size.
+
+    Raises:
+        ConfigError: an unknown backend, or one that this machine lacks.
+        OutOfMemoryError: the engine does not fit on the device; the message has the numbers.
+    """
+    device = torch.device(device)
+    times = StartTimes()
+    with times.phase("weights"):
+        move_weights(setup.model, device)
+    parts = choose_parts(attn_backend, device)
+    limits = RunnerLimits(setup.max_sequences, setup.limits.max_num_tokens, setup.limits.max_seq_len)
+    with times.phase("first step"), torch.inference_mode():
+        workspace, state = _measure(setup, limits, parts)
+    graph_rows = min(setup.limits.max_batch_size, setup.max_sequences)
+    graphs = graph_bytes(setup.model.config, capture_sizes(graph_rows)) if device.type == "cuda" else 0
+    plan = plan_device_memory(
+        DeviceNeeds(setup.model.weight_bytes(), workspace, graphs, state),
+        _device_memory(device),
+        setup.kv_config,
+        setup.demand,
+        block_bytes=block_bytes(setup.specs, setup.cache_dtype, setup.tokens_per_block),
+        tokens_per_block=setup.tokens_per_block,
+    )
+    logger.info("device memory:\n%s", plan.table())
+    with times.phase("KV cache"), _out_of_memory_named("the KV cache, as planned above,"):
+        runner = _make_runner(setup, limits, parts, plan.kv.num_blocks)
+    with times.phase("recording"):
+        runner.capture(min(graph_rows, plan.kv.num_blocks))
+    logger.info("engine start: %s", times)
+    return runner, plan.kv
+
+
+def move_weights(model: CausalLM, device: torch.device) -> None:
+    """Gives a model's parameters and buffers memory on the device; those that are there already stay.
+
+    Raises:
+        OutOfMemoryError: they do not fit.
+        ConfigError: a weight is laid out for a CPU's kernels.
+    """
+    for held in matmul_weights(model):
+        if device.type == "cuda" and held.module.plan.layout != PLAIN_LAYOUT:
+            raise ConfigError(
+                f"{held.name} is laid out as {held.module.plan.layout!r}, for a CPU; build the engine again with "
+                "BuildConfig(device='cuda')"
+            )
+    with _out_of_memory_named(f"{model.weight_bytes() / _MIB:.0f} MiB of weights"):
+        for name, parameter in list(model.named_parameters()):
+            if parameter.device.type != device.type:
+                set_parameter(model, name, parameter.data.to(device, non_blocking=True))
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+
+def choose_parts(attn_backend: str, device: torch.device) -> DeviceParts:
+    """Returns what computes on the device.
+
+    Raises:
+        ConfigError: an unknown backend, or one that this machine lacks.
+    """
+    if attn_backend not in ATTENTION_BACKENDS:
+        raise ConfigError(f"attn_backend is {attn_backend!r}; allowed: {', '.join(ATTENTION_BACKENDS)}")
+    has_triton = triton_kernels.is_available() and device.type == "cuda"
+    if not has_triton and device.type == "cuda":
+        logger.warning("triton is not installed: attention and sampling run through PyTorch, which is slow")
+    ops: DeviceOps = TritonOps() if has_triton else TorchOps()
+    return DeviceParts(_attention(attn_backend, has_triton, device), ops, device)
+
+
+def _attention(name: str, has_triton: bool, device: torch.device) -> AttentionBackend:
+    backend: AttentionBackend = TorchAttention()
+    if has_triton and name != "torch":
+        from lamella_executor.attention.triton_backend import TritonAttention
+
+        backend = TritonAttention()
+    elif name == "triton":
+        raise ConfigError("attn_backend is 'triton', but triton is not installed; install it or use 'auto'")
+    if name == "flashinfer":
+        from lamella_executor.attention.flashinfer_backend import FlashInferAttention
+
+        backend = FlashInferAttention(backend, device)
+    logger.info("attention: %s", backend.name)
+    return backend
+
+
+def _make_runner(setup: RunnerSetup, limits: RunnerLimits, parts: DeviceParts, num_blocks: int) -> CudaRunner:
+    cache = DeviceKvCache(setup.specs, num_blocks, setup.tokens_per_block, setup.cache_dtype, parts.device)
+    return CudaRunner(setup.model, cache, setup.windows, limits, parts)
+
+
+def _measure(setup: RunnerSetup, limits: RunnerLimits, parts: DeviceParts) -> tuple[int, int]:
+    """Runs the largest steps; returns the memory they took, and that of the runner's tables and buffers, in bytes.
+
+    It also compiles the kernels that steps outside recordings use.
+    """
+    if parts.device.type != "cuda":
+        rows = max(limits.max_num_tokens, limits.max_sequences)
+        return activation_bytes(setup.model.config, rows, limits.max_sequences), 0
+    before = torch.cuda.memory_allocated()
+    runner = _make_runner(setup, limits, parts, 1)
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for plan in dry_plans(limits, setup.tokens_per_block, scratch_block=1):
+        runner.launch(plan).collect()
+    peak = torch.cuda.max_memory_allocated()
+    state = held - before - runner.cache_bytes
+    runner.close()
+    return peak - held, state
+
+
+def _device_memory(device: torch.device) -> DeviceMemory:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return DeviceMemory(total, free)
+    from lamella_core.host_memory import available_bytes
+
+    return DeviceMemory(available_bytes(), available_bytes())
+
+
+@contextlib.contextmanager
+def _out_of_memory_named(what: str) -> Iterator[None]:
+    """Turns the device's out-of-memory error into ours."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info()
+        raise OutOfMemoryError(
+            f"{what} found no memory on the device: {free / _MIB:.0f} of {total / _MIB:.0f} MiB are free ({error}). "
+            "Free memory that other processes hold, or lower KvCacheConfig.free_gpu_memory_fraction, max_num_tokens or "
+            "max_batch_size"
+        ) from error

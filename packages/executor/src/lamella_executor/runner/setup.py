@@ -1,0 +1,42 @@
+"""RunnerSetup: what a runner is made from, whatever the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+
+from lamella_core.context import AttentionSpec
+from lamella_core.models.base import CausalLM
+from lamella_core.quantization.config import QuantAlgo
+from lamella_executor.admission import EngineLimits
+from lamella_executor.attention.paged_cpu import LayerWindow
+from lamella_executor.config import KvCacheConfig
+from lamella_executor.memory import KvCacheDemand
+
+
+@dataclass(frozen=True)
+class RunnerSetup:
+    """An engine's model and limits, resolved."""
+
+    model: CausalLM
+    specs: SequenceOf[AttentionSpec]
+    windows: dict[int, LayerWindow]
+    tokens_per_block: int
+    limits: EngineLimits
+    kv_config: KvCacheConfig
+    demand: KvCacheDemand
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of keys and values on a GPU."""
+        if self.model.config.quantization.kv_cache_quant_algo is QuantAlgo.FP8:
+            return torch.float8_e4m3fn
+        return self.model.config.torch_dtype
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences of one step at most: samples, or beams."""
+        limits = self.limits
+        return min(limits.max_batch_size * limits.max_beam_width, limits.max_num_tokens)
