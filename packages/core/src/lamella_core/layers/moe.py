@@ -44,6 +44,8 @@ class TopKRouter(nn.Module):
 class GatedExperts(nn.Module):
     """The gated MLPs of this rank's experts, stacked: parameters [experts on this rank, out, in]."""
 
+    waits_for_device = True  # the loop over experts reads how many tokens each of them got
+
     def __init__(self, config: ModelConfig, num_experts: int, inner: int, *, name: str) -> None:
         super().__init__()
         mapping = config.mapping
