@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lamella_core.checkpoint.formats import detect_format
-from lamella_core.checkpoint.native import load_checkpoint, read_checkpoint_config
+from lamella_core.checkpoint.native import read_checkpoint_config
 from lamella_core.config import ModelConfig
 from lamella_core.hf_config import HfConfig, read_hf_config
 from lamella_core.hub import resolve_model_dir
@@ -29,6 +29,7 @@ class AutoConfig:
         dir_or_id: PathOrId,
         dtype: str | torch.dtype = "auto",
         mapping: Mapping | None = None,
+        quant_config: QuantConfig | None = None,
         trust_remote_code: bool = False,
         **overrides: Any,
     ) -> ModelConfig:
@@ -38,6 +39,7 @@ class AutoConfig:
             dir_or_id: local directory with a config.json, or a hub id.
             dtype: "float32", "float16", "bfloat16"; "auto" takes what config.json says.
             mapping: how the model is spread over ranks; by default one rank.
+            quant_config: how to quantize; weights that are quantized say so themselves, and may not contradict it.
             trust_remote_code: accepted for ported scripts and without effect: nothing of the repository is executed.
             overrides: values that replace those of config.json, under its names or `ModelConfig`'s.
 
@@ -48,7 +50,7 @@ class AutoConfig:
         """
         directory = resolve_model_dir(dir_or_id, weights=False)
         model_class, hf = _inspect(directory, overrides)
-        return hf.resolve(model_class.config_class, dtype=dtype, mapping=mapping)
+        return hf.resolve(model_class.config_class, dtype=dtype, mapping=mapping, quantization=quant_config)
 
 
 class AutoModelForCausalLM:
@@ -77,6 +79,7 @@ class AutoModelForCausalLM:
         quant_config: QuantConfig | None = None,
         load_format: str = "auto",
         trust_remote_code: bool = False,
+        device: str = "cpu",
         **overrides: Any,
     ) -> CausalLM:
         """Returns this rank's model with the weights of a Hugging Face directory or hub id.
@@ -85,17 +88,18 @@ class AutoModelForCausalLM:
         """
         directory = resolve_model_dir(dir_or_id, weights=load_format != "dummy")
         model_class, _ = _inspect(directory, {})
-        return model_class.from_hugging_face(directory, dtype, mapping, quant_config, load_format, **overrides)
+        return model_class.from_hugging_face(directory, dtype, mapping, quant_config, load_format, device, **overrides)
 
     @staticmethod
-    def from_checkpoint(directory: PathOrId, rank: int = 0) -> CausalLM:
-        """Returns the model of a Lamella checkpoint directory as ``rank`` holds it.
+    def from_checkpoint(directory: PathOrId, rank: int = 0, device: str = "cpu") -> CausalLM:
+        """Returns the model of a Lamella checkpoint directory as ``rank`` holds it, on ``device``.
 
         Raises:
             CheckpointError: files are missing, damaged or do not fit the configuration.
+            ConfigError: no such device.
         """
         model_class, _ = read_checkpoint_config(Path(directory), rank)
-        return load_checkpoint(model_class, Path(directory), rank)
+        return model_class.from_checkpoint(directory, rank, device)
 
 
 def _inspect(directory: Path, overrides: dict[str, Any]) -> tuple[type[CausalLM], HfConfig]:

@@ -22,6 +22,7 @@ from lamella_core.errors import CheckpointError, ConfigError, UnsupportedModelEr
 from lamella_core.layers.activation import get_activation
 from lamella_core.mapping import Mapping
 from lamella_core.quantization.config import QuantConfig
+from lamella_core.quantization.hugging_face import QUANT_FILE, combined, read_quantization
 from lamella_core.rope_config import ROPE_PARAMETERS, RopeConfig
 
 C = TypeVar("C", bound=ModelConfig)
@@ -42,12 +43,18 @@ class HfConfig:
     """
 
     def __init__(
-        self, data: dict[str, Any], where: str, overrides: dict[str, Any] | None = None, generation: Any = None
+        self,
+        data: dict[str, Any],
+        where: str,
+        overrides: dict[str, Any] | None = None,
+        generation: Any = None,
+        quantization: dict[str, Any] | None = None,
     ) -> None:
         self.where = where
         self._data = data
         self._overrides = dict(overrides or {})
         self._generation = generation if isinstance(generation, dict) else {}
+        self._quantization = quantization
         self._read: set[str] = set()
         names = data.get("architectures")
         if CHECKPOINT_KEY in data:
@@ -233,14 +240,16 @@ class HfConfig:
     ) -> C:
         """Returns the configuration of the architecture, overrides included.
 
+        Args:
+            config_class: of the architecture.
+            dtype: of the weights.
+            mapping: how the model is spread over ranks; by default one rank.
+            quantization: what the user wants; weights that are quantized say so themselves.
+
         Raises:
             ConfigError: contradictory or unsupported values, or an override that the architecture does not know.
         """
-        if self._data.get("quantization_config"):
-            raise ConfigError(
-                f"{self.where}: the weights are quantized (quantization_config), which cannot be read; "
-                "use the unquantized model"
-            )
+        own = read_quantization(self._data, self._quantization, self.where)
         stored = self._data.get("dtype") or self._data.get("torch_dtype")
         types = config_class.hf_model_types
         config = config_class(
@@ -249,7 +258,7 @@ class HfConfig:
             model_type=self.model_type if self.model_type in types else types[0],
             dtype=resolve_dtype(dtype, stored),
             mapping=mapping or Mapping(),
-            quantization=quantization or QuantConfig(),
+            quantization=combined(own, quantization, self.where),
         )
         return replace(config, **self._field_overrides(config_class))
 
@@ -265,7 +274,7 @@ class HfConfig:
 
 
 def read_hf_config(directory: str | os.PathLike[str], overrides: MappingABC[str, Any] | None = None) -> HfConfig:
-    """Reads the config.json (and generation_config.json) of a directory.
+    """Reads the config.json (and generation_config.json, hf_quant_config.json) of a directory.
 
     Raises:
         CheckpointError: config.json is missing or is not a JSON object.
@@ -274,13 +283,11 @@ def read_hf_config(directory: str | os.PathLike[str], overrides: MappingABC[str,
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: {path.parent} is not a Hugging Face model directory")
-    generation = Path(directory) / "generation_config.json"
-    return HfConfig(
-        read_json_object(path),
-        str(path),
-        dict(overrides or {}),
-        read_json_object(generation) if generation.is_file() else None,
+    generation, quantization = (
+        read_json_object(path.with_name(name)) if path.with_name(name).is_file() else None
+        for name in ("generation_config.json", QUANT_FILE)
     )
+    return HfConfig(read_json_object(path), str(path), dict(overrides or {}), generation, quantization)
 
 
 def _first_given(*values: Any) -> Any:

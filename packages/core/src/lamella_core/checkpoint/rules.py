@@ -20,6 +20,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+SCALE_LEAVES = {"weight_scale": "weight_scale", "activation_scale": "input_scale"}  # parameter -> beside the weight
+KV_SCALES = "kv_scales"
+_RUNTIME_SCALES = ("*.k_scale", "*.v_scale", "*.q_scale", "*.prob_scale", "*.output_scale", "*.prob_output_scale")
+_WEIGHT = ".weight"
+
 _PLACEHOLDER = re.compile(r"\{([ie])\}")
 
 
@@ -69,6 +74,35 @@ class WeightRule:
 def is_ignored(name: str, patterns: Iterable[str]) -> bool:
     """Whether a source tensor may be left unread: ``name`` matches one of the shell-style ``patterns``."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def scale_name(weight: str, leaf: str) -> str:
+    """Returns where a checkpoint keeps the "weight_scale" or "input_scale" of a source tensor ``weight``."""
+    return f"{weight.removesuffix(_WEIGHT)}.{leaf}" if weight.endswith(_WEIGHT) else f"{weight}_{leaf}"
+
+
+def weight_of_scale(name: str) -> str | None:
+    """Returns the weight that a scale belongs to, inverse of `scale_name`; None if ``name`` is no scale."""
+    for leaf in SCALE_LEAVES.values():
+        if name.endswith(f".{leaf}"):
+            return name.removesuffix(leaf) + "weight"
+        if name.endswith(f"_{leaf}"):
+            return name.removesuffix(f"_{leaf}")
+    return None
+
+
+def kv_scale_names(projection: str, key: str) -> list[str]:
+    """Returns where a checkpoint may keep the scale of keys (``key`` "k") or values ("v") in the cache.
+
+    ``projection`` is the weight of the projection that makes them.
+    """
+    module = projection.removesuffix(_WEIGHT)
+    return [f"{owner}.{key}_scale" for owner in (module, module.rpartition(".")[0])]
+
+
+def is_runtime_scale(name: str) -> bool:
+    """Whether a tensor is the scale of a value that only exists while the model runs."""
+    return is_ignored(name, _RUNTIME_SCALES)
 
 
 def _fill(pattern: str, index: int | None, expert: int | None) -> str:

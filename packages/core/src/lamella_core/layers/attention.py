@@ -8,11 +8,15 @@ from torch import nn
 from lamella_core.config import ModelConfig
 from lamella_core.context import AttentionSpec, ForwardContext
 from lamella_core.layers.linear import QKVParallelLinear, RowParallelLinear
+from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.rotary import Rotation
+from lamella_core.layers.sharding import replicated
 
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023), heads split over the tensor-parallel ranks: [T, H] -> [T, H].
+
+    With a float8 KV cache ``kv_scales`` [2] float32 are what keys and values are divided by before they are rounded.
 
     Args:
         config: of the whole model.
@@ -54,6 +58,8 @@ class Attention(nn.Module):
             config=config,
             name=f"{name}.o_proj",
         )
+        quantized = config.quantization.kv_cache_quant_algo is not None
+        self.kv_scales: Parameter | None = empty_parameter(replicated(2), torch.float32) if quantized else None
 
     @property
     def input_scale(self) -> torch.Tensor | None:
@@ -64,5 +70,5 @@ class Attention(nn.Module):
         """Returns [T, H]; ``rotation`` is None where positions enter in another way."""
         spec, tokens = self.spec, x.shape[0]
         q, k, v = self.qkv_proj(x, ctx).view(tokens, sum(self.heads), spec.head_dim).split_with_sizes(self.heads, dim=1)
-        out = ctx.attend(spec, q, k, v, rotation=rotation, out_scale=self.o_proj.input_scale)
+        out = ctx.attend(spec, q, k, v, rotation=rotation, kv_scales=self.kv_scales, out_scale=self.o_proj.input_scale)
         return self.o_proj(out.reshape(tokens, spec.num_heads * spec.head_dim), ctx)

@@ -26,6 +26,8 @@ class Linear(nn.Module):
     """
 
     weight: Parameter
+    weight_scale: Parameter  # of quantized weights, see their method
+    activation_scale: Parameter  # of inputs that are quantized with a scale known beforehand
     bias: Parameter | None
     plan: MatmulPlan
 
@@ -47,9 +49,15 @@ class Linear(nn.Module):
         self.experts = experts
         self.in_features_local = in_section.padded_length
         self.out_features_local = sum(s.padded_length for s in self.out_sections)
-        self.method: LinearMethod = linear_method(config.quantization, name)
+        self.method: LinearMethod = linear_method(config, name)
         self.method.create_weights(self)
         self.bias = empty_parameter(ShardSpec(dims=(self.out_sections,)), self.dtype) if bias else None
+
+    @property
+    def weight_shard(self) -> ShardSpec:
+        """Of weights [out, in] on this rank, or [experts, out, in]."""
+        stack = () if self.experts is None else ((self.experts,),)
+        return ShardSpec(dims=(*stack, self.out_sections, (self.in_section,)), stacked_experts=bool(stack))
 
     @property
     def input_scale(self) -> torch.Tensor | None:

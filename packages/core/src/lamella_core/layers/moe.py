@@ -6,6 +6,8 @@ products, so that in float32 it does not depend on the tokens computed with it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -16,12 +18,16 @@ from lamella_core.layers.activation import gated
 from lamella_core.layers.linear import Linear, ReplicatedLinear
 from lamella_core.layers.mlp import FeedForward
 from lamella_core.layers.sharding import Section, fused, split, whole
+from lamella_core.quantization.config import QuantConfig
 
 MOST_EXPERTS = 10_000
 
 
 class TopKRouter(nn.Module):
-    """Softmax over all experts in float32, the ``top_k`` largest, optionally rescaled to sum to one."""
+    """Softmax over all experts in float32, the ``top_k`` largest, optionally rescaled to sum to one.
+
+    It is never quantized: it is small, and another choice of experts changes more than any rounding.
+    """
 
     def __init__(
         self, config: ModelConfig, num_experts: int, top_k: int, *, name: str, renormalize: bool = True
@@ -31,7 +37,8 @@ class TopKRouter(nn.Module):
         check_integer("num_experts_per_tok", top_k, 1, num_experts, " (the number of experts)")
         self.top_k = top_k
         self.renormalize = renormalize
-        self.gate = ReplicatedLinear(config.hidden_size, num_experts, False, config=config, name=f"{name}.gate")
+        plain = replace(config, quantization=QuantConfig())
+        self.gate = ReplicatedLinear(config.hidden_size, num_experts, False, config=plain, name=f"{name}.gate")
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns expert numbers [T, top_k] int64 and their float32 weights [T, top_k]."""

@@ -17,14 +17,17 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from lamella_core import placement
 from lamella_core.checkpoint.loader import load_weights
 from lamella_core.checkpoint.native import load_checkpoint, save_checkpoint
 from lamella_core.checkpoint.rules import WeightRule
 from lamella_core.config import ModelConfig
 from lamella_core.context import AttentionSpec, ForwardContext
+from lamella_core.device import resolve_device
 from lamella_core.errors import ConfigError
 from lamella_core.hf_config import read_hf_config
 from lamella_core.hub import resolve_model_dir
+from lamella_core.kernels.matmul import planning_for
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.embedding import LMHead, VocabParallelEmbedding
 from lamella_core.layers.norm import Norm
@@ -32,6 +35,7 @@ from lamella_core.layers.rotary import Rotation, RotaryEmbedding
 from lamella_core.mapping import Mapping
 from lamella_core.models._dummy import fill_dummy
 from lamella_core.quantization.config import QuantConfig
+from lamella_core.quantization.hugging_face import loadable
 
 L = TypeVar("L", bound="CausalLM")
 
@@ -163,10 +167,33 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
             rules = [*tied, *(rule for rule in rules if rule.target not in ends)]
         return rules
 
+    @property
+    def device(self) -> str:
+        """Where the weights are: "cpu" or "cuda"; "meta" if they have no memory."""
+        return next(self.parameters()).device.type
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What torch's ``to``, ``cuda`` and the like do; kernels of another device are replaced by default ones."""
+        result = super()._apply(fn, recurse)
+        placement.replan(self)
+        return result
+
     @classmethod
-    def empty(cls: type[L], config: ModelConfig) -> L:
-        """Returns the model with parameters that have shape, dtype and shard but no memory (meta device)."""
-        return cls._construct(config)
+    def empty(cls: type[L], config: ModelConfig, device: str = "cpu") -> L:
+        """Returns the model with parameters that have shape, dtype and shard but no memory (meta device).
+
+        Its kernels are those for ``device``, where the parameters will be.
+        """
+        with planning_for(device):
+            return cls._construct(config)
+
+    @classmethod
+    def dummy(cls: type[L], config: ModelConfig, device: str = "cpu") -> L:
+        """Returns the model with dummy weights, as ``Model(config)`` does, made on "cpu" or "cuda"."""
+        model = cls.empty(config, device)
+        placement.check_room(model, device)
+        fill_dummy(model, device)
+        return model
 
     @classmethod
     def from_hugging_face(
@@ -176,6 +203,7 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         mapping: Mapping | None = None,
         quant_config: QuantConfig | None = None,
         load_format: str = "auto",
+        device: str = "cpu",
         **overrides: Any,
     ) -> L:
         """Returns this rank's model with the weights of a Hugging Face directory or hub id.
@@ -184,15 +212,19 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
             dir_or_id: local directory, or a hub id that is downloaded.
             dtype: of the weights; "auto" takes what config.json says.
             mapping: which shard this rank holds; by default everything.
-            quant_config: how linears are quantized; by default not at all.
+            quant_config: how to quantize; by default as the weights are. Weights that are not quantized yet are as they
+                are read; those that are may not contradict it.
             load_format: "auto" reads the weights, "dummy" makes random ones from config.json alone.
+            device: "cpu", "cuda", or "auto" for the GPU if this machine has one; weights are read straight onto it.
             overrides: fields of the configuration to replace.
 
         Raises:
-            ConfigError: an unknown override or load format, or a config.json that contradicts itself.
+            ConfigError: an unknown override or load format, a config.json that contradicts itself, or no such device.
             CheckpointError: files are missing, damaged or do not fit the model.
+            OutOfMemoryError: the GPU has no room for the weights.
             UnsupportedModelError: the directory holds another architecture than this class implements.
         """
+        device = resolve_device(device)
         if load_format not in ("auto", "dummy"):
             raise ConfigError(f"load_format is {load_format!r}; allowed: 'auto', 'dummy'")
         directory = resolve_model_dir(dir_or_id, weights=load_format == "auto")
@@ -200,19 +232,21 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         hf.require_architecture(cls.architectures, cls.__name__)
         config = hf.resolve(cls.config_class, dtype=dtype, mapping=mapping, quantization=quant_config)
         if load_format == "dummy":
-            return cls(config)
-        model = cls.empty(config)
-        load_weights(model, directory)
+            return cls.dummy(config, device)
+        model = cls.empty(loadable(config), device)
+        placement.check_room(model, device)
+        load_weights(model, directory, device=device)
         return model
 
     @classmethod
-    def from_checkpoint(cls: type[L], directory: str | os.PathLike[str], rank: int = 0) -> L:
-        """Returns the model of a Lamella checkpoint directory as ``rank`` holds it.
+    def from_checkpoint(cls: type[L], directory: str | os.PathLike[str], rank: int = 0, device: str = "cpu") -> L:
+        """Returns the model of a Lamella checkpoint directory as ``rank`` holds it, on ``device``.
 
         Raises:
             CheckpointError: files are missing, damaged or do not fit the model.
+            ConfigError: no such device.
         """
-        return load_checkpoint(cls, Path(directory), rank)
+        return load_checkpoint(cls, Path(directory), rank, resolve_device(device))
 
     def save_checkpoint(self, directory: str | os.PathLike[str]) -> None:
         """Writes this rank's weights and the configuration as a Lamella checkpoint directory."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import fnmatch
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from lamella_core.errors import ConfigError
-from lamella_core.quantization.config import QuantAlgo, QuantConfig
+from lamella_core.quantization.config import QuantAlgo
+from lamella_core.quantization.modules import is_excluded
 
 if TYPE_CHECKING:
+    from lamella_core.config import ModelConfig
     from lamella_core.layers.linear import Linear
 
 # Where each scheme's LinearMethod lives; imported when a model asks for it.
 _METHODS: dict[QuantAlgo | None, tuple[str, str]] = {
     None: ("lamella_core.quantization.unquantized", "Unquantized"),
+    QuantAlgo.FP8: ("lamella_core.quantization.fp8", "Fp8PerTensor"),
+    QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN: ("lamella_core.quantization.fp8", "Fp8PerChannel"),
 }
 
 
@@ -44,17 +47,18 @@ class LinearMethod(Protocol):
         ...
 
 
-def linear_method(config: QuantConfig, name: str) -> LinearMethod:
+def linear_method(config: ModelConfig, name: str) -> LinearMethod:
     """Returns the method for the linear called ``name`` (dotted path in the model).
 
     Raises:
-        ConfigError: the configured scheme has no implementation.
+        ConfigError: the configured scheme has no implementation, or leaves out a part of a fused projection.
     """
-    algo = config.quant_algo
-    if algo is not None and any(fnmatch.fnmatchcase(name, pattern) for pattern in config.exclude_modules):
+    quantization = config.quantization
+    algo = quantization.quant_algo
+    if algo is not None and is_excluded(config, name):
         algo = None
     if algo not in _METHODS:
         known = ", ".join(a.value if a else "none" for a in _METHODS)
         raise ConfigError(f"quant_algo {algo.value if algo else None} cannot run yet; available: {known}")
     module, attribute = _METHODS[algo]
-    return getattr(import_module(module), attribute)()
+    return getattr(import_module(module), attribute)(quantization)

@@ -8,7 +8,7 @@ import torch
 
 from lamella_core.kernels.matmul import default_plan
 from lamella_core.layers.parameter import empty_parameter
-from lamella_core.layers.sharding import ShardSpec
+from lamella_core.quantization.config import QuantConfig
 
 if TYPE_CHECKING:
     from lamella_core.layers.linear import Linear
@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 class Unquantized:
     """weight [out, in] (or [experts, out, in]), row-major until a builder lays it out for a kernel."""
 
+    def __init__(self, config: QuantConfig) -> None:
+        pass
+
     def create_weights(self, layer: Linear) -> None:
-        stack = () if layer.experts is None else ((layer.experts,),)
-        shard = ShardSpec(
-            dims=(*stack, layer.out_sections, (layer.in_section,)), stacked_experts=layer.experts is not None
-        )
-        layer.weight = empty_parameter(shard, layer.dtype)
+        layer.weight = empty_parameter(layer.weight_shard, layer.dtype)
         layer.plan = default_plan(
             layer.dtype,
             layer.out_features_local,
