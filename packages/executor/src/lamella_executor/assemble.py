@@ -39,6 +39,7 @@ class ExecutorParts:
     limits: EngineLimits
     stats: StatsBuffer
     check_fits: Callable[[RequestState], None]
+    close: Callable[[], None] | None = None  # gives back a device's memory; nothing may be running
 
 
 def assemble(
@@ -78,7 +79,7 @@ def assemble(
     )
     stats = StatsBuffer(stats_capacity)
     loop = EngineLoop(runner, scheduler, kv, Sampler(limits.vocab_size), stats)
-    return ExecutorParts(loop, limits, stats, scheduler.check_fits)
+    return ExecutorParts(loop, limits, stats, scheduler.check_fits, getattr(runner, "close", None))
 
 
 def _setup(

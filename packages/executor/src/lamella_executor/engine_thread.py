@@ -43,8 +43,16 @@ class EngineThread:
     holds, or was sent, fails with EngineDeadError.
     """
 
-    def __init__(self, loop: Loop, mailbox: Mailbox) -> None:
+    def __init__(self, loop: Loop, mailbox: Mailbox, close: Callable[[], None] | None = None) -> None:
+        """Starts it.
+
+        Args:
+            loop: driven by the thread alone.
+            mailbox: where its commands come from.
+            close: gives back what the loop's parts hold beside host memory; called by the thread at its end.
+        """
         self._mailbox = mailbox
+        self._close = close
         self._thread = threading.Thread(
             target=_run, args=(loop, mailbox, self._ended), name=f"lamella-engine-{next(_numbers)}", daemon=True
         )
@@ -72,6 +80,9 @@ class EngineThread:
 
     def _ended(self) -> None:
         atexit.unregister(self.stop)
+        close, self._close = self._close, None
+        if close is not None:
+            close()
 
 
 def _run(loop: Loop, mailbox: Mailbox, ended: Callable[[], None]) -> None:

@@ -41,6 +41,7 @@ class GenerationExecutor:
         *,
         stats: StatsBuffer | None = None,
         check_fits: Callable[[RequestState], None] | None = None,
+        close: Callable[[], None] | None = None,
     ) -> None:
         """Starts the thread around a loop made elsewhere; users call `create`.
 
@@ -49,13 +50,14 @@ class GenerationExecutor:
             limits: checked before a request is accepted.
             stats: the buffer that the loop fills.
             check_fits: raises RequestError for a request whose KV cache can never fit; called on submitting threads.
+            close: called once by the engine's thread when it ends; gives back a device's memory.
         """
         self._limits = limits
         self._stats = stats or StatsBuffer()
         self._check_fits = check_fits
         self._ids = itertools.count(1)
         self._mailbox = Mailbox()
-        self._thread = EngineThread(loop, self._mailbox)
+        self._thread = EngineThread(loop, self._mailbox, close)
         self._finalizer = weakref.finalize(self, self._thread.request_stop)
         self._finalizer.atexit = False  # EngineThread has its own, which waits
 
@@ -69,6 +71,7 @@ class GenerationExecutor:
         max_batch_size: int | None = None,
         max_num_tokens: int | None = None,
         stats_capacity: int = 1000,
+        attn_backend: str = "auto",
     ) -> GenerationExecutor:
         """Loads an engine, allocates its KV cache and starts serving.
 
@@ -79,11 +82,12 @@ class GenerationExecutor:
             max_batch_size: lowers the engine's own limit.
             max_num_tokens: lowers the engine's own limit of tokens per step.
             stats_capacity: iterations that `get_stats` remembers.
+            attn_backend: on a GPU: "triton", "flashinfer" (``pip install 'lamella[cuda]'``), "torch" (slow), or "auto".
 
         Raises:
             CheckpointError: the directory is no engine, or is damaged.
             ConfigError: options contradict the engine.
-            OutOfMemoryError: the KV cache does not fit in memory, or is too small for one token.
+            OutOfMemoryError: weights or KV cache do not fit in memory, or the cache is too small for one token.
         """
         for name, value, kind in (
             ("kv_cache_config", kv_cache_config, KvCacheConfig),
@@ -102,8 +106,9 @@ class GenerationExecutor:
             max_batch_size=max_batch_size,
             max_num_tokens=max_num_tokens,
             stats_capacity=stats_capacity,
+            attn_backend=attn_backend,
         )
-        return cls(parts.loop, parts.limits, stats=parts.stats, check_fits=parts.check_fits)
+        return cls(parts.loop, parts.limits, stats=parts.stats, check_fits=parts.check_fits, close=parts.close)
 
     @property
     def limits(self) -> EngineLimits:

@@ -275,9 +275,13 @@ class CudaRunner:
 
     def close(self) -> None:
         """Waits for what was launched and gives the device's memory back; the runner cannot be used afterwards."""
-        if self._parts.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        self._graphs.clear()
-        del self._model, self._cache, self._state
-        if self._parts.device.type == "cuda":
-            torch.cuda.empty_cache()
+        is_cuda = self._parts.device.type == "cuda"
+        try:
+            if is_cuda:
+                torch.cuda.current_stream().synchronize()
+            self._graphs.clear()
+            del self._model, self._cache, self._state
+            if is_cuda:
+                torch.cuda.empty_cache()
+        except RuntimeError as error:  # a kernel broke the device's context; its memory goes with the process
+            logger.warning("the device's memory could not be given back: %s", error)
