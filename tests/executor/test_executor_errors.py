@@ -137,7 +137,7 @@ def test_a_fatal_error_reaches_every_waiter(it):
         def sample(self, rows, logits):
             raise AssertionError("an invariant is violated")
 
-    it.loop._sampler = Broken()
+    it.loop._updater._sampler = Broken()
     with it.held():  # otherwise the engine may be dead before the last one is sent
         futures = [it.executor.generate_async(IDS, greedy(20)) for _ in range(5)]
     for future in futures:

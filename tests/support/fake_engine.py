@@ -17,6 +17,7 @@ from lamella_executor.scheduler.plan import StepPlan
 from lamella_executor.scheduler.scheduler import Scheduler
 from lamella_executor.sequence import EVICTED_BLOCK, RequestState, Sequence
 
+PAUSING = (CapacitySchedulerPolicy.MAX_UTILIZATION, CapacitySchedulerPolicy.PREDICTED_PEAK)
 VOCAB = 50
 END = 0
 
@@ -136,7 +137,7 @@ class FakeEngine:
             r for r in self.scheduler.running if all(s.num_computed_tokens + 1 == s.num_tokens for s in r.sequences)
         ]
         plan = self.scheduler.schedule()
-        if self.shape.policy != CapacitySchedulerPolicy.MAX_UTILIZATION:
+        if self.shape.policy not in PAUSING:
             assert set(ready) <= {item.request for item in plan.items}, "a guaranteed request was short of blocks"
         self.num_steps += 1
         self.num_rows += plan.num_tokens
@@ -173,7 +174,7 @@ class FakeEngine:
         for request in requests:
             sampled = [item.sequence for item in plan.items if item.request is request and item.is_sampled]
             assert not sampled or sampled == request.sequences, "the lockstep is broken"
-        if shape.policy != CapacitySchedulerPolicy.MAX_UTILIZATION:
+        if shape.policy not in PAUSING:
             assert not plan.paused
 
     def forward(self, plan: StepPlan) -> None:

@@ -1,8 +1,10 @@
-"""ActiveRequest: a request in the loop, and what its user is told of it."""
+"""ActiveRequest: a request in the loop, and what its user is told of it. Roster: all of them."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from lamella_core.errors import RequestError
 from lamella_executor.failures import decoder_error
@@ -11,12 +13,24 @@ from lamella_executor.result import GenerationResult
 from lamella_executor.sampler.logprobs import needs_logprobs
 from lamella_executor.sampler.outputs import select_outputs
 from lamella_executor.sampler.stop import streamable_length, streamable_tokens
-from lamella_executor.sequence import Logprob, RequestState, Sequence
+from lamella_executor.sequence import PENDING_TOKEN, Logprob, RequestState, Sequence
 from lamella_executor.stats import RequestMetrics
+
+if TYPE_CHECKING:
+    from lamella_executor.scheduler.scheduler import Scheduler
 
 
 class ActiveRequest:
-    """Publishes a request's states and outputs into its result. Only the loop's thread touches it."""
+    """Publishes a request's states and outputs into its result. Only the loop's thread touches it.
+
+    ``last_plain`` and ``ends`` tell which tokens of a single sequence need no attention: those at positions before
+    ``last_plain`` (0: none, the text grows with each token or the user is shown it) that are not in ``ends``.
+    """
+
+    __slots__ = (
+        "_first_token_s", "_is_streamed", "_last_token_s", "_num_positions", "_num_shown", "_result", "_status", "ends",
+        "last_plain", "request",
+    )  # fmt: skip
 
     def __init__(self, request: RequestState, result: GenerationResult) -> None:
         self.request = request
@@ -29,6 +43,9 @@ class ActiveRequest:
         params = request.params
         # best_of samples are ranked at the end; until then it is unknown which are the outputs.
         self._is_streamed = result.streaming and (params.use_beam_search or params.width == params.n)
+        self.ends = params.stop_ids.union(request.extra_end_ids, () if request.end_id is None else (request.end_id,))
+        is_plain = not self._is_streamed and request.sequences[0].decoder is None
+        self.last_plain = request.num_prompt_tokens + request.max_tokens - 1 if is_plain else 0
 
     def run(self) -> None:
         """Tokens of the request are computed in this step."""
@@ -132,3 +149,47 @@ class ActiveRequest:
             num_reused_tokens=request.num_reused_tokens,
             num_pauses=request.num_pauses,
         )
+
+
+class Roster:
+    """The requests that the loop holds, from their submission to the moment their user is told the end."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._active: dict[int, ActiveRequest] = {}
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    def add(self, active: ActiveRequest) -> None:
+        self._active[active.request.request_id] = active
+
+    def find(self, request_id: int) -> ActiveRequest | None:
+        return self._active.get(request_id)
+
+    def of(self, request: RequestState) -> ActiveRequest | None:
+        """Returns the entry of a request; None if it has ended, whoever has its id now."""
+        active = self._active.get(request.request_id)
+        return active if active is not None and active.request is request else None
+
+    def finish(self, active: ActiveRequest, status: RequestStatus) -> None:
+        """Takes a request out with its outputs. It stays known until its user has been told, whatever happens here."""
+        for sequence in active.request.sequences:  # aborted with a step in flight: that token will never be known
+            while sequence.token_ids[-1] == PENDING_TOKEN:
+                sequence.token_ids.pop()
+        self._scheduler.finish(active.request)
+        active.conclude(status)
+        del self._active[active.request.request_id]
+
+    def fail(self, active: ActiveRequest, error: RequestError) -> None:
+        """Takes a request out; its blocks are freed, and nobody reuses them."""
+        self._scheduler.finish(active.request, cache=False)
+        active.fail(error)
+        del self._active[active.request.request_id]
+
+    def fail_all(self, make_error: Callable[[], Exception]) -> None:
+        """Tells every user an error of its own; nothing is freed, for the loop is not used afterwards."""
+        for active in self._active.values():
+            if not active.is_done:
+                active.fail(make_error())
+        self._active.clear()

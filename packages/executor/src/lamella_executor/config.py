@@ -17,6 +17,9 @@ class CapacitySchedulerPolicy(str, Enum):
     MAX_UTILIZATION = (
         "MAX_UTILIZATION"  # as soon as its next chunk fits; under pressure the newest are paused and resumed
     )
+    PREDICTED_PEAK = (
+        "PREDICTED_PEAK"  # if the blocks of all fit step by step, each ending at its max_tokens; pauses if they do not
+    )
     STATIC_BATCH = "STATIC_BATCH"  # a batch is filled, runs until all of it has finished, then the next
 
 
@@ -24,10 +27,13 @@ class CapacitySchedulerPolicy(str, Enum):
 class SchedulerConfig:
     """How requests are admitted and packed into steps."""
 
-    capacity_scheduler_policy: CapacitySchedulerPolicy = CapacitySchedulerPolicy.GUARANTEED_NO_EVICT
+    capacity_scheduler_policy: CapacitySchedulerPolicy | None = None  # None: see `policy_for`
     enable_chunked_prefill: bool = True  # False: a prompt is computed in one step and may not exceed max_num_tokens
 
     def __post_init__(self) -> None:
+        _check_flag("SchedulerConfig.enable_chunked_prefill", self.enable_chunked_prefill)
+        if self.capacity_scheduler_policy is None:
+            return
         try:
             policy = CapacitySchedulerPolicy(self.capacity_scheduler_policy)
         except ValueError:
@@ -36,7 +42,19 @@ class SchedulerConfig:
                 f"allowed: {', '.join(p.value for p in CapacitySchedulerPolicy)}"
             ) from None
         object.__setattr__(self, "capacity_scheduler_policy", policy)
-        _check_flag("SchedulerConfig.enable_chunked_prefill", self.enable_chunked_prefill)
+
+    def policy_for(self, device_type: str) -> CapacitySchedulerPolicy:
+        """Returns the policy that was chosen, or the default of the device.
+
+        Args:
+            device_type: ``torch.device.type``. "cpu": GUARANTEED_NO_EVICT, a paused request costs most there.
+                Others: PREDICTED_PEAK, memory bounds how many run at once.
+        """
+        if self.capacity_scheduler_policy is not None:
+            return self.capacity_scheduler_policy
+        if device_type == "cpu":
+            return CapacitySchedulerPolicy.GUARANTEED_NO_EVICT
+        return CapacitySchedulerPolicy.PREDICTED_PEAK
 
 
 @dataclass(frozen=True)

@@ -1,57 +1,113 @@
-"""EngineLoop: one step after another; schedule -> forward -> sample -> update.
+"""EngineLoop: one step after another; schedule -> launch -> collect -> update.
 
-Three kinds of errors. A request's (bad logits, a logits processor or decoder that raises): only it fails. A step's (the
-forward pass raises): the requests in it fail with StepError, their blocks are not reused, the rest goes on. Whatever
-else leaves `EngineLoop.step` is fatal; `EngineThread` tells every waiter.
+A `Runner` computes a step in its launch, and each step is collected at once: tokens are chosen, requests go on or end.
+
+A `LaunchingRunner` computes while the loop goes on, and is kept one step ahead: step n + 1 is planned and launched
+while n is still computed, then n is collected. Its plan counts on a `PENDING_TOKEN` for each request of n that the
+runner samples; a request that turns out to have ended with n (a stop token, say) has a row too many in n + 1, which is
+dropped when that is collected. A step with logits for the host to sample (penalties, log-probabilities, beams, several
+samples) is collected right after its launch; its other rows are sampled by the runner like always.
+
+Three kinds of errors. A request's (bad logits, a logits processor or decoder that raises): only it fails. A step's (its
+launch raises): the requests in it fail with StepError, their blocks are not reused, the rest goes on, the step before
+it is still collected. Whatever else leaves `EngineLoop.step`, a failing `LaunchedStep.collect` included, is fatal;
+`EngineThread` tells every waiter.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
 from lamella_core.errors import RequestError, StepError
-from lamella_executor.active import ActiveRequest
+from lamella_executor.active import ActiveRequest, Roster
 from lamella_executor.failures import detach
 from lamella_executor.kv_cache.manager import KvCacheManager
 from lamella_executor.mailbox import Submit
 from lamella_executor.request import RequestStatus
-from lamella_executor.runner.base import Runner
-from lamella_executor.sampler.logprobs import prompt_logprobs
+from lamella_executor.runner.base import LaunchedStep, LaunchingRunner, Runner
+from lamella_executor.sampler.device import is_device_sampled
 from lamella_executor.sampler.sampler import Sampler
-from lamella_executor.sampler.types import SampleResult, SampleRow
 from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.scheduler.scheduler import Scheduler
 from lamella_executor.sequence import RequestState
 from lamella_executor.stats import IterationStats, StatsBuffer
-from lamella_executor.update import advance_sequences
+from lamella_executor.update import Updater
 
 logger = logging.getLogger(__name__)
 
 _MAX_EMPTY_STEPS = 100  # in a row with work waiting; then the scheduler is stuck and the engine had better die
 
 
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """The `LaunchedStep` of a `Runner`: done, and nothing sampled."""
+
+    logits: torch.Tensor  # [plan.num_logits, vocab_size] float32
+
+    def collect(self) -> list[int]:
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """A step whose results are still to be taken."""
+
+    plan: StepPlan
+    step: LaunchedStep
+    device_items: list[ScheduledSequence]  # those whose tokens `step.collect` returns
+    has_host_rows: bool  # logits for the host to read
+    started_s: float  # time.monotonic() before the launch
+    launch_s: float  # seconds the launch took
+
+
+@dataclass(slots=True)
+class _Times:
+    """Seconds of one iteration; see `IterationStats`."""
+
+    forward_s: float = 0.0
+    wait_s: float = 0.0
+
+
 class EngineLoop:
     """The engine's heart. One thread owns it and everything it holds."""
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, kv: KvCacheManager, sampler: Sampler, stats: StatsBuffer
+        self,
+        runner: Runner | LaunchingRunner,
+        scheduler: Scheduler,
+        kv: KvCacheManager,
+        sampler: Sampler,
+        stats: StatsBuffer,
     ) -> None:
+        """Connects the parts; what kind of runner it gets decides whether steps overlap.
+
+        Args:
+            runner: computes steps.
+            scheduler: plans them, over ``kv``.
+            kv: block tables.
+            sampler: chooses tokens that the runner does not.
+            stats: takes the numbers of each iteration.
+        """
         self._runner = runner
+        self._is_overlapped = isinstance(runner, LaunchingRunner)
         self._scheduler = scheduler
         self._kv = kv
-        self._sampler = sampler
         self._stats = stats
-        self._active: dict[int, ActiveRequest] = {}
+        self._roster = Roster(scheduler)
+        self._updater = Updater(self._roster, kv, sampler)
+        self._launches: deque[_Launch] = deque()  # not collected; between two steps at most one
         self._iteration = 0
         self._num_empty_steps = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._active)
+        return bool(self._roster) or bool(self._launches)
 
     def submit(self, command: Submit) -> None:
         """Queues a request; one that the scheduler refuses fails."""
@@ -61,48 +117,55 @@ class EngineLoop:
         except RequestError as error:
             active.fail(error)
         else:
-            self._active[command.request.request_id] = active
+            self._roster.add(active)
 
     def abort(self, request_id: int) -> None:
         """Cancels a request; what it generated is kept. Unknown ids are ignored."""
-        active = self._active.get(request_id)
+        active = self._roster.find(request_id)
         if active is not None:
-            self._finish(active, RequestStatus.CANCELLED)
+            self._roster.finish(active, RequestStatus.CANCELLED)
 
     def fail_all(self, make_error: Callable[[], Exception]) -> None:
-        """Fails every request with an error of its own; the loop is not used afterwards."""
-        for active in self._active.values():
-            if not active.is_done:
-                active.fail(make_error())
-        self._active.clear()
+        """Fails every request with an error of its own; the loop is not used afterwards.
+
+        Then waits for the step in flight, whose memory may be given back after this.
+        """
+        self._roster.fail_all(make_error)
+        while self._launches:
+            try:
+                self._launches.popleft().step.collect()
+            except Exception as error:  # noqa: BLE001 - nobody waits for its results, and the engine may be broken
+                logger.debug("the last step failed: %s", detach(error))
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Computes one step and reports it."""
+        """Launches one step and takes the results of what must not stay in flight."""
         started = time.monotonic()
         plan = self._scheduler.schedule()
         self._report_states(plan)
-        if not plan.items:
+        if not plan.items and not self._launches:
             self._count_empty_step()
             return
-        num_generation = sum(item.num_tokens for item in plan.items if item.start >= item.sequence.num_prompt_tokens)
-        outcome = _forward(self._runner, plan)
-        computed = time.monotonic()
-        if isinstance(outcome, Exception):
-            self._fail_step(plan, outcome)
-        else:
-            self._scheduler.advance(plan)
-            self._update(self._sampled_rows(plan, outcome), outcome)
-        self._record(plan, num_generation, started, computed)
+        num_generation = sum([item.num_tokens for item in plan.items if item.start >= item.sequence.num_prompt_tokens])
+        failure = self._launch(plan) if plan.items else None
+        num_kept, times = self._num_kept(plan), _Times()
+        while len(self._launches) > num_kept:
+            self._collect(self._launches.popleft(), times)
+        if failure is not None:
+            self._fail_step(plan, failure)
+        self._record(plan, num_generation, started, times)
 
     # -- parts of a step
 
     def _report_states(self, plan: StepPlan) -> None:
-        self._num_empty_steps = 0 if plan.items else self._num_empty_steps
         for request in plan.paused:
-            self._active[request.request_id].pause()
-        for item in plan.items:
-            self._active[item.request.request_id].run()
+            active = self._roster.of(request)
+            if active is not None:
+                active.pause()
+        for request in plan.started:
+            active = self._roster.of(request)
+            if active is not None:
+                active.run()
 
     def _count_empty_step(self) -> None:
         self._num_empty_steps += 1
@@ -112,68 +175,50 @@ class EngineLoop:
                 f"but the scheduler plans nothing; KV cache: {self._kv.stats()}"
             )
 
-    def _sampled_rows(self, plan: StepPlan, logits: torch.Tensor) -> list[SampleRow]:
-        """Reads prompt log-probabilities off the logits; returns the requests to be sampled, in row order."""
-        rows: dict[int, SampleRow] = {}
-        first_row = 0
-        for item in plan.items:
-            request = item.request
-            if item.num_logits:
-                _read_prompt_logprobs(item, logits[first_row : first_row + item.num_logits])
-            first_row += item.num_logits
-            if item.is_sampled and request.request_id not in rows:
-                rows[request.request_id] = SampleRow(request, first_row - 1)
-        return list(rows.values())
-
-    def _update(self, rows: list[SampleRow], logits: torch.Tensor) -> None:
-        """Samples, appends the new tokens, and ends or reports each request."""
-        now = time.monotonic()
-        for row, outcome in zip(rows, self._sampler.sample(rows, logits)):
-            active = self._active[row.request.request_id]
-            active.count_token(now)
-            error = self._append(row.request, outcome)
-            if error is not None:
-                self._fail(active, error)
-            elif not row.request.sequences or outcome.is_done:
-                self._finish(active, RequestStatus.FINISHED)
-            else:
-                error = active.report()
-                if error is not None:
-                    self._fail(active, error)
-
-    def _append(self, request: RequestState, outcome: SampleResult) -> RequestError | None:
-        if outcome.error is not None:
-            return _as_request_error(outcome.error)
-        if outcome.is_done:
-            return None
-        try:
-            advance_sequences(request, outcome.continuations, self._kv)
-        except RequestError as error:
-            return error
+    def _launch(self, plan: StepPlan) -> Exception | None:
+        """Launches a step and records that its tokens are computed; returns the error if that failed."""
+        self._num_empty_steps = 0
+        started = time.monotonic()
+        step = _launch(self._runner, plan)
+        launch_s = time.monotonic() - started
+        if isinstance(step, Exception):
+            return step
+        device_items: list[ScheduledSequence] = []
+        if self._is_overlapped:
+            device_items = [item for item in plan.items if item.is_sampled and is_device_sampled(item.request)]
+        self._scheduler.advance(plan)
+        self._scheduler.expect(device_items)
+        has_host_rows = plan.num_logits > len(device_items)  # one for each of those
+        self._launches.append(_Launch(plan, step, device_items, has_host_rows, started, launch_s))
         return None
 
-    def _finish(self, active: ActiveRequest, status: RequestStatus) -> None:
-        """Takes a request out with its outputs. It stays known until its user has been told, whatever happens here."""
-        self._scheduler.finish(active.request)
-        active.conclude(status)
-        del self._active[active.request.request_id]
+    def _num_kept(self, plan: StepPlan) -> int:
+        """Returns 1 if the step just launched may stay in flight: the host need not look at its logits."""
+        newest = self._launches[-1] if self._is_overlapped and self._launches else None
+        return 1 if newest is not None and newest.plan is plan and not newest.has_host_rows else 0
 
-    def _fail(self, active: ActiveRequest, error: RequestError) -> None:
-        """Takes a request out; its blocks are freed, and nobody reuses them."""
-        self._scheduler.finish(active.request, cache=False)
-        active.fail(error)
-        del self._active[active.request.request_id]
+    def _collect(self, launch: _Launch, times: _Times) -> None:
+        """Waits for a step and takes its results."""
+        began = time.monotonic()
+        tokens = launch.step.collect()
+        now = time.monotonic()
+        times.wait_s += now - began if self._is_overlapped else launch.launch_s
+        times.forward_s += now - launch.started_s if self._is_overlapped else launch.launch_s
+        self._updater.take_tokens(launch.device_items, tokens, now)
+        if launch.has_host_rows and launch.step.logits is not None:
+            self._updater.take_logits(launch.plan, launch.device_items, launch.step.logits, now)
 
     def _fail_step(self, plan: StepPlan, cause: Exception) -> None:
         """Fails the requests whose cache contents this step was to make."""
-        requests = _touched(plan, self._scheduler.running)
-        logger.error("a step failed, %d requests fail with it\n%s", len(requests), detach(cause))
-        for request in requests:
+        found = [self._roster.of(request) for request in _touched(plan, self._scheduler.running)]
+        touched = [active for active in found if active is not None]  # the others ended with the step before
+        logger.error("a step failed, %d requests fail with it\n%s", len(touched), detach(cause))
+        for active in touched:
             error = StepError(f"the step that computed this request failed with {type(cause).__name__}: {cause}")
             error.__cause__ = cause
-            self._fail(self._active[request.request_id], error)
+            self._roster.fail(active, error)
 
-    def _record(self, plan: StepPlan, num_generation: int, started: float, computed: float) -> None:
+    def _record(self, plan: StepPlan, num_generation: int, started: float, times: _Times) -> None:
         kv = self._kv.stats()
         ended = time.monotonic()
         self._iteration += 1
@@ -182,7 +227,8 @@ class EngineLoop:
                 iteration=self._iteration,
                 timestamp_s=time.time(),
                 latency_s=ended - started,
-                forward_s=computed - started,
+                forward_s=times.forward_s,
+                wait_s=times.wait_s,
                 num_queued=len(self._scheduler.waiting),
                 num_running=len(self._scheduler.running),
                 num_paused=len(plan.paused),
@@ -195,26 +241,11 @@ class EngineLoop:
         )
 
 
-def _forward(runner: Runner, plan: StepPlan) -> torch.Tensor | Exception:
+def _launch(runner: Runner | LaunchingRunner, plan: StepPlan) -> LaunchedStep | Exception:
     try:
-        return runner.run(plan)
-    except Exception as error:  # noqa: BLE001 - a failing forward ends its requests, not the engine
+        return runner.launch(plan) if isinstance(runner, LaunchingRunner) else _Computed(runner.run(plan))
+    except Exception as error:  # noqa: BLE001 - a failing step ends its requests, not the engine
         return error
-
-
-def _read_prompt_logprobs(item: ScheduledSequence, logits: torch.Tensor) -> None:
-    """Appends the log-probabilities of prompt tokens that follow this item's rows, [num_logits, vocab_size]."""
-    request, known = item.request, item.request.prompt_logprobs
-    count = request.params.prompt_logprobs
-    num_prompt = item.sequence.num_prompt_tokens
-    if count is None or len(known) >= num_prompt:
-        return
-    first_position = item.end - item.num_logits  # of the first row
-    start = len(known) - 1  # row of position p predicts p + 1; known holds 0..len-1
-    end = min(item.end, num_prompt - 1)
-    if start < end:
-        following = item.sequence.token_ids[start + 1 : end + 1]
-        known.extend(prompt_logprobs(logits[start - first_position : end - first_position], following, count))
 
 
 def _touched(plan: StepPlan, running: Iterable[RequestState]) -> list[RequestState]:
@@ -225,10 +256,3 @@ def _touched(plan: StepPlan, running: Iterable[RequestState]) -> list[RequestSta
         if any(not copied.isdisjoint(sequence.blocks) for sequence in request.sequences):
             touched[request.request_id] = request
     return list(touched.values())
-
-
-def _as_request_error(error: Exception) -> RequestError:
-    if error.__cause__ is not None:
-        detach(error.__cause__)
-    error.__traceback__ = None
-    return error if isinstance(error, RequestError) else RequestError(str(error))

@@ -93,6 +93,7 @@ class Sequence:
 
 
 EVICTED_BLOCK = -1  # in Sequence.blocks: the block left the attention window and was given back
+PENDING_TOKEN = -1  # in Sequence.token_ids, last: sampled by a launched step whose results are still on the device
 
 
 @dataclass(eq=False, slots=True)
@@ -114,6 +115,7 @@ class RequestState:
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # params.bad as token sequences that must not be generated
     extra_end_ids: tuple[int, ...] = ()  # further end-of-sequence tokens of the model; treated as end_id is
     beam: object | None = None  # sampler.beam.BeamState of a beam request, made by the sampler
+    device_sampled: bool | None = None  # by sampler.device.is_device_sampled, which see; None: not asked yet
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -8,17 +8,23 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True)
 class IterationStats:
-    """One step of the engine. ``num_live_blocks + num_cached_blocks + num_free_blocks`` is the size of the KV cache."""
+    """One iteration of the engine's loop: a step is launched, and the step before it or itself collected.
+
+    Steps overlap where the runner computes while the loop goes on (see docs/executor.md): the times are then those of
+    the step collected, the token counts those of the step launched, and either may be missing (0).
+    ``num_live_blocks + num_cached_blocks + num_free_blocks`` is the size of the KV cache.
+    """
 
     iteration: int
     timestamp_s: float  # time.time() at the end of the step
-    latency_s: float  # schedule, forward, sample and update together
-    forward_s: float
+    latency_s: float  # the whole iteration: schedule, launch, wait, sample, update
+    forward_s: float  # from the launch of the step collected to its results; overlapped, other work lies in between
+    wait_s: float  # of latency_s: nothing to do but wait for results; overlapped and 0: the device waited for the host
     num_queued: int  # requests waiting, paused ones included
     num_running: int
     num_paused: int  # requests that lost their blocks in this step
     num_context_tokens: int  # prompt tokens (and recomputed ones) of this step
-    num_generation_tokens: int  # tokens whose successor was sampled
+    num_generation_tokens: int  # generated tokens that were computed, so that their successors are sampled
     num_live_blocks: int  # KV blocks that running requests hold
     num_cached_blocks: int  # held for reuse only; evicted when needed
     num_free_blocks: int

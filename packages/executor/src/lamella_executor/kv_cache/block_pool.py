@@ -52,6 +52,10 @@ class BlockPool:
     def is_cacheable(self, block: int) -> bool:
         return bool(self._is_cacheable[block])
 
+    def is_exclusive(self, block: int) -> bool:
+        """Whether it has one holder and its contents are not findable."""
+        return self._refs[block] == 1 and not self._is_cacheable[block]
+
     def take(self) -> int:
         """Hands out a block with count 1: a free one, else the cached block that was released longest ago.
 

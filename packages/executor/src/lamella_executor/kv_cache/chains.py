@@ -46,8 +46,8 @@ class BlockChains:
         return blocks, -1, 0
 
     def add(self, sequence: Sequence, i: int) -> bool:
-        """Registers a sequence's computed block ``i``; False if equal contents are registered already."""
-        tokens = pack(self._tokens(sequence, i, sequence.num_computed_tokens))
+        """Registers a sequence's whole block ``i``; False if equal contents are registered already."""
+        tokens = pack(self._tokens(sequence, i, (i + 1) * self._size))
         return self._index.add(sequence.blocks[i], self._digest(sequence, i), self._parent(sequence, i), tokens)
 
     def inherit(self, parent: Sequence, child: Sequence) -> None:

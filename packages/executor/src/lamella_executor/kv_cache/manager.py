@@ -4,6 +4,16 @@ It writes `Sequence.blocks` and, when a prefix is attached, `Sequence.num_comput
 ``Sequence.token_ids`` must only ever be appended to while the sequence is known here.
 
 A block that must be written but is shared or findable is first copied (`take_copies`).
+
+Everything here happens when steps are planned and launched, which may be before they are computed. That is sound since
+steps are computed in the order of their launches (`LaunchingRunner.launch`):
+
+* A block given back while a step in flight still reads or writes it may be handed out at once; its next owner, a later
+  step, writes it later.
+* A sequence writes only blocks that are its own and not findable, so a row in flight of a request that has ended spoils
+  nothing: its blocks cannot be found, shared or copied until a later owner has filled them.
+* A block is made findable when a launched step has filled it and all its tokens are known; who finds it reads it in a
+  later step.
 """
 
 from __future__ import annotations
@@ -88,6 +98,11 @@ class KvCacheManager:
     def num_available(self) -> int:
         """Blocks that can be handed out now: free or evictable."""
         return self._pool.num_available
+
+    @property
+    def num_live(self) -> int:
+        """Blocks that somebody holds."""
+        return self._pool.num_live
 
     def blocks_for(self, num_tokens: int) -> int:
         """Returns how many blocks hold that many tokens."""
@@ -182,6 +197,14 @@ class KvCacheManager:
             blocks.append(self._pool.take())
         return True
 
+    def allocate_next(self, sequence: Sequence) -> bool:
+        """Does what `allocate` does for the next token alone, which is nothing for most tokens."""
+        start, blocks = sequence.num_computed_tokens, sequence.blocks
+        i = start // self.tokens_per_block
+        if i < len(blocks) and self._pool.is_exclusive(blocks[i]):
+            return True
+        return self.allocate(sequence, start + 1)
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Gives ``child``, a `Sequence.fork` of ``parent``, the same blocks; whoever writes first gets a copy."""
         if child.blocks:
@@ -211,17 +234,16 @@ class KvCacheManager:
         sequence.num_computed_tokens = num_tokens
         return True
 
-    def commit(self, sequence: Sequence, start: int = 0, limit: int | None = None) -> None:
-        """Makes the blocks filled by tokens [start, num_computed_tokens) findable.
+    def commit(self, sequence: Sequence, start: int = 0, end: int | None = None) -> None:
+        """Makes the blocks filled by tokens [start, end) findable.
 
         Args:
-            sequence: its leading num_computed_tokens tokens are in the cache.
-            start: first token computed since the last commit.
-            limit: only blocks wholly within the first ``limit`` tokens.
+            sequence: its tokens before ``end`` are known, and computed by a launched step.
+            start: first token computed, or first one known, since the last commit.
+            end: None: num_computed_tokens.
         """
         size = self.tokens_per_block
-        end = sequence.num_computed_tokens
-        first, last = start // size, (end if limit is None else min(end, limit)) // size
+        first, last = start // size, (sequence.num_computed_tokens if end is None else end) // size
         if first >= last or not self.enable_block_reuse:
             return
         for i in range(first, last):

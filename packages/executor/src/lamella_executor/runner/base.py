@@ -1,15 +1,16 @@
-"""Runner: what the engine loop needs of whatever computes logits."""
+"""Runner: what the engine loop needs of whatever computes logits.
+
+A `Runner` computes a step while the loop waits. A `LaunchingRunner` takes the next step while the last one computes.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from lamella_executor.scheduler.plan import StepPlan
-
-# In `Sequence.token_ids`: the token that the step before this one sampled for the sequence, still on the device.
-PENDING_TOKEN = -1
+from lamella_executor.sequence import PENDING_TOKEN as PENDING_TOKEN  # which launched plans may contain
 
 # What `LaunchedStep.collect` returns instead of a token when a row's logits cannot be sampled.
 NAN_LOGITS = -2
@@ -51,13 +52,17 @@ class LaunchedStep(Protocol):
         ...
 
 
+@runtime_checkable
 class LaunchingRunner(Protocol):
     """A runner that computes steps while the host goes on; samples plain requests where the logits are."""
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Enqueues a step: block copies, forward pass, sampling of the items that are sampled on the device.
 
-        Steps are computed in the order of their launches. A token id `PENDING_TOKEN` in an item stands for the token
-        that the previously launched step sampled for its sequence. The plan is read before this returns.
+        Steps are computed in the order of their launches, block copies and cache writes included: blocks that a step
+        still reads or writes may be handed out again for the next one. A token id `PENDING_TOKEN` in an item stands for
+        the token that the previously launched step sampled for its sequence. The plan is read before this returns.
+
+        At most one other step is in flight. Whatever this raises, the step counts as not launched.
         """
         ...

@@ -11,6 +11,13 @@ def is_device_sampled(request: RequestState) -> bool:
 
     It depends on the request alone, never on its neighbours, and so does the random stream that it is sampled with.
     """
+    known = request.device_sampled
+    if known is None:
+        known = request.device_sampled = _needs_only_its_row(request)
+    return known
+
+
+def _needs_only_its_row(request: RequestState) -> bool:
     params = request.params
     return (
         params.width == 1

@@ -50,7 +50,7 @@ class Sampler:
                 if math.isfinite(value):
                     results[i] = SampleResult([NewToken(0, token)])
                 else:
-                    results[i] = SampleResult(error=_not_finite(value, rows[i].request))
+                    results[i] = SampleResult(error=not_finite_error(value, rows[i].request))
         return [self._sample_request(row, logits) if out is None else out for row, out in zip(rows, results)]
 
     def _sample_request(self, row: SampleRow, logits: torch.Tensor) -> SampleResult:
@@ -59,7 +59,7 @@ class Sampler:
         try:
             for value in scores.amax(-1).tolist():
                 if not math.isfinite(value):
-                    raise _not_finite(value, request)
+                    raise not_finite_error(value, request)
             return step_beams(request, scores) if request.params.use_beam_search else _sample_rows(request, scores)
         except RequestError as error:
             return SampleResult(error=error)
@@ -109,7 +109,8 @@ def _argmax_rows(logits: torch.Tensor, rows: list[int]) -> list[tuple[int, float
     return list(zip(ids.tolist(), values.tolist()))
 
 
-def _not_finite(value: float, request: RequestState) -> RequestError:
+def not_finite_error(value: float, request: RequestState) -> RequestError:
+    """Returns the error of a request whose logits have no finite maximum; ``value``: that maximum."""
     what = "NaN" if math.isnan(value) else "+Inf" if value > 0 else "only -Inf"
     position = request.sequences[0].num_tokens
     return RequestError(

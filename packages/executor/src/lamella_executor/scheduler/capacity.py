@@ -85,7 +85,15 @@ class CapacityModel:
 
     def outstanding(self, requests: Iterable[RequestState]) -> int:
         """Returns the blocks that these requests may still take, all at their worst."""
-        return sum(max(0, self.worst_case(r) - self.held(r)) for r in requests)
+        kv, total = self.kv, 0
+        for request in requests:
+            sequences = request.sequences
+            if kv.window is None and len(sequences) == 1 and request.width == 1:
+                longest = -(-(sequences[0].num_prompt_tokens + request.max_tokens - 1) // kv.tokens_per_block)
+                total += max(0, longest - len(sequences[0].blocks))
+            else:
+                total += max(0, self.worst_case(request) - self.held(request))
+        return total
 
     def _num_branches(self, request: RequestState) -> int:
         """How many sequences may go separate ways."""

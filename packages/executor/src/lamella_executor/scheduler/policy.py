@@ -6,14 +6,18 @@ Each is one strategy object behind `CapacityPolicy`; the scheduler knows nothing
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Reversible
+from collections.abc import Collection
 
 from lamella_executor.config import CapacitySchedulerPolicy
 from lamella_executor.kv_cache.manager import PrefixMatch
 from lamella_executor.scheduler.capacity import CapacityModel
+from lamella_executor.scheduler.forecast import BlockForecast, Levels
 from lamella_executor.sequence import RequestState
 
 MAX_OPTIMISTIC_PAUSES = 2  # paused this often, a request resumes only once it can no longer run out of blocks
+SHORT_FRACTION = 8  # of the running: how many may sit a step out for want of blocks before one is paused
+
+Running = dict[RequestState, None]  # oldest first
 
 
 class CapacityPolicy(ABC):
@@ -21,6 +25,9 @@ class CapacityPolicy(ABC):
 
     def __init__(self, capacity: CapacityModel) -> None:
         self.capacity = capacity
+
+    def begin(self) -> None:  # noqa: B027 (a null default)
+        """A step is about to be planned."""
 
     @abstractmethod
     def open(self, running: Collection[RequestState]) -> bool:
@@ -33,10 +40,16 @@ class CapacityPolicy(ABC):
     def admitted(self, request: RequestState) -> None:  # noqa: B027 (a null default)
         """The request has started: it holds its match and the blocks of its first chunk."""
 
+    def delayed(self, request: RequestState) -> None:  # noqa: B027 (a null default)
+        """A running request does not get its next token in this step."""
+
+    def left(self, request: RequestState) -> None:  # noqa: B027 (a null default)
+        """A request, maybe a waiting one, has given back all its blocks."""
+
     def close(self, *, is_exhausted: bool) -> None:  # noqa: B027 (a null default)
         """Ends the admissions of one step; ``is_exhausted``: for want of tokens, not of requests or blocks."""
 
-    def victim(self, request: RequestState, running: Reversible[RequestState]) -> RequestState | None:
+    def victim(self, request: RequestState, running: Running) -> RequestState | None:
         """Returns who must give its blocks to a running ``request`` that is short; None: it sits the step out."""
         return None
 
@@ -102,30 +115,101 @@ class MaxUtilization(CapacityPolicy):
         super().__init__(capacity)
         self._guaranteed = GuaranteedNoEvict(capacity)
         self._running: Collection[RequestState] = ()
+        self._needed: int | None = None  # blocks that the running need for their next tokens; None: not counted yet
 
     def open(self, running: Collection[RequestState]) -> bool:
         self._running = running
+        self._needed = None
         return True
 
     def admits(self, request: RequestState, match: PrefixMatch) -> bool:
         if request.num_pauses >= MAX_OPTIMISTIC_PAUSES:
-            self._guaranteed.open(self._running)
-            return self._guaranteed.admits(request, match)
-        present, held = self.capacity.present, self.capacity.held
+            return self._is_guaranteed(request, match)
         available = self.capacity.kv.num_available - match.num_idle
-        needed = present(request) - match.num_held
+        needed = self.capacity.present(request) - match.num_held
         if needed > available - len(self._running):  # a block of headroom for each running request
             return False
-        return needed + sum(max(1, present(r) - held(r)) for r in self._running) <= available
+        if self._needed is None:
+            self._needed = sum(map(self._next_need, self._running))
+        return needed + self._needed <= available
 
-    def victim(self, request: RequestState, running: Reversible[RequestState]) -> RequestState | None:
+    def admitted(self, request: RequestState) -> None:
+        if self._needed is not None:
+            self._needed += self._next_need(request)
+
+    def victim(self, request: RequestState, running: Running) -> RequestState | None:
         newest = next(reversed(running))
         return None if newest is request else newest
+
+    def _is_guaranteed(self, request: RequestState, match: PrefixMatch) -> bool:
+        self._guaranteed.open(self._running)
+        return self._guaranteed.admits(request, match)
+
+    def _next_need(self, request: RequestState) -> int:
+        return max(1, self.capacity.present(request) - self.capacity.held(request))
+
+
+class PredictedPeak(MaxUtilization):
+    """Admits a request if, by the forecast, all that run with it never need more blocks than there are.
+
+    Requests that wait for others to end need not fit beside them at their longest, so more run than under
+    GUARANTEED_NO_EVICT, and as long as the forecast holds none is paused. It can fail when prompts take longer to
+    compute than foreseen or shared blocks outlive whom they were counted for. A shortage of a few blocks passes with
+    the next request that ends, so those short of blocks sit the step out; when more than one in `SHORT_FRACTION` are,
+    or the oldest is, the newest gives way as in MAX_UTILIZATION.
+    """
+
+    def __init__(self, capacity: CapacityModel) -> None:
+        super().__init__(capacity)
+        self._forecast = BlockForecast(capacity.kv.tokens_per_block)
+        self._levels: Levels | None = None  # of the request that was last asked about
+        self._num_short = 0  # requests that found too few blocks in this step
+
+    def begin(self) -> None:
+        self._forecast.tick()
+        self._num_short = 0
+
+    def open(self, running: Collection[RequestState]) -> bool:
+        return super().open(running) and not self._num_short
+
+    def admits(self, request: RequestState, match: PrefixMatch) -> bool:
+        kv = self.capacity.kv
+        self._levels = levels = self._foresee(request, match)
+        if request.num_pauses >= MAX_OPTIMISTIC_PAUSES and not self._is_guaranteed(request, match):
+            return False
+        unforeseen = max(0, kv.num_live - self._forecast.present)
+        return self._forecast.peak_with(levels) + unforeseen <= kv.num_blocks
+
+    def admitted(self, request: RequestState) -> None:
+        if self._levels is not None:
+            self._forecast.add(request, self._levels)
+
+    def delayed(self, request: RequestState) -> None:
+        self._forecast.delay(request)
+
+    def left(self, request: RequestState) -> None:
+        self._forecast.remove(request)
+
+    def victim(self, request: RequestState, running: Running) -> RequestState | None:
+        self._num_short += 1
+        is_oldest = next(iter(running)) is request
+        if not is_oldest and self._num_short * SHORT_FRACTION <= len(running):
+            return None
+        return super().victim(request, running)
+
+    def _foresee(self, request: RequestState, match: PrefixMatch) -> Levels:
+        sequences, window = request.sequences, self.capacity.kv.window
+        num_steps = max(1, request.max_tokens - sequences[0].num_output_tokens)
+        if window is None and len(sequences) == 1 and request.width == 1:
+            num_shared = match.num_held - match.num_idle
+            return self._forecast.growing(sequences[0].num_tokens, num_steps, num_shared)
+        return self._forecast.constant(self.capacity.worst_case(request), num_steps)
 
 
 _POLICIES: dict[CapacitySchedulerPolicy, type[CapacityPolicy]] = {
     CapacitySchedulerPolicy.GUARANTEED_NO_EVICT: GuaranteedNoEvict,
     CapacitySchedulerPolicy.MAX_UTILIZATION: MaxUtilization,
+    CapacitySchedulerPolicy.PREDICTED_PEAK: PredictedPeak,
     CapacitySchedulerPolicy.STATIC_BATCH: StaticBatch,
 }
 

@@ -5,14 +5,19 @@ served; all within ``max_num_tokens`` rows per step. A capacity policy says who 
 
 A waiting request that does not fit may be overtaken by smaller ones, but only a bounded number of times: then nobody
 starts before it does. A paused request is never overtaken. What could never run is refused by `check_fits`.
+
+Steps may be planned while the one before is still being computed: `advance` and `expect` are called at a launch. The
+next token of a request may then be a `PENDING_TOKEN`; it counts like any other, and is computed like any other. A
+request whose last token is pending has left the running ones (nothing of it is left to plan), but holds its blocks
+until `finish`.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from itertools import islice
 
 from lamella_core.errors import RequestError
@@ -23,19 +28,17 @@ from lamella_executor.scheduler.chunks import num_logits, plan_chunks
 from lamella_executor.scheduler.limits import RequestLimits
 from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.scheduler.policy import make_policy
-from lamella_executor.sequence import RequestState, Sequence
+from lamella_executor.sequence import PENDING_TOKEN, RequestState, Sequence
 
 MAX_BLOCKED = 8  # waiting requests that may be found not to fit before the step stops looking further
 OVERTAKES_PER_SLOT = 4  # times max_batch_size: how often a waiting request may be overtaken
 
 
 @dataclass(slots=True)
-class _Step:
+class _Step(StepPlan):
     """The plan of one step while it is made."""
 
-    budget: int  # rows left
-    work: dict[RequestState, list[ScheduledSequence]] = field(default_factory=dict)  # in row order
-    paused: list[RequestState] = field(default_factory=list)
+    budget: int = 0  # rows left
 
 
 class Scheduler:
@@ -70,6 +73,7 @@ class Scheduler:
         self._requests: dict[int, RequestState] = {}
         self._waiting: OrderedDict[RequestState, int] = OrderedDict()  # -> how often it was overtaken
         self._running: dict[RequestState, None] = {}  # in order of admission
+        self._draining: set[RequestState] = set()  # their last token is pending
         self._num_slots = 0  # of max_batch_size, taken by running requests
         self._num_rows = 0  # sum of the running requests' widths: what a step of decode tokens may need
 
@@ -82,7 +86,7 @@ class Scheduler:
 
     @property
     def running(self) -> Collection[RequestState]:
-        """Admitted requests, oldest first."""
+        """Admitted requests of which something is left to compute, oldest first."""
         return self._running.keys()
 
     @property
@@ -113,7 +117,7 @@ class Scheduler:
         """Takes a request out and gives back all its blocks; harmless when repeated.
 
         Args:
-            request: waiting or running; `advance` skips what is planned for it.
+            request: in any state; `advance` skips what is planned for it.
             cache: False after a failed step: nobody will reuse its blocks.
         """
         if self._requests.get(request.request_id) is request:
@@ -135,40 +139,76 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plans one step: budget, then running requests, then waiting ones.
 
-        Call `advance` with the plan once its forward pass is done, before new tokens are appended.
+        Call `advance` with the plan once it is launched (or computed), before new tokens are appended.
         """
         step = _Step(budget=self._max_num_tokens)
+        self._policy.begin()
         self._schedule_running(step)
         self._schedule_waiting(step)
-        items = [item for work in step.work.values() for item in work]
         # Copies wait for a step with a forward pass, which is what carries them out.
-        return StepPlan(items, self._kv.take_copies() if items else [], step.paused)
+        step.block_copies = self._kv.take_copies() if step.items else []
+        return step
 
     def advance(self, plan: StepPlan) -> None:
-        """Records that a plan's tokens are computed: their blocks may be reused, those behind the window go back."""
-        kv, running = self._kv, self._running
+        """Records that a plan's tokens are computed, or will be before any later plan's.
+
+        Their blocks may be reused where all tokens are known; those behind the window go back.
+        """
+        kv, running, size = self._kv, self._running, self._kv.tokens_per_block
         for item in plan.items:
-            request, sequence = item.request, item.sequence
-            if request not in running:
+            if item.request not in running:
                 continue
-            sequence.num_computed_tokens = item.end
-            # Beams come and go: what they generate is not offered to others, so all of it is given back with them.
-            kv.commit(sequence, item.start, request.num_prompt_tokens if request.params.use_beam_search else None)
-            kv.evict_window(sequence)
+            sequence, end = item.sequence, item.end
+            sequence.num_computed_tokens = end
+            if end // size > item.start // size:
+                self._commit(item)
+            if kv.window is not None:
+                kv.evict_window(sequence)
+
+    def expect(self, items: Iterable[ScheduledSequence]) -> None:
+        """Appends the `PENDING_TOKEN` of each of these sampled items of a launched plan.
+
+        A request that ends with it at the latest makes room for others.
+        """
+        for item in items:
+            sequence, request = item.sequence, item.request
+            sequence.token_ids.append(PENDING_TOKEN)
+            if item.end + 1 >= sequence.num_prompt_tokens + request.max_tokens and request in self._running:
+                self._free_place(request)
+                self._draining.add(request)
 
     # parts
 
+    def _commit(self, item: ScheduledSequence) -> None:
+        sequence, end = item.sequence, item.end
+        if sequence.token_ids[end - 1] == PENDING_TOKEN:
+            end -= 1
+        if item.request.params.use_beam_search:
+            # Beams come and go: what they generate is not offered to others, so all of it is given back with them.
+            end = min(end, sequence.num_prompt_tokens)
+        self._kv.commit(sequence, item.start, end)
+
     def _schedule_running(self, step: _Step) -> None:
+        kv, running, items = self._kv, self._running, step.items
         behind: list[RequestState] = []
-        for request in list(self._running):
+        for request in list(running):
             sequences = request.sequences
-            if any([s.num_computed_tokens != len(s.token_ids) - 1 for s in sequences]):
+            first = sequences[0]
+            start = first.num_computed_tokens
+            if start != len(first.token_ids) - 1 or (len(sequences) > 1 and _is_behind(sequences)):
                 behind.append(request)
-            elif request in self._running:  # not paused for an older one meanwhile
-                self._schedule(request, [(s, 1) for s in sequences], step)
+            elif step.paused and request not in running:  # paused for an older one
+                continue
+            elif len(sequences) == 1 and kv.allocate_next(first):
+                items.append(ScheduledSequence(request, first, start, 1, 1))
+                step.budget -= 1
+            elif not self._schedule(request, [(s, 1) for s in sequences], step):
+                self._policy.delayed(request)
         for request in behind:
-            if request in self._running and step.budget > 0:
-                self._schedule(request, self._chunks(request, step), step)
+            if request in running:
+                chunks = self._chunks(request, step) if step.budget > 0 else []
+                if not self._schedule(request, chunks, step):
+                    self._policy.delayed(request)
 
     def _schedule_waiting(self, step: _Step) -> None:
         is_full = self._num_slots >= self._max_batch_size or self._num_rows >= self._max_num_tokens
@@ -196,6 +236,8 @@ class Scheduler:
         if self._num_rows + request.width > self._max_num_tokens:
             return False
         sequence = request.sequences[0]
+        if sequence.token_ids[-1] == PENDING_TOKEN:  # paused in the last step; known before the next
+            return False
         match = self._match(request, sequence)
         is_too_long = sequence.num_tokens - match.num_tokens > step.budget
         if (is_too_long and self._capacity.is_whole(request)) or not self._policy.admits(request, match):
@@ -208,8 +250,11 @@ class Scheduler:
         self._running[request] = None
         self._num_slots += request.slots
         self._num_rows += request.width
-        self._schedule(request, self._chunks(request, step), step)
+        step.started.append(request)
+        is_complete = self._schedule(request, self._chunks(request, step), step)
         self._policy.admitted(request)
+        if not is_complete:
+            self._policy.delayed(request)
         return True
 
     def _match(self, request: RequestState, sequence: Sequence) -> PrefixMatch:
@@ -223,26 +268,28 @@ class Scheduler:
         limit, is_whole = self._capacity.max_chunk(request), self._capacity.is_whole(request)
         return plan_chunks(request, self._kv, step.budget, limit, is_whole=is_whole)
 
-    def _schedule(self, request: RequestState, chunks: list[tuple[Sequence, int]], step: _Step) -> None:
-        """Plans these tokens of a running request's sequences, all or none of them."""
+    def _schedule(self, request: RequestState, chunks: list[tuple[Sequence, int]], step: _Step) -> bool:
+        """Plans these tokens of a running request's sequences, all or none of them; returns whether it is sampled."""
         for sequence, num_tokens in chunks:
             while not self._kv.allocate(sequence, sequence.num_computed_tokens + num_tokens):
-                victim = self._policy.victim(request, self._running.keys())
+                victim = self._policy.victim(request, self._running)
                 if victim is None:
-                    return
+                    return False
                 self._pause(victim, step)
-        items = []
+        is_sampled = False
         for sequence, num_tokens in chunks:
             start = sequence.num_computed_tokens
             logits = num_logits(request, sequence, start, num_tokens)
-            items.append(ScheduledSequence(request, sequence, start, num_tokens, logits))
+            item = ScheduledSequence(request, sequence, start, num_tokens, logits)
+            step.items.append(item)
             step.budget -= num_tokens
-        if items:
-            step.work[request] = items
+            is_sampled = item.is_sampled
+        return is_sampled
 
     def _pause(self, request: RequestState, step: _Step) -> None:
         """Takes a running request's blocks; it goes to the head of the queue and computes its tokens again."""
-        step.budget += sum(item.num_tokens for item in step.work.pop(request, ()))
+        step.budget += sum(item.num_tokens for item in step.items if item.request is request)
+        step.items[:] = [item for item in step.items if item.request is not request]
         self._leave(request)
         request.num_pauses += 1
         self._waiting[request] = 0
@@ -252,8 +299,18 @@ class Scheduler:
     def _leave(self, request: RequestState, *, cache: bool = True) -> None:
         """Takes a request out of the running ones, if it is there, and its sequences' blocks."""
         if request in self._running:
-            del self._running[request]
-            self._num_slots -= request.slots
-            self._num_rows -= request.width
+            self._free_place(request)
+        self._draining.discard(request)
         for sequence in request.sequences:
             self._kv.free(sequence, cache=cache)
+        self._policy.left(request)
+
+    def _free_place(self, request: RequestState) -> None:
+        del self._running[request]
+        self._num_slots -= request.slots
+        self._num_rows -= request.width
+
+
+def _is_behind(sequences: list[Sequence]) -> bool:
+    """Whether some sequence has more than its last token to compute."""
+    return any([sequence.num_computed_tokens != len(sequence.token_ids) - 1 for sequence in sequences])
