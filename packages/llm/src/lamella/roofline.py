@@ -14,7 +14,6 @@ bytes, a ceiling for anything. B follows from the memory: as many requests as fi
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,6 +24,7 @@ from lamella_core.errors import ConfigError
 from lamella_core.layers.linear import Linear
 from lamella_core.models.registry import get_model_class
 from lamella_core.quantization.config import QuantAlgo, QuantConfig
+from lamella_core.quantization.modules import is_excluded
 
 PREFILL_ATTENTION_EFFICIENCY = 0.75  # of the bfloat16 rate; what the fastest causal kernels reach
 WORKSPACE_BYTES = 2.5 * (1 << 30)  # activations, graphs and workspaces of a serving process
@@ -107,7 +107,9 @@ class ModelShape:
             raise ConfigError(f"{config.architecture} is a mixture of experts; the roofline knows dense models")
         sizes = {linear.name: linear.in_features_local * linear.out_features_local for linear in linears}
         total = sum(sizes.values())
-        fp8 = sum(size for name, size in sizes.items() if _is_fp8(quantization, name))
+        fp8 = 0
+        if quantization.quant_algo is not None:
+            fp8 = sum(size for name, size in sizes.items() if not is_excluded(config, name))
         head = config.vocab_size * config.hidden_size
         kv_itemsize = 1 if quantization.kv_cache_quant_algo else dtype.itemsize
         return cls(
@@ -135,11 +137,6 @@ class ModelShape:
         """How far back some layer looks, so how long a token must be kept; None: to the end."""
         windows = [layer.window for layer in self.layers]
         return None if None in windows else max(w for w in windows if w is not None)
-
-
-def _is_fp8(quantization: QuantConfig, name: str) -> bool:
-    excluded = any(fnmatch.fnmatchcase(name, pattern) for pattern in quantization.exclude_modules)
-    return quantization.quant_algo in _FP8 and not excluded
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,22 @@ _Kernels = Annotated[
     str | None,
     typer.Option(help="timed: time the kernels first; default: take the usual ones. Default: timed on a GPU."),
 ]
-_Policy = Annotated[str | None, typer.Option(help="guaranteed_no_evict, max_utilization or static_batch.")]
+_BlockSize = Annotated[
+    int | None, typer.Option("--tokens-per-block", "--block-size", help="Tokens of a KV block, a power of two.", min=1)
+]
+_Policy = Annotated[
+    str | None, typer.Option(help="predicted_peak, guaranteed_no_evict, max_utilization or static_batch.")
+]
 _Fraction = Annotated[
     float | None,
     typer.Option(
         "--kv-cache-free-gpu-mem-fraction",
         "--free-gpu-memory-fraction",
-        help="Part of the GPU memory left by the weights that the KV cache may take.",
+        help="Part of the GPU memory left by weights and steps that the KV cache may take.",
     ),
+]
+_Utilization = Annotated[
+    float | None, typer.Option(help="Part of the GPU's memory that weights, steps and KV cache may take together.")
 ]
 _Seed = Annotated[int, typer.Option(help="Of the random prompts.")]
 _Warmup = Annotated[
@@ -73,8 +81,10 @@ def throughput(  # noqa: PLR0913 - one parameter per option
     max_batch_size: _BatchSize = None,
     max_num_tokens: _NumTokens = None,
     max_seq_len: _SeqLen = None,
+    tokens_per_block: _BlockSize = None,
     scheduler_policy: _Policy = None,
     kv_cache_free_gpu_mem_fraction: _Fraction = None,
+    gpu_memory_utilization: _Utilization = None,
     kernel_selection: _Kernels = None,
     warmup: _Warmup = None,
     seed: _Seed = 0,
@@ -91,8 +101,9 @@ def throughput(  # noqa: PLR0913 - one parameter per option
         mode="throughput", model=source, config_only=hf_config is not None, load_format=load_format, dtype=dtype,
         quant=quant, kv_cache_dtype=kv_cache_dtype, device=device, isl=isl, osl=osl, num_requests=num_requests,
         concurrency=concurrency if concurrency > 0 else num_requests, warmup=warmup, max_batch_size=max_batch_size,
-        max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, scheduler_policy=scheduler_policy,
-        free_gpu_memory_fraction=kv_cache_free_gpu_mem_fraction, kernel_selection=kernel_selection, seed=seed,
+        max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, tokens_per_block=tokens_per_block,
+        scheduler_policy=scheduler_policy, free_gpu_memory_fraction=kv_cache_free_gpu_mem_fraction,
+        gpu_memory_utilization=gpu_memory_utilization, kernel_selection=kernel_selection, seed=seed,
         breakdown=breakdown,
     )  # fmt: skip
     run_bench(plan, report_json, started)
@@ -115,7 +126,9 @@ def latency(  # noqa: PLR0913 - one parameter per option
     device: _Device = "auto",
     max_num_tokens: _NumTokens = None,
     max_seq_len: _SeqLen = None,
+    tokens_per_block: _BlockSize = None,
     kv_cache_free_gpu_mem_fraction: _Fraction = None,
+    gpu_memory_utilization: _Utilization = None,
     kernel_selection: _Kernels = None,
     warmup: _Warmup = None,
     seed: _Seed = 0,
@@ -132,7 +145,8 @@ def latency(  # noqa: PLR0913 - one parameter per option
         mode="latency", model=source, config_only=hf_config is not None, load_format=load_format, dtype=dtype,
         quant=quant, kv_cache_dtype=kv_cache_dtype, device=device, isl=isl, osl=osl, num_requests=num_runs,
         concurrency=batch_size, warmup=warmup, max_batch_size=batch_size, max_num_tokens=max_num_tokens,
-        max_seq_len=max_seq_len, free_gpu_memory_fraction=kv_cache_free_gpu_mem_fraction,
+        max_seq_len=max_seq_len, tokens_per_block=tokens_per_block,
+        free_gpu_memory_fraction=kv_cache_free_gpu_mem_fraction, gpu_memory_utilization=gpu_memory_utilization,
         kernel_selection=kernel_selection, seed=seed, breakdown=breakdown,
     )  # fmt: skip
     run_bench(plan, report_json, started)

@@ -46,7 +46,9 @@ class BenchPlan:
     max_num_tokens: int | None = None
     max_seq_len: int | None = None
     scheduler_policy: str | None = None
+    tokens_per_block: int | None = None
     free_gpu_memory_fraction: float | None = None
+    gpu_memory_utilization: float | None = None
     kernel_selection: str | None = None  # "timed" | "default"
     seed: int = 0
     breakdown: bool = True
@@ -97,8 +99,7 @@ class BenchPlan:
             ConfigError: options that contradict each other, the model or the engine.
             OutOfMemoryError: weights and KV cache do not fit.
         """
-        fraction, policy = self.free_gpu_memory_fraction, self.scheduler_policy
-        kv = KvCacheConfig(enable_block_reuse=False)
+        policy = self.scheduler_policy
         llm = LLM(
             self.model,
             skip_tokenizer_init=True,
@@ -109,7 +110,7 @@ class BenchPlan:
             max_seq_len=self.max_seq_len,
             build_config=self._build_config(),
             quant_config=self._quant_config(),
-            kv_cache_config=kv if fraction is None else replace(kv, free_gpu_memory_fraction=fraction),
+            kv_cache_config=self._kv_cache_config(),
             scheduler_config={"capacity_scheduler_policy": policy.upper()} if policy else None,
             max_stats_len=STATS_LEN,
         )
@@ -123,6 +124,15 @@ class BenchPlan:
         if not self._is_engine:
             return BuildConfig(device=self.device, kernel_selection=self.kernel_selection or "default")
         return BuildConfig(kernel_selection=self.kernel_selection) if self.kernel_selection else None
+
+    def _kv_cache_config(self) -> KvCacheConfig:
+        config = KvCacheConfig(
+            enable_block_reuse=False,
+            tokens_per_block=self.tokens_per_block,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+        )
+        fraction = self.free_gpu_memory_fraction
+        return config if fraction is None else replace(config, free_gpu_memory_fraction=fraction)
 
     def _quant_config(self) -> QuantConfig | None:
         weights = parse_algo(_algo_name(self.quant), "quant")
