@@ -1,0 +1,1 @@
+"""Attention over a paged cache: `decode` for one query per sequence, `prefill` for prompt chunks."""

@@ -1,0 +1,226 @@
+"""What both attention kernels do: find keys through block tables, widen float8, and keep a running softmax.
+
+Scores are in base 2 (exp2 is one instruction): a score times log2(e). Masked scores are -inf; a running maximum starts
+at the finite `LOWEST`, so that no row, however masked, computes inf - inf. The running softmax is that of Milakov and
+Gimelshein (2018), as used by FlashAttention (Dao et al. 2022).
+
+A float8 cache is widened to fp16, which holds every float8_e4m3fn value and to which one instruction converts; queries
+are then fp16 as well, saturated (float32 queries stay float32).
+
+Shape legend: T query tokens, S sequences, Hq query and Hkv key/value heads, G = Hq / Hkv heads that share keys, D head
+size, N cache blocks of P tokens, B longest block table; M rows of a tile (heads of one group times queries), K its keys.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lamella_core.errors import ConfigError
+from lamella_core.kernels.triton.launch import has_float8, is_interpreted, next_power_of_2
+from lamella_core.kernels.triton.quantize import to_float8
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1.0e30)  # below every score
+FLOAT8 = torch.float8_e4m3fn
+_PRODUCTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_LEAST_COLUMNS = 16  # of a head, padded: what a matrix unit takes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a kernel is compiled for, beside its tile: the layer, and where things lie. Strides in elements."""
+
+    heads: int  # Hq
+    group: int  # G
+    head_dim: int  # D
+    padded_dim: int  # the next power of two
+    page: int  # P
+    q_token_stride: int
+    q_head_stride: int
+    block_stride: int  # of the caches
+    head_stride: int
+    token_stride: int
+    dtype: tl.dtype  # of products
+    float8: bool  # the caches are
+    native: bool  # the device converts float8 itself; if not, caches and results are uint8 to a kernel
+    window: int  # 0: all keys
+    sinks: int  # first keys seen beside the window
+    softcap: float  # 0: none
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(
+    q: tuple[int, ...], q_strides: tuple[int, ...], cache: tuple[int, ...], strides: tuple[int, ...],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], same: bool, scale: float, mask: tuple[int, int, float],
+) -> Layout:  # fmt: skip
+    """Checks and makes a `Layout`: q is [Hq, D], strides go with shapes, mask is window, sinks and softcap."""
+    q_dtype, k_dtype, v_dtype = dtypes
+    if q_dtype not in _PRODUCTS or k_dtype not in (q_dtype, FLOAT8):
+        raise ConfigError(f"queries are {q_dtype}, cached keys {k_dtype}: keys must be float8_e4m3fn or as queries are")
+    if k_dtype != v_dtype or not same:
+        raise ConfigError("the caches of keys and values differ in dtype, shape or strides; make them alike")
+    (heads, dim), (_, kv_heads, page, width) = q, cache
+    if dim != width or heads % kv_heads or dim % 2:
+        raise ConfigError(f"queries [*, {heads}, {dim}] do not fit a cache {list(cache)} [N, Hkv, P, D]; D must be even")
+    if strides[3] != 1 or q_strides[2] != 1:
+        raise ConfigError("values of a head lie apart in the queries or the cache; they must be side by side")
+    if scale <= 0.0:
+        raise ConfigError(f"scale is {scale}; it must be positive")
+    float8 = k_dtype == FLOAT8
+    return Layout(
+        heads=heads, group=heads // kv_heads, head_dim=dim,
+        padded_dim=next_power_of_2(max(dim, _LEAST_COLUMNS * (1 + float8))), page=page,
+        q_token_stride=q_strides[0], q_head_stride=q_strides[1],
+        block_stride=strides[0], head_stride=strides[1], token_stride=strides[2],
+        dtype=tl.float16 if float8 and q_dtype != torch.float32 else _PRODUCTS[q_dtype],
+        float8=float8, native=has_float8(), window=mask[0], sinks=mask[1] if mask[0] else 0, softcap=mask[2],
+    )  # fmt: skip
+
+
+def layout_of(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, sliding_window: int, num_sinks: int, softcap: float
+) -> Layout:
+    """Returns what a kernel is compiled for.
+
+    Raises:
+        ConfigError: the queries [*, Hq, D] and caches [N, Hkv, P, D] do not fit each other or the kernels.
+    """
+    strides = k_cache.stride()
+    same = k_cache.shape == v_cache.shape and strides == v_cache.stride()
+    dtypes = (q.dtype, k_cache.dtype, v_cache.dtype)
+    mask = (sliding_window, num_sinks, softcap)
+    return _layout(tuple(q.shape[1:]), q.stride(), tuple(k_cache.shape), strides, dtypes, same, scale, mask)
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; in the interpreter a small number, so that small tests split as large batches do."""
+    return 4 if is_interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def result_like(q: Tensor, out_scale: Tensor | None, out: Tensor | None) -> Tensor:
+    """Returns ``out`` if there is one that fits, else a new tensor [T, Hq, D]: float8 if there is a scale for it.
+
+    Raises:
+        ConfigError: ``out`` has another shape or dtype, or is not contiguous.
+    """
+    dtype = q.dtype if out_scale is None else FLOAT8
+    if out is None:
+        return torch.empty(q.shape, dtype=dtype, device=q.device)
+    if out.dtype != dtype or out.shape != q.shape or not out.is_contiguous():
+        raise ConfigError(f"out is {out.dtype} {list(out.shape)}; it must be contiguous {dtype} {list(q.shape)}")
+    return out
+
+
+@triton.jit
+def first_visible_tile(position, L: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns the tile that holds the first key in the window of a query at ``position``."""
+    if L.window > 0:
+        first = tl.maximum(position + 1 - L.window, 0) // BLOCK_N
+    else:
+        first = position * 0
+    return first
+
+
+@triton.jit
+def load_pages(table_ptr, tile, last_page, L: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns a tile's cache blocks: one id, or [BLOCK_N] ids where a tile spans several. Never reads past the last."""
+    if BLOCK_N <= L.page:
+        index = tile * BLOCK_N // L.page
+    else:
+        index = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) // L.page
+    return tl.load(table_ptr + tl.minimum(index, last_page))
+
+
+@triton.jit
+def key_offsets(pages, tile, L: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns where in a head's cache [N, P, D] a tile's keys begin: [BLOCK_N, 1] int64, in units of STEP elements.
+
+    An evicted block is read as block 0: in bounds, and to be masked.
+    """
+    within = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) % L.page
+    base = tl.maximum(pages, 0).to(tl.int64) * (L.block_stride // STEP)
+    return (base + within * (L.token_stride // STEP))[:, None]
+
+
+@triton.jit
+def widen_float8(codes, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns the float8_e4m3fn values (finite ones only unless native) of uint8 bit patterns in L.dtype, exactly."""
+    if L.native:
+        value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        # Exponent and mantissa moved under fp16's exponent: too small by 2**(15 - 7), also for subnormals.
+        bits = codes.to(tl.uint16)
+        value = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+    return value.to(L.dtype)
+
+
+@triton.jit
+def narrow_query(q, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns q in the dtype of products; bf16 saturates in fp16."""
+    if L.float8:
+        if q.dtype == tl.bfloat16:
+            q = tl.clamp(q.to(tl.float32), -65504.0, 65504.0, tl.PropagateNan.ALL)
+    return q.to(L.dtype)
+
+
+@triton.jit
+def shape_scores(  # type: ignore[no-untyped-def]
+    dots,  # [M, K] products of queries and keys
+    factor,  # what they are multiplied by
+    distances,  # [M, K] or [1, K]: key's position less the query's
+    slopes,  # [M] float32 ALiBi slopes, or None
+    L: tl.constexpr,
+):
+    """Returns scores, soft-capped and biased by distance, and the factor that still has to be applied for base 2."""
+    rest = factor * LOG2E
+    if L.softcap > 0.0:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        power = tl.exp2(dots * (rest * (2.0 / L.softcap)))
+        dots = (L.softcap * LOG2E) * (1.0 - 2.0 / (power + 1.0))
+        rest = rest * 0.0 + 1.0
+    if slopes is not None:
+        dots = dots * rest + slopes[:, None] * LOG2E * distances.to(tl.float32)
+        rest = rest * 0.0 + 1.0
+    return dots, rest
+
+
+@triton.jit
+def softmax_step(scores, factor, highest, total):  # type: ignore[no-untyped-def]
+    """Advances a running softmax by a tile: [M, K] scores before ``factor``; [M] maximum and sum so far.
+
+    Returns weights [M, K], the new maximum and sum [M], and by what earlier results are multiplied [M].
+    """
+    now = tl.maximum(highest, tl.max(scores, axis=1) * factor)
+    weights = tl.exp2(scores * factor - now[:, None])
+    fade = tl.exp2(highest - now)
+    return weights, now, total * fade + tl.sum(weights, axis=1), fade
+
+
+@triton.jit
+def finish(  # type: ignore[no-untyped-def]
+    acc,  # [M, D]
+    highest,  # [M]
+    total,  # [M]
+    sink_ptrs,  # [M] where the rows' sink logits are, or None
+    valid,  # [M]
+    v_scale,
+    out_scale_ptr,  # [] float32, or None
+    L: tl.constexpr,
+):
+    """Ends a softmax; returns its results [M, D], as float8 divided by a scale if there is one. Blind rows are zero."""
+    if sink_ptrs is not None:  # one more column, without a value
+        sinks = tl.load(sink_ptrs, valid, other=0.0).to(tl.float32) * LOG2E
+        now = tl.maximum(highest, sinks)
+        fade = tl.exp2(highest - now)
+        total = total * fade + tl.exp2(sinks - now)
+        acc = acc * fade[:, None]
+    out = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    if out_scale_ptr is not None:
+        out = to_float8(out / tl.load(out_scale_ptr), L.native)
+    return out

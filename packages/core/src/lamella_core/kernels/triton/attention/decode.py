@@ -1,0 +1,447 @@
+"""Attention of one query per sequence over its paged keys: bound by reading them.
+
+A program owns one sequence, the query heads of one key/value head (padded to 16 rows, what a matrix unit takes) and a
+part of the keys, if these are split at all. Which keys is found on the device from the sequence's length, so the grid
+depends only on the number of sequences and the greatest length, and a captured launch serves all lengths. The parts are
+joined by whichever program of a sequence and head ends last (a counter in the workspace tells), without a second kernel.
+
+The block table is read one tile ahead of the keys; these are on their way ``num_stages`` tiles ahead. Float8 keys are
+read as words of two, because matrix units take 16-bit words transposed from shared memory and no others; even and odd
+columns are multiplied on their own.
+
+Shape legend: see `common`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from lamella_core.kernels.triton.attention.common import (
+    LOWEST,
+    Layout,
+    finish,
+    first_visible_tile,
+    key_offsets,
+    layout_of,
+    load_pages,
+    narrow_query,
+    num_processors,
+    result_like,
+    shape_scores,
+    softmax_step,
+    widen_float8,
+)
+from lamella_core.kernels.triton.launch import float8_storage, launch_options, next_power_of_2, use_pdl
+
+PROGRAMS_PER_PROCESSOR = 2  # what splitting fills idle processors up to
+MOST_PROGRAMS_PER_PROCESSOR = 16  # what splitting long sequences among short ones may lead to
+SHORT_PART, LONG_PART = 256, 4096  # least keys per part in the first case and in the second
+LEAST_ROWS, MOST_ROWS = 16, 64  # heads per program
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How `_decode_kernel` walks over keys.
+
+    Attributes:
+        block_n: keys per step.
+        num_warps: warps per program.
+        num_stages: steps whose keys are in shared memory or on their way to it.
+    """
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How the keys of each sequence are divided among programs.
+
+    Attributes:
+        parts: programs per sequence and group of heads; of short sequences only some do anything.
+        least_keys: keys that a part has at least.
+    """
+
+    parts: int
+    least_keys: int
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where parts wait to be joined; serves any number of calls, one after another on one stream."""
+
+    partial: Tensor  # float32: [programs, rows, D padded]
+    stats: Tensor  # float32: [programs, 2, rows], maximum and sum
+    counters: Tensor  # int32: parts that are done, of each sequence and group; zero between calls
+
+
+def _rows(group: int) -> int:
+    """Heads of a group that one program takes, as a power of two."""
+    return min(next_power_of_2(group), MOST_ROWS)
+
+
+def choose_split(num_seqs: int, num_groups: int, max_context_len: int, processors: int) -> Split:
+    """Returns how to divide ``num_seqs`` sequences times ``num_groups`` groups of heads.
+
+    Idle processors are filled; and where they are busy, one very long sequence shall not be what all wait for.
+    """
+    programs = max(1, num_seqs * num_groups)
+    idle = PROGRAMS_PER_PROCESSOR * processors // programs
+    if idle > 1:
+        return Split(max(1, min(idle, -(-max_context_len // SHORT_PART))), SHORT_PART)
+    spread = MOST_PROGRAMS_PER_PROCESSOR * processors // programs
+    return Split(max(1, min(spread, -(-max_context_len // LONG_PART))), LONG_PART)
+
+
+@functools.cache
+def choose_tile(padded_dim: int, itemsize: int, page: int) -> Tile:
+    """Returns the tile for heads of ``padded_dim`` values of ``itemsize`` bytes in blocks of ``page`` tokens."""
+    row_bytes = padded_dim * itemsize
+    if itemsize == 4:
+        return Tile(16 if row_bytes >= 1024 else 32, 4, 2)
+    if row_bytes <= 128:
+        return Tile(128, 4, 3)
+    return Tile(64, 4, 3) if row_bytes <= 256 else Tile(32, 4, 3)
+
+
+def decode_workspace(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str) -> Workspace:
+    """Returns the memory in which `decode_attention` of such a layer joins parts, for any batch: a few MiB."""
+    device = torch.device(device)
+    group = num_heads // num_kv_heads
+    rows, width = _rows(group), next_power_of_2(max(head_dim, 32))
+    programs = MOST_PROGRAMS_PER_PROCESSOR * num_processors(device)
+    return Workspace(
+        partial=torch.empty(programs, rows, width, dtype=torch.float32, device=device),
+        stats=torch.empty(programs, 2, rows, dtype=torch.float32, device=device),
+        counters=torch.zeros(programs, dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit
+def _load_query(q_ptr, heads, valid, FIRST: tl.constexpr, STEP: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns columns FIRST, FIRST + STEP, ... of one token's queries of some heads: [M, D padded / STEP]."""
+    cols = FIRST + tl.arange(0, L.padded_dim // STEP) * STEP
+    at = q_ptr + heads[:, None] * L.q_head_stride + cols[None, :]
+    return narrow_query(tl.load(at, valid[:, None] & (cols < L.head_dim)[None, :], other=0.0), L)
+
+
+@triton.jit
+def _tile_at(step, first, sink_tiles):  # type: ignore[no-untyped-def]
+    """Returns the tile of a step: sinks come first, then what the window covers."""
+    return step + tl.where(step >= sink_tiles, first - sink_tiles, 0)
+
+
+@triton.jit
+def _scores(q_even, q_odd, k, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns [M, K] products of queries with keys, these [K, D] or, if float8, words of two."""
+    if L.float8:
+        scores = tl.dot(q_even, tl.trans(widen_float8((k & 0xFF).to(tl.uint8), L)), input_precision="ieee")
+        odd = widen_float8(((k >> 8) & 0xFF).to(tl.uint8), L)
+        scores = tl.dot(q_odd, tl.trans(odd), scores, input_precision="ieee")
+    else:
+        scores = tl.dot(q_even, tl.trans(k), input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def _add_values(acc_even, acc_odd, weights, v, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Adds weights [M, K] times values, these [K, D] or, if float8, words of two; only then is ``acc_odd`` used."""
+    weights = weights.to(L.dtype)
+    if L.float8:
+        even, odd = widen_float8((v & 0xFF).to(tl.uint8), L), widen_float8(((v >> 8) & 0xFF).to(tl.uint8), L)
+        acc_even = tl.dot(weights, even, acc_even, input_precision="ieee")
+        acc_odd = tl.dot(weights, odd, acc_odd, input_precision="ieee")
+    else:
+        acc_even = tl.dot(weights, v, acc_even, input_precision="ieee")
+    return acc_even, acc_odd
+
+
+@triton.jit
+def _attend_part(  # type: ignore[no-untyped-def]
+    q_even,  # [M, D padded], or its even columns if float8
+    q_odd,
+    k_ptr,  # [N, P, D] of this key/value head; as words of two if float8
+    v_ptr,
+    table_ptr,  # [B] of this sequence
+    length,
+    first,  # tile in which the window begins
+    sink_tiles,  # tiles of sinks before that one
+    begin,  # steps of this part
+    end,
+    factor,  # of products
+    slopes,  # [M] or None
+    L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Returns the softmax of a part: acc (even and odd columns) [M, D padded / STEP], maximum and sum [M]."""
+    BLOCK_M: tl.constexpr = q_even.shape[0]
+    WIDTH: tl.constexpr = q_even.shape[1]
+    STEP: tl.constexpr = 2 if L.float8 else 1
+    cols = tl.arange(0, WIDTH)[None, :]
+    in_row = cols < L.head_dim // STEP
+    highest = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc_even = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    acc_odd = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    last_page = tl.maximum(length - 1, 0) // L.page
+    pages = load_pages(table_ptr, _tile_at(begin, first, sink_tiles), last_page, L, BLOCK_N)
+    for step in range(begin, end):
+        tile = _tile_at(step, first, sink_tiles)
+        next_pages = load_pages(table_ptr, _tile_at(step + 1, first, sink_tiles), last_page, L, BLOCK_N)
+        keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        seen = keys < length
+        if L.window > 0:
+            seen = seen & ((keys >= length - L.window) | (keys < L.sinks)) & (pages >= 0)
+        offsets = key_offsets(pages, tile, L, BLOCK_N, STEP) + cols
+        mask = seen[:, None] & in_row
+        k = tl.load(k_ptr + offsets, mask, other=0)
+        v = tl.load(v_ptr + offsets, mask, other=0)
+        distances = (keys - (length - 1))[None, :]
+        scores, rest = shape_scores(_scores(q_even, q_odd, k, L), factor, distances, slopes, L)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        weights, highest, total, fade = softmax_step(scores, rest, highest, total)
+        acc_even, acc_odd = _add_values(acc_even * fade[:, None], acc_odd * fade[:, None], weights, v, L)
+        pages = next_pages
+    return acc_even, acc_odd, highest, total
+
+
+@triton.jit
+def _join_parts(  # type: ignore[no-untyped-def]
+    partial_ptr,  # [parts, ROWS, WIDTH]
+    stats_ptr,  # [parts, 2, ROWS]
+    parts,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Returns the softmax over all parts: acc [ROWS, WIDTH], maximum and sum [ROWS]."""
+    AT_ONCE: tl.constexpr = max(1, 4096 // (ROWS * WIDTH))
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    highest = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for begin in range(0, parts, AT_ONCE):
+        part = begin + tl.arange(0, AT_ONCE)
+        there = (part < parts)[:, None]
+        at = stats_ptr + part[:, None] * (2 * ROWS) + rows[None, :]
+        maxima = tl.load(at, there, other=LOWEST, cache_modifier=".cg")
+        sums = tl.load(at + ROWS, there, other=0.0, cache_modifier=".cg")
+        acc_at = partial_ptr + (part[:, None, None] * ROWS + rows[None, :, None]) * WIDTH + cols[None, None, :]
+        accs = tl.load(acc_at, there[:, :, None], other=0.0, cache_modifier=".cg")
+        now = tl.maximum(highest, tl.max(maxima, axis=0))
+        share, fade = tl.exp2(maxima - now[None, :]), tl.exp2(highest - now)
+        total = total * fade + tl.sum(sums * share, axis=0)
+        acc = acc * fade[:, None] + tl.sum(accs * share[:, :, None], axis=0)
+        highest = now
+    return acc, highest, total
+
+
+@triton.jit
+def _write(  # type: ignore[no-untyped-def]
+    acc,  # [M, D padded]
+    highest,  # [M]
+    total,  # [M]
+    first_member,  # of the group's heads, the one of row 0
+    out_ptr,  # [G, D] of this sequence and group
+    sinks_ptr,  # [G] of this group, or None
+    v_scale,
+    out_scale_ptr,
+    L: tl.constexpr,
+):
+    """Ends the softmax and stores the results of the group's heads."""
+    members = first_member + tl.arange(0, acc.shape[0])
+    valid = members < L.group
+    sink_ptrs = None if sinks_ptr is None else sinks_ptr + members
+    out = finish(acc, highest, total, sink_ptrs, valid, v_scale, out_scale_ptr, L)
+    cols = tl.arange(0, L.padded_dim)
+    mask = valid[:, None] & (cols < L.head_dim)[None, :]
+    tl.store(out_ptr + members[:, None] * L.head_dim + cols[None, :], out.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _park(  # type: ignore[no-untyped-def]
+    acc,  # [M, D padded]
+    highest,  # [M]
+    total,  # [M]
+    partial_ptr,  # [ROWS, D padded] of this part
+    stats_ptr,  # [2, ROWS]
+    counter_ptr,
+    ROWS: tl.constexpr,
+):
+    """Stores the first ROWS rows of a part; returns how many parts were stored before it."""
+    rows, cols = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
+    kept = rows < ROWS
+    tl.store(partial_ptr + rows[:, None] * acc.shape[1] + cols[None, :], acc, kept[:, None])
+    tl.store(stats_ptr + rows, highest, kept)
+    tl.store(stats_ptr + ROWS + rows, total, kept)
+    tl.debug_barrier()  # all threads have stored before the counter says so
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+
+
+@triton.jit(do_not_specialize=["parts", "least_steps", "table_stride", "scale"])
+def _decode_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,  # [S, Hq, D]
+    q_ptr,  # [S, Hq, D]
+    k_ptr,  # [N, Hkv, P, D]
+    v_ptr,
+    tables_ptr,  # [*, B] int32
+    rows_ptr,  # [S] int32
+    lengths_ptr,  # [S] int32
+    alibi_ptr,  # [Hq], or None
+    sinks_ptr,  # [Hq], or None
+    kv_scales_ptr,  # [2] float32, or None
+    out_scale_ptr,  # [] float32, or None
+    partial_ptr,  # see `Workspace`; None: no sequence is split
+    stats_ptr,
+    counters_ptr,
+    table_stride,
+    scale,
+    parts,
+    least_steps,  # of a part
+    L: tl.constexpr,
+    ROWS: tl.constexpr,  # least power of two that holds the heads of this program
+    BLOCK_N: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """One part of one sequence's keys for the query heads of one key/value head, or for as many as a program takes."""
+    BLOCK_M: tl.constexpr = max(ROWS, 16)
+    CHUNKS: tl.constexpr = (L.group + ROWS - 1) // ROWS  # programs per group
+    STEP: tl.constexpr = 2 if L.float8 else 1
+    part, chunk, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if USE_PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    length = tl.load(lengths_ptr + seq)
+    table_ptr = tables_ptr + tl.load(rows_ptr + seq).to(tl.int64) * table_stride
+    first = first_visible_tile(length - 1, L, BLOCK_N)
+    sink_tiles = tl.minimum((L.sinks + BLOCK_N - 1) // BLOCK_N, first)
+    steps = (length + BLOCK_N - 1) // BLOCK_N - first + sink_tiles
+    per_part = tl.maximum((steps + parts - 1) // parts, least_steps)
+    used = tl.maximum((steps + per_part - 1) // per_part, 1)
+    if part >= used:
+        return
+    kv_head, first_member = chunk // CHUNKS, (chunk % CHUNKS) * ROWS
+    first_head = kv_head * L.group
+    heads = first_head + first_member + tl.arange(0, BLOCK_M)
+    valid = heads < first_head + L.group
+    factor, v_scale = scale, 1.0
+    if kv_scales_ptr is not None:
+        factor, v_scale = scale * tl.load(kv_scales_ptr), tl.load(kv_scales_ptr + 1)
+    slopes = None if alibi_ptr is None else tl.load(alibi_ptr + heads, valid, other=0.0).to(tl.float32)
+    sinks_ptr = None if sinks_ptr is None else sinks_ptr + first_head
+    if L.float8:
+        k_ptr = k_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+        v_ptr = v_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+    q_ptr += seq * L.q_token_stride
+    k_ptr += kv_head * (L.head_stride // STEP)
+    v_ptr += kv_head * (L.head_stride // STEP)
+    out_ptr += seq * (L.heads * L.head_dim) + first_head * L.head_dim
+    acc, odd, highest, total = _attend_part(
+        _load_query(q_ptr, heads, valid, 0, STEP, L), _load_query(q_ptr, heads, valid, STEP - 1, STEP, L),
+        k_ptr, v_ptr, table_ptr, length, first, sink_tiles,
+        part * per_part, tl.minimum((part + 1) * per_part, steps), factor, slopes, L, BLOCK_N,
+    )  # fmt: skip
+    if L.float8:
+        acc = tl.interleave(acc, odd)
+    if partial_ptr is None:
+        _write(acc, highest, total, first_member, out_ptr, sinks_ptr, v_scale, out_scale_ptr, L)
+    elif used == 1:
+        _write(acc, highest, total, first_member, out_ptr, sinks_ptr, v_scale, out_scale_ptr, L)
+    else:
+        counter_ptr = counters_ptr + seq * tl.num_programs(1) + chunk
+        slot = (seq * tl.num_programs(1) + chunk) * parts
+        partial_ptr += slot * (ROWS * L.padded_dim)
+        stats_ptr += slot * (2 * ROWS)
+        before = _park(
+            acc, highest, total, partial_ptr + part * (ROWS * L.padded_dim), stats_ptr + part * (2 * ROWS),
+            counter_ptr, ROWS,
+        )  # fmt: skip
+        if before == used - 1:
+            tl.store(counter_ptr, 0)
+            joined, most, whole = _join_parts(partial_ptr, stats_ptr, used, ROWS, L.padded_dim)
+            _write(joined, most, whole, first_member, out_ptr, sinks_ptr, v_scale, out_scale_ptr, L)
+
+
+def decode_attention(  # noqa: PLR0913 - what an attention layer can ask for
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    table_rows: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    max_context_len: int,
+    sliding_window: int = 0,
+    num_sinks: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    kv_scales: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    workspace: Workspace | None = None,
+    out: Tensor | None = None,
+    tile: Tile | None = None,
+    split: Split | None = None,
+) -> Tensor:
+    """Attention of one query per sequence over all its keys; see `reference.paged_attention` for what is computed.
+
+    Nothing is read back; a captured launch serves other lengths up to ``max_context_len``, tables and rows.
+
+    Args:
+        q: [S, Hq, D], float32, bfloat16 or float16.
+        k_cache: [N, Hkv, P, D] in q's dtype or float8_e4m3fn; the query's own key is in it. P a power of two.
+        v_cache: like ``k_cache``, with the same strides.
+        block_tables: [*, B] int32, cache blocks of each row's tokens; negative where evicted behind the window.
+        table_rows: [S] int32, the sequences' rows of ``block_tables``.
+        context_lens: [S] int32, keys of each sequence; where 0 the result is zero.
+        scale: multiplies products of queries and keys; positive.
+        max_context_len: upper bound of ``context_lens``; only speed depends on it.
+        sliding_window: a query sees so many last keys, its own included; 0: all.
+        num_sinks: first keys that are seen beside the window.
+        softcap: scores become softcap * tanh(scores / softcap); 0: they stay.
+        alibi_slopes: [Hq] float32, times the key's position less the query's added to scores.
+        sink_logits: [Hq], one more softmax column per head, without a value.
+        kv_scales: [2] float32, what cached keys and values are multiplied by.
+        out_scale: [] float32; the result is then float8_e4m3fn, divided by it.
+        workspace: see `decode_workspace`; made for this call if it is needed and missing.
+        out: contiguous [S, Hq, D] for the result.
+        tile: other than the one for this layer.
+        split: other than the one for this batch; needs a workspace large enough.
+
+    Returns:
+        [S, Hq, D], ``out`` if given.
+
+    Raises:
+        ConfigError: tensors do not fit each other or the kernel.
+    """
+    layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap)
+    out = result_like(q, out_scale, out)
+    num_seqs = q.shape[0]
+    if num_seqs == 0:
+        return out
+    rows = _rows(layout.group)
+    chunks = layout.heads // layout.group * -(-layout.group // rows)
+    tile = tile or choose_tile(layout.padded_dim, k_cache.element_size(), layout.page)
+    split = split or choose_split(num_seqs, chunks, max_context_len, num_processors(q.device))
+    if split.parts > 1 and workspace is None:
+        workspace = decode_workspace(layout.heads, k_cache.shape[1], layout.head_dim, q.device)
+    parking = (None, None, None)
+    if split.parts > 1:
+        parking = (workspace.partial, workspace.stats, workspace.counters)
+    if layout.float8 and not layout.native:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    _decode_kernel[split.parts, chunks, num_seqs](
+        out if out_scale is None else float8_storage(out), q, k_cache, v_cache, block_tables, table_rows, context_lens,
+        alibi_slopes, sink_logits, kv_scales, out_scale, *parking, block_tables.stride(0), scale,
+        split.parts, -(-split.least_keys // tile.block_n), L=layout, ROWS=rows, BLOCK_N=tile.block_n, USE_PDL=use_pdl(),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(),
+    )  # fmt: skip
+    return out
