@@ -1,12 +1,12 @@
-"""Where GPU kernels are tested: on the GPU if there is one, else in triton's interpreter on the CPU.
+"""Where GPU kernels are tested: on the GPU if there is one (`make test-gpu`), else in triton's interpreter on the CPU.
 
-The interpreter must be chosen before triton is first imported. Its conversion from float32 to bfloat16 truncates; here
-it rounds to nearest even, as every GPU does.
+The interpreter must be chosen before triton is first imported.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +18,16 @@ if not ON_GPU:
 pytest.importorskip("triton", reason="GPU kernels need triton")
 
 if not ON_GPU:
-    from tests.support.triton_interpreter import round_bfloat16_to_nearest
+    from tests.support.triton_interpreter import repair_interpreter
 
-    round_bfloat16_to_nearest()
+    repair_interpreter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks this folder's tests as GPU tests where they run on one."""
+    for item in items:
+        if ON_GPU and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,19 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from lamella_core.kernels.triton import NAN_LOGITS, NEGATIVE_INFINITE_LOGITS, POSITIVE_INFINITE_LOGITS
 from lamella_executor.scheduler.plan import StepPlan
-from lamella_executor.sequence import PENDING_TOKEN as PENDING_TOKEN  # which launched plans may contain
+from lamella_executor.sequence import PENDING_TOKEN  # which launched plans may contain
 
-# What `LaunchedStep.collect` returns instead of a token when a row's logits cannot be sampled.
-NAN_LOGITS = -2
-POSITIVE_INFINITE_LOGITS = -3
-NEGATIVE_INFINITE_LOGITS = -4
+__all__ = [
+    "NAN_LOGITS",  # what `LaunchedStep.collect` returns instead of a token when a row's logits cannot be sampled
+    "NEGATIVE_INFINITE_LOGITS",
+    "PENDING_TOKEN",
+    "POSITIVE_INFINITE_LOGITS",
+    "LaunchedStep",
+    "LaunchingRunner",
+    "Runner",
+]
 
 
 class Runner(Protocol):
