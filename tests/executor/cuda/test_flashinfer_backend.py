@@ -37,11 +37,11 @@ class Recorder:
         self._inner = None if step.is_captured else TorchAttention().begin(step)
         return self
 
-    def decode(self, q: Tensor, layer: LayerCall) -> Tensor:
+    def decode(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         self.calls.append(("decode", layer))
         return q.clone() if self._inner is None else self._inner.decode(q, layer)
 
-    def prefill(self, q: Tensor, layer: LayerCall) -> Tensor:
+    def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         self.calls.append(("prefill", layer))
         return q.clone() if self._inner is None else self._inner.prefill(q, layer)
 

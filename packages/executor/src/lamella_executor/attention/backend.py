@@ -61,11 +61,14 @@ class LayerCall:
 class StepAttention(Protocol):
     """Attention of one step."""
 
-    def decode(self, q: Tensor, layer: LayerCall) -> Tensor:
-        """Returns [D_, Hq, D] for the first D_ queries, in q's dtype or, with an ``out_scale``, perhaps in float8."""
+    def decode(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
+        """Returns [D_, Hq, D] for the first D_ queries, in q's dtype or, with an ``out_scale``, perhaps in float8.
+
+        An offer: the result may be written to ``out`` [D_, Hq, D], which has the dtype it should come in.
+        """
         ...
 
-    def prefill(self, q: Tensor, layer: LayerCall) -> Tensor:
+    def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         """Returns [T - D_, Hq, D] for the other queries; same dtype as `decode` returns."""
         ...
 

@@ -122,23 +122,23 @@ class FlashInferStep:
         self._tables: dict[bool, Tensor] = {}  # by whether the layer has a window: [D_, W] int32
         self._fallback: StepAttention | None = None
 
-    def decode(self, q: Tensor, layer: LayerCall) -> Tensor:
+    def decode(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         layer = self._agreed(layer)
         decoder = self._backend.decoder
         if decoder is not None and self._backend.serves("decode", decoder, q, layer):
             out_dtype = decoder.out_dtype(self._step, q, layer)
             if decoder.serves(self._step, q, layer, out_dtype):
                 return decoder.run(self._step, self._rows(layer), q, layer, out_dtype)
-        return self._other().decode(q, layer)
+        return self._other().decode(q, layer, _fitting(out, q, layer))
 
-    def prefill(self, q: Tensor, layer: LayerCall) -> Tensor:
+    def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         layer = self._agreed(layer)
         prefiller = self._backend.prefiller
         if prefiller is not None and self._backend.serves("prefill", prefiller, q, layer):
-            out = prefiller.run(self._step, self._plans, q, layer)
-            if out is not None:
-                return out
-        return self._other().prefill(q, layer)
+            result = prefiller.run(self._step, self._plans, q, layer)
+            if result is not None:
+                return result
+        return self._other().prefill(q, layer, _fitting(out, q, layer))
 
     def _agreed(self, layer: LayerCall) -> LayerCall:
         return replace(layer, out_scale=None) if self._is_mixed and layer.out_scale is not None else layer
@@ -158,3 +158,8 @@ class FlashInferStep:
         if self._fallback is None:
             self._fallback = self._backend.fallback.begin(self._step)
         return self._fallback
+
+
+def _fitting(out: Tensor | None, q: Tensor, layer: LayerCall) -> Tensor | None:
+    """Returns ``out`` unless it was made for the float8 result that is not asked for any more."""
+    return None if out is not None and layer.out_scale is None and out.dtype != q.dtype else out

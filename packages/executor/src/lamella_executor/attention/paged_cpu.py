@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lamella_core.context import AttentionSpec, Communicator
+from lamella_core.kernels import fp8
 from lamella_core.kernels.cpu import ops
 from lamella_core.layers.rotary import Rotation
 from lamella_executor.scheduler.plan import StepPlan
@@ -156,9 +157,15 @@ class PagedAttentionContext:
         kv_scales: Tensor | None = None,
         out_scale: Tensor | None = None,
     ) -> Tensor:
-        """Rotates, writes this step's keys and values, then attends over the cache; returns [T, Hq, D] in q's dtype."""
+        """Rotates, writes this step's keys and values, then attends over the cache; returns [T, Hq, D] in q's dtype.
+
+        With ``kv_scales`` the cache holds what float8 keeps of keys and values, but in the model's dtype: the numbers
+        are those of a GPU, the memory is not less.
+        """
         if rotation is not None:
             rotation.apply_(q, k)
+        if kv_scales is not None:
+            k, v = fp8.simulate(k, kv_scales[0]), fp8.simulate(v, kv_scales[1])
         batch, window = self._batch, self._windows[spec.layer_idx]
         keys, values = self._cache.layer(spec.layer_idx)
         ops.write_kv(k, v, keys, values, batch.slots)

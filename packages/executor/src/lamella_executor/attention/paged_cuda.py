@@ -140,8 +140,12 @@ class CudaStepContext:
             return self._attention.decode(q, call)
         if num_decode == 0:
             return self._attention.prefill(q, call)
-        parts = self._attention.decode(q[:num_decode], call), self._attention.prefill(q[num_decode:], call)
-        return torch.cat(parts)
+        dtype = q.dtype if out_scale is None else torch.float8_e4m3fn
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
+        first = self._attention.decode(q[:num_decode], call, out[:num_decode])
+        rest = self._attention.prefill(q[num_decode:], call, out[num_decode:])
+        is_there = first.data_ptr() == out.data_ptr() and rest.data_ptr() == out[num_decode:].data_ptr()
+        return out if is_there else torch.cat((first, rest))
 
 
 def torch_rope_and_cache(

@@ -29,10 +29,10 @@ class _TorchStep:
         self._context = step.host.context.tolist()
         self._query = step.host.query.tolist()
 
-    def decode(self, q: Tensor, layer: LayerCall) -> Tensor:
+    def decode(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         return self._attend(q, layer, 0, self._step.num_decode)
 
-    def prefill(self, q: Tensor, layer: LayerCall) -> Tensor:
+    def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         return self._attend(q, layer, self._step.num_decode, len(self._query))
 
     def _attend(self, q: Tensor, layer: LayerCall, first: int, last: int) -> Tensor:

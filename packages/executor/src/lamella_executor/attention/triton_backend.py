@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-from lamella_core.kernels.triton.attention.decode import decode_attention
-from lamella_core.kernels.triton.attention.prefill import prefill_attention
+import torch
 from torch import Tensor
 
+from lamella_core.kernels.triton.attention.decode import Workspace, decode_attention, decode_workspace
+from lamella_core.kernels.triton.attention.prefill import prefill_attention
 from lamella_executor.attention.backend import AttentionStep, LayerCall
 
 
 class TritonAttention:
-    """An `AttentionBackend`; stateless."""
+    """An `AttentionBackend`; owns the memory in which parts of long contexts are joined.
+
+    Steps use that memory one after another, as they are enqueued on one stream.
+    """
 
     name = "triton"
     is_capturable = True
 
+    def __init__(self) -> None:
+        self._workspaces: dict[tuple[int, int, int], Workspace] = {}  # by heads, key/value heads and head size
+
     def begin(self, step: AttentionStep) -> _TritonStep:
-        return _TritonStep(step)
+        return _TritonStep(self, step)
+
+    def workspace(self, layer: LayerCall, device: torch.device) -> Workspace:
+        """Returns the memory for layers of this shape; the first call must not be captured."""
+        spec = layer.spec
+        key = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        if key not in self._workspaces:
+            self._workspaces[key] = decode_workspace(*key, device)
+        return self._workspaces[key]
 
 
 class _TritonStep:
-    def __init__(self, step: AttentionStep) -> None:
+    def __init__(self, backend: TritonAttention, step: AttentionStep) -> None:
+        self._backend = backend
         self._step = step
         rows, lengths, num_decode = step.table_rows, step.context_lens, step.num_decode
         self._decode = (step.block_tables, rows[:num_decode], lengths[:num_decode])
         self._prefill = (step.block_tables, rows[num_decode:], step.query_start, lengths[num_decode:])
 
-    def decode(self, q: Tensor, layer: LayerCall) -> Tensor:
+    def decode(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         spec, window = layer.spec, layer.window
         return decode_attention(
             q, layer.k_cache, layer.v_cache, *self._decode,
@@ -34,14 +50,15 @@ class _TritonStep:
             sliding_window=window.length, num_sinks=window.num_sinks, softcap=spec.softcap or 0.0,
             alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits,
             kv_scales=layer.kv_scales, out_scale=layer.out_scale,
+            workspace=self._backend.workspace(layer, q.device), out=out,
         )  # fmt: skip
 
-    def prefill(self, q: Tensor, layer: LayerCall) -> Tensor:
+    def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         spec, window = layer.spec, layer.window
         return prefill_attention(
             q, layer.k_cache, layer.v_cache, *self._prefill,
             scale=spec.scale, max_query_len=self._step.max_query_len,
             sliding_window=window.length, num_sinks=window.num_sinks, softcap=spec.softcap or 0.0,
             alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits,
-            kv_scales=layer.kv_scales, out_scale=layer.out_scale,
+            kv_scales=layer.kv_scales, out_scale=layer.out_scale, out=out,
         )  # fmt: skip

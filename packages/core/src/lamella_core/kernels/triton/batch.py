@@ -13,12 +13,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lamella_core.kernels.triton.launch import launch_options, use_pdl
 
-RECORD_INTS = 9  # of `apply_updates`: slot, temperature, top_k, top_p, min_p, and four of the seed, low first
+RECORD_INTS = (
+    12  # of `apply_updates`: slot, top_k, then temperature, top_p, min_p and the seed's halves, low word first
+)
 _BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["count", "table_stride"])
-def _prepare_kernel(
+def _prepare_kernel(  # type: ignore[no-untyped-def]
     tokens_ptr,
     slots_ptr,
     positions_ptr,
@@ -32,7 +34,7 @@ def _prepare_kernel(
     TOKENS_PER_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """BLOCK rows per program."""
     if USE_PDL:
         gdc_wait()
@@ -79,8 +81,15 @@ def prepare_step(
     )  # fmt: skip
 
 
+@triton.jit
+def _joined(words_ptr, mask):  # type: ignore[no-untyped-def]
+    """The int64 of two words, the low one first."""
+    low = tl.load(words_ptr, mask, other=0).to(tl.int64) & 0xFFFFFFFF
+    return low | (tl.load(words_ptr + 1, mask, other=0).to(tl.int64) << 32)
+
+
 @triton.jit(do_not_specialize=["num_records", "num_entries"])
-def _update_kernel(
+def _update_kernel(  # type: ignore[no-untyped-def]
     records_ptr,
     places_ptr,
     blocks_ptr,
@@ -96,7 +105,7 @@ def _update_kernel(
     STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """BLOCK records and BLOCK table entries per program."""
     if USE_PDL:
         gdc_wait()
@@ -108,14 +117,12 @@ def _update_kernel(
     mask = index < num_records
     record = records_ptr + index * STRIDE
     slot = tl.load(record, mask, other=0)
-    tl.store(temperature_ptr + slot, tl.load(record + 1, mask, other=0).to(tl.float32, bitcast=True), mask)
-    tl.store(top_k_ptr + slot, tl.load(record + 2, mask, other=0), mask)
-    tl.store(top_p_ptr + slot, tl.load(record + 3, mask, other=0).to(tl.float32, bitcast=True), mask)
-    tl.store(min_p_ptr + slot, tl.load(record + 4, mask, other=0).to(tl.float32, bitcast=True), mask)
-    low = tl.load(record + 5, mask, other=0).to(tl.int64) & 0xFFFFFFFF
-    tl.store(seed_low_ptr + slot, low | (tl.load(record + 6, mask, other=0).to(tl.int64) << 32), mask)
-    high = tl.load(record + 7, mask, other=0).to(tl.int64) & 0xFFFFFFFF
-    tl.store(seed_high_ptr + slot, high | (tl.load(record + 8, mask, other=0).to(tl.int64) << 32), mask)
+    tl.store(top_k_ptr + slot, tl.load(record + 1, mask, other=0), mask)
+    tl.store(temperature_ptr + slot, _joined(record + 2, mask).to(tl.float64, bitcast=True), mask)
+    tl.store(top_p_ptr + slot, _joined(record + 4, mask).to(tl.float64, bitcast=True), mask)
+    tl.store(min_p_ptr + slot, _joined(record + 6, mask).to(tl.float64, bitcast=True), mask)
+    tl.store(seed_low_ptr + slot, _joined(record + 8, mask), mask)
+    tl.store(seed_high_ptr + slot, _joined(record + 10, mask), mask)
 
 
 def apply_updates(
@@ -132,7 +139,7 @@ def apply_updates(
         places: [U] int32, flat indices of ``block_tables``, each once.
         blocks: [U] int32, what goes there.
         block_tables: [slots, B] int32, contiguous.
-        parameters: of all slots: temperature float32, top_k int32, top_p and min_p float32, and the lower and upper 64
+        parameters: of all slots: temperature float64, top_k int32, top_p and min_p float64, and the lower and upper 64
             bits of the seed int64: [slots] each.
     """
     num_records, num_entries = records.shape[0], places.shape[0]

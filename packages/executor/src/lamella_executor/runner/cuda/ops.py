@@ -70,11 +70,12 @@ class TorchOps:
         rows = records.view(-1, RECORD_INTS)
         slots = rows[:, 0].long()
         parameters = state.parameters
-        for column, real in ((1, parameters.temperature), (3, parameters.top_p), (4, parameters.min_p)):
-            real[slots] = rows[:, column].contiguous().view(torch.float32)
-        parameters.top_k[slots] = rows[:, 2]
-        parameters.seed_low[slots] = _joined(rows[:, 5], rows[:, 6])
-        parameters.seed_high[slots] = _joined(rows[:, 7], rows[:, 8])
+        parameters.top_k[slots] = rows[:, 1]
+        words = rows[:, 2:].contiguous().view(torch.int64)  # [records, 5]
+        for column, real in enumerate((parameters.temperature, parameters.top_p, parameters.min_p)):
+            real[slots] = words[:, column].contiguous().view(torch.float64)
+        parameters.seed_low[slots] = words[:, 3]
+        parameters.seed_high[slots] = words[:, 4]
 
     def prepare(self, state: DeviceState, inputs: StepInputs) -> None:
         count, size = inputs.tokens.shape[0], state.tokens_per_block
@@ -92,11 +93,6 @@ class TorchOps:
         state.outbox.tokens[: len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
 
 
-def _joined(low: Tensor, high: Tensor) -> Tensor:
-    """Returns the int64 made of two halves of 32 bits."""
-    return (low.long() & 0xFFFFFFFF) | (high.long() << 32)
-
-
 def _draw(state: DeviceState, slot: int, position: int, scores: Tensor) -> int:
     """Samples one row [vocab_size] float32 as the host's sampler does."""
     best = float(scores.max())
@@ -104,7 +100,7 @@ def _draw(state: DeviceState, slot: int, position: int, scores: Tensor) -> int:
         return NAN_LOGITS
     if best in (float("inf"), float("-inf")):
         return POSITIVE_INFINITE_LOGITS if best > 0 else NEGATIVE_INFINITE_LOGITS
-    temperature, top_k, top_p, min_p, low, high = (float_or_int[slot].item() for float_or_int in state.parameters)
+    temperature, top_k, top_p, min_p, low, high = (values[slot].item() for values in state.parameters)
     if temperature == 0.0:
         return best_token(scores)
     params = SamplingParams(temperature=float(temperature), top_k=int(top_k), top_p=float(top_p), min_p=float(min_p))
@@ -137,4 +133,5 @@ class TritonOps:
         from lamella_core.kernels.triton.sampling import SamplingRows, sample
 
         rows = SamplingRows(*state.parameters, slots=inputs.sampled_slots, positions=inputs.generated)
-        sample(logits, state.outbox.tokens[: logits.shape[0]], vocab_size=logits.shape[1], rows=rows)
+        out = state.outbox.tokens[: logits.shape[0]]
+        sample(logits, out, vocab_size=logits.shape[1], rows=rows, greedy=is_greedy)

@@ -14,12 +14,11 @@ from lamella_executor.sampler.device import is_device_sampled
 from lamella_executor.scheduler.plan import ScheduledSequence
 from lamella_executor.sequence import EVICTED_BLOCK, RequestState, Sequence
 
-RECORD_INTS = 9  # slot, temperature, top_k, top_p, min_p, and the seed's 128 bits, low first; reals by their bits
+RECORD_INTS = 12  # slot, top_k, then temperature, top_p, min_p (float64) and the seed (128 bits), low words first
 SWEEP_INTERVAL = 256  # steps after which slots of sequences that hold no block any more are freed
 _INT32_MAX = (1 << 31) - 1
-_LEAST_FLOAT32, _MOST_FLOAT32 = 1.2e-38, 3.4e38
-_REALS = struct.Struct("<3f")
-_SEED = struct.Struct("<4i")
+_REALS = struct.Struct("<3d")
+_WORDS = struct.Struct("<10i")
 
 
 @dataclass(slots=True, eq=False)
@@ -161,16 +160,15 @@ def _make_slot(index: int, item: ScheduledSequence) -> Slot:
 
 
 def _record(slot: Slot, request: RequestState) -> list[int]:
-    """Returns the sampling parameters of a slot as RECORD_INTS int32; those sampled by the host are greedy here."""
+    """Returns a slot's sampling parameters as RECORD_INTS int32; what the host samples is greedy here."""
     params, seed = request.params, request.seed
     if slot.is_greedy:
         temperature, top_k, top_p, min_p = 0.0, 0, 1.0, 0.0
     else:
         temperature = 1.0 if params.temperature is None else params.temperature
-        temperature = min(max(temperature, _LEAST_FLOAT32), _MOST_FLOAT32)  # 0 would mean greedy
         top_k = min(params.top_k or 0, _INT32_MAX)
         top_p = 1.0 if params.top_p is None else params.top_p
         min_p = params.min_p or 0.0
-    reals = [bits for (bits,) in struct.iter_unpack("<i", _REALS.pack(temperature, top_p, min_p))]
-    words = _SEED.unpack((seed & ((1 << 128) - 1)).to_bytes(16, "little"))
-    return [slot.index, reals[0], top_k, reals[1], reals[2], *words]
+    reals = _REALS.pack(temperature, top_p, min_p)
+    words = _WORDS.unpack(reals + (seed & ((1 << 128) - 1)).to_bytes(16, "little"))
+    return [slot.index, top_k, *words]

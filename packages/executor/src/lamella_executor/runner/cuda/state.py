@@ -33,10 +33,10 @@ class RunnerLimits:
 class SlotParameters(NamedTuple):
     """Sampling parameters by slot; device tensors [slots + 1], the last slot is scratch and greedy."""
 
-    temperature: Tensor  # float32, 0: greedy
+    temperature: Tensor  # float64, as the host's sampler computes; 0: greedy
     top_k: Tensor  # int32, 0: all
-    top_p: Tensor  # float32, 1: all
-    min_p: Tensor  # float32, 0: all
+    top_p: Tensor  # float64, 1: all
+    min_p: Tensor  # float64, 0: all
     seed_low: Tensor  # int64, the seed's lower 64 bits
     seed_high: Tensor  # int64
 
@@ -57,10 +57,10 @@ class DeviceState:
         max_blocks = limits.max_blocks(tokens_per_block)
         self.block_tables = torch.full((slots, max_blocks), scratch_block, dtype=torch.int32, device=device)
         self.parameters = SlotParameters(
-            temperature=torch.zeros(slots, dtype=torch.float32, device=device),
+            temperature=torch.zeros(slots, dtype=torch.float64, device=device),
             top_k=torch.zeros(slots, dtype=torch.int32, device=device),
-            top_p=torch.ones(slots, dtype=torch.float32, device=device),
-            min_p=torch.zeros(slots, dtype=torch.float32, device=device),
+            top_p=torch.ones(slots, dtype=torch.float64, device=device),
+            min_p=torch.zeros(slots, dtype=torch.float64, device=device),
             seed_low=torch.zeros(slots, dtype=torch.int64, device=device),
             seed_high=torch.zeros(slots, dtype=torch.int64, device=device),
         )
