@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 
 from lamella_core.engine import BuildConfig
 from lamella_core.errors import ConfigError, LamellaError
+from lamella_core.quantization.config import parse_options
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -40,6 +41,10 @@ def lamella_build(  # noqa: PLR0913 - one parameter per option of the command
     kernel_selection: Annotated[str | None, _option("kernel_selection", "timed or default.")] = None,
     tp_size: Annotated[int | None, _option("tp_size", "Tensor-parallel ranks.")] = None,
     pp_size: Annotated[int | None, _option("pp_size", "Pipeline stages.")] = None,
+    quant: Annotated[
+        str | None, _option("quant", "fp8 or fp8_per_channel_per_token; default: as the weights are.")
+    ] = None,
+    kv_cache_dtype: Annotated[str, _option("kv_cache_dtype", "auto (as the weights say) or fp8.")] = "auto",
     load_format: Annotated[str, _option("load_format", "auto, or dummy for random weights.")] = "auto",
     dry_run: Annotated[bool, _option("dry_run", "Print the memory plan and stop.")] = False,
     log_level: Annotated[str, _option("log_level", "debug, info, warning or error.")] = "warning",
@@ -64,6 +69,7 @@ def lamella_build(  # noqa: PLR0913 - one parameter per option of the command
                 "tp_size": tp_size,
                 "pp_size": pp_size,
                 "load_format": load_format,
+                "quant_config": parse_options(quant, kv_cache_dtype),
             },
             dry_run,
             out,

@@ -19,6 +19,8 @@ from lamella_core.errors import ConfigError
 from lamella_core.hub import resolve_model_dir
 from lamella_core.mapping import Mapping
 from lamella_core.models.registry import get_model_class
+from lamella_core.quantization.config import QuantConfig
+from lamella_core.quantization.hugging_face import loadable
 
 if TYPE_CHECKING:
     from lamella_core.engine import EngineSpec
@@ -38,6 +40,7 @@ class BuildRequest:
         tp_size: tensor-parallel ranks; None: one, or the checkpoint's.
         pp_size: pipeline stages; None: one, or the checkpoint's.
         load_format: "auto" reads the weights, "dummy" makes random ones from the configuration alone.
+        quant_config: how to quantize; None: as the weights are.
     """
 
     model: str
@@ -46,6 +49,7 @@ class BuildRequest:
     tp_size: int | None = None
     pp_size: int | None = None
     load_format: str = "auto"
+    quant_config: QuantConfig | None = None
 
 
 class BuildJob:
@@ -87,11 +91,18 @@ class BuildJob:
                     f"{self._directory} was converted for tp_size {have.tp_size} x pp_size {have.pp_size}; build it "
                     "with these, or convert the model again"
                 )
+            field = config.quantization.contradiction(request.quant_config or QuantConfig(), is_final=True)
+            if field is not None:
+                raise ConfigError(
+                    f"quant_config.{field} differs from that of {self._directory}, "
+                    f"{getattr(config.quantization, field)!r}; leave it out, or convert the model again"
+                )
             return config
         tp, pp = request.tp_size or 1, request.pp_size or 1
         mapping = Mapping(world_size=tp * pp, tp_size=tp, pp_size=pp)
         dtype = request.build_config.dtype or "auto"
-        return AutoConfig.from_hugging_face(self._directory, dtype=dtype, mapping=mapping)
+        config = AutoConfig.from_hugging_face(self._directory, dtype, mapping, request.quant_config)
+        return config if request.load_format == "dummy" else loadable(config)
 
     def run(self, progress: Progress | None = None) -> dict[str, float]:
         """Builds and writes the engine, holding one rank's weights at a time; returns the seconds of each step.

@@ -87,6 +87,11 @@ def _setup(
 ) -> RunnerSetup:
     """Loads the model and resolves what its runner needs to know."""
     build = engine.spec.build
+    if kv_config.dtype == "fp8" and engine.spec.model.quantization.kv_cache_quant_algo is None:
+        raise ConfigError(
+            "KvCacheConfig.dtype is 'fp8', but the engine's KV cache has the model's dtype; build it with "
+            "QuantConfig(kv_cache_quant_algo='FP8')"
+        )
     limits = _limits(engine, max_batch_size, max_num_tokens)
     model = engine.model()
     model.set_max_seq_len(limits.max_seq_len)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lamella_core.errors import ConfigError
+from lamella_core.quantization.config import KV_CACHE_DTYPES
 
 
 class CapacitySchedulerPolicy(str, Enum):
@@ -74,6 +75,7 @@ class KvCacheConfig:
     gpu_memory_utilization: float | None = None  # of the GPU's memory, for weights, steps and cache together; None: all
     host_memory_bytes: int | None = None  # budget of the cache on a CPU; None: a fraction of the free memory
     tokens_per_block: int | None = None  # None: what the engine was built with
+    dtype: str = "auto"  # of keys and values; "fp8": refuse an engine whose cache is not float8
     max_attention_window: int | tuple[int, ...] | None = None
     sink_token_length: int = 0
 

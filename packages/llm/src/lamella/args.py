@@ -11,7 +11,7 @@ from typing import Any
 from lamella_core.config import resolve_dtype
 from lamella_core.engine import BuildConfig, Engine
 from lamella_core.errors import ConfigError, nearest_name
-from lamella_core.quantization.config import QuantConfig
+from lamella_core.quantization.config import QuantAlgo, QuantConfig
 from lamella_executor import KvCacheConfig, SchedulerConfig
 
 logger = logging.getLogger(__name__)
@@ -129,6 +129,12 @@ class LlmArgs:
         """
         changes = {name: getattr(self, name) for name in _BUILD_LIMITS if getattr(self, name) is not None}
         return replace(self.build_config or BuildConfig(kernel_selection="default"), **changes)
+
+    def resolved_quant_config(self) -> QuantConfig | None:
+        """Returns ``quant_config``, with a float8 KV cache if ``kv_cache_config.dtype`` asks for one."""
+        if self.kv_cache_config is None or self.kv_cache_config.dtype != "fp8":
+            return self.quant_config
+        return replace(self.quant_config or QuantConfig(), kv_cache_quant_algo=QuantAlgo.FP8)
 
     def resolved_scheduler_config(self) -> SchedulerConfig:
         """Returns ``scheduler_config`` with ``enable_chunked_prefill`` if that was given."""

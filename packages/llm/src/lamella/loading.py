@@ -17,6 +17,7 @@ from lamella_core.config import resolve_dtype
 from lamella_core.engine import Engine, EngineWriter
 from lamella_core.errors import ConfigError
 from lamella_core.hub import resolve_model_dir
+from lamella_core.quantization.config import QuantConfig
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def open_engine(args: LlmArgs) -> tuple[Engine, Path | None]:
         _check_same(args, model.config.dtype, model.config.quantization, "checkpoint")
     else:
         model = AutoModelForCausalLM.from_hugging_face(
-            directory, dtype=args.dtype, quant_config=args.quant_config, load_format=args.load_format
+            directory, dtype=args.dtype, quant_config=args.resolved_quant_config(), load_format=args.load_format
         )
     with _progress(args.enable_tqdm) as progress:
         return build(model, args.resolved_build_config(), progress=progress, tokenizer_dir=directory), directory
@@ -97,14 +98,17 @@ def _checked(engine: Engine, args: LlmArgs) -> Engine:
     return engine
 
 
-def _check_same(args: LlmArgs, dtype: str, quantization: object, what: str) -> None:
+def _check_same(args: LlmArgs, dtype: str, quantization: QuantConfig, what: str) -> None:
     if args.load_format == "dummy":
         raise ConfigError(f"load_format 'dummy' needs a Hugging Face directory; this {what} has its own weights")
     if args.dtype != "auto" and resolve_dtype(args.dtype) != dtype:
         raise ConfigError(f"dtype is {args.dtype}, but the {what} holds {dtype}; leave it at 'auto', or convert again")
-    if args.quant_config is not None and args.quant_config != quantization:
+    asked = args.resolved_quant_config() or QuantConfig()
+    field = quantization.contradiction(asked, is_final=True)
+    if field is not None:
         raise ConfigError(
-            f"quant_config differs from the {what}'s own ({quantization}); leave it out, or convert again"
+            f"quant_config differs from the {what}'s own: {field} is {getattr(asked, field)!r} and there "
+            f"{getattr(quantization, field)!r}; leave it out, or convert again"
         )
 
 

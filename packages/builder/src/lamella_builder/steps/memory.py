@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lamella_builder.steps.kernels import COLD_BYTES
@@ -100,7 +100,7 @@ def plan_memory(config: ModelConfig, build: BuildConfig, *, loaded_bytes: int = 
     wants_whole = build.max_seq_len is not None
     build = build.resolved(config)
     model_class = get_model_class(config.architecture, config.model_type)
-    scale = DTYPES[build.dtype or config.dtype].itemsize / config.torch_dtype.itemsize
+    config = replace(config, dtype=build.dtype or config.dtype)
     ranks = [
         model_class.empty(config.with_mapping(config.mapping.with_rank(rank)))
         for rank in range(config.mapping.world_size)
@@ -109,9 +109,11 @@ def plan_memory(config: ModelConfig, build: BuildConfig, *, loaded_bytes: int = 
     least = _resident_tokens(ranks, seq_len) if wants_whole else build.tokens_per_block
     sequences = build.max_batch_size * build.max_beam_width
     return MemoryPlan(
-        weight_bytes=tuple(int(model.weight_bytes() * scale) for model in ranks),
-        largest_weight_bytes=int(max(p.nbytes for model in ranks for p in model.parameters()) * scale),
-        kv_bytes_per_token=0 if build.kv_cache_type == "disabled" else int(max(map(kv_bytes_per_token, ranks)) * scale),
+        weight_bytes=tuple(model.weight_bytes() for model in ranks),
+        largest_weight_bytes=max(p.nbytes for model in ranks for p in model.parameters()),
+        kv_bytes_per_token=0
+        if build.kv_cache_type == "disabled"
+        else max(kv_bytes_per_token(model, build.device) for model in ranks),
         kv_tokens_wanted=sequences * seq_len,
         kv_tokens_least=least * build.max_beam_width,
         activation_bytes=activation_bytes(config, build),
@@ -120,10 +122,14 @@ def plan_memory(config: ModelConfig, build: BuildConfig, *, loaded_bytes: int = 
     )
 
 
-def kv_bytes_per_token(model: CausalLM) -> int:
-    """Returns the bytes that one token's keys and values take in all layers of the model's rank, in its dtype."""
+def kv_bytes_per_token(model: CausalLM, device: str = "cpu") -> int:
+    """Returns the bytes that one token's keys and values take in all layers of the model's rank.
+
+    They have the model's dtype; on a GPU a float8 cache takes a byte for each number.
+    """
     numbers = sum(2 * spec.num_kv_heads * spec.head_dim for spec in model.attention_specs())
-    return numbers * model.config.torch_dtype.itemsize
+    is_float8 = device == "cuda" and model.config.quantization.kv_cache_quant_algo is not None
+    return numbers * (1 if is_float8 else model.config.torch_dtype.itemsize)
 
 
 def _resident_tokens(ranks: list[CausalLM], max_seq_len: int) -> int:

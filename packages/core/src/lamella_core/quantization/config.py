@@ -9,6 +9,7 @@ from typing import Any
 from lamella_core.checks import check_flag, check_integer
 from lamella_core.errors import ConfigError, nearest_name
 
+KV_CACHE_DTYPES = ("auto", "fp8")
 ACTIVATION_SCHEMES = ("static", "dynamic")
 
 
@@ -43,6 +44,23 @@ def parse_algo(value: QuantAlgo | str | None, field: str) -> QuantAlgo | None:
         raise ConfigError(f"{field} is {value!r}; known: {known}{nearest_name(name, QuantAlgo.__members__)}")
     algo = QuantAlgo[name]
     return None if algo is QuantAlgo.NO_QUANT else algo
+
+
+def parse_options(quant: str | None, kv_cache_dtype: str = "auto") -> QuantConfig | None:
+    """Returns what the command line options ``--quant`` and ``--kv-cache-dtype`` ask for; None: nothing.
+
+    Args:
+        quant: name of an algorithm in any case, dashes or underscores; "none" and None mean as the weights are.
+        kv_cache_dtype: "auto" (as the weights say) or "fp8".
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    name = quant.upper().replace("-", "_") if quant and quant.lower() != "none" else None
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ConfigError(f"--kv-cache-dtype is {kv_cache_dtype!r}; allowed: {', '.join(KV_CACHE_DTYPES)}")
+    config = QuantConfig(parse_algo(name, "--quant"), QuantAlgo.FP8 if kv_cache_dtype == "fp8" else None)
+    return config if config.is_quantized else None
 
 
 @dataclass(frozen=True)

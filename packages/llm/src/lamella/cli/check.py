@@ -1,7 +1,8 @@
 """``lamella check``: does this model give the same numbers here as in transformers?
 
 Three comparisons over a few prompts and one text: the logits at every generated position (both sides fed the same
-tokens), the greedy tokens, and the perplexity of the text.
+tokens), the greedy tokens, and the perplexity of the text. Quantized models are compared with transformers' computation
+in full precision, of weights that are scaled back where they are float8; then the perplexity decides.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from rich.table import Table
 
 from lamella.llm import LLM
 from lamella.tokenizer import TokenizerBase
+from lamella_core.auto import AutoConfig
 from lamella_core.checkpoint.formats import detect_format
-from lamella_core.config import DTYPES
+from lamella_core.checkpoint.rules import is_runtime_scale, scale_name, weight_of_scale
+from lamella_core.checkpoint.source import WeightSource
+from lamella_core.config import DTYPES, resolve_dtype
 from lamella_core.errors import ConfigError
+from lamella_core.quantization.config import QuantConfig
 from lamella_executor import SamplingParams
 
 PROMPTS = ("Once upon a time", "The capital of France is", "def add(a, b):", "1, 2, 3,")
@@ -31,6 +36,7 @@ TEXT = (
     "the captain of the last ship came ashore, he brought the keeper a loaf of bread, a jar of honey and his thanks."
 )
 PERPLEXITY_TOLERANCE = 1e-3  # relative
+QUANTIZED_PERPLEXITY_TOLERANCE = 0.03
 _WINDOW = 512  # tokens of text scored at once
 
 
@@ -39,6 +45,7 @@ class Report:
     """What was measured. ``tolerance`` is relative to the largest logit."""
 
     tolerance: float
+    is_quantized: bool = False
     logit_error: float = 0.0
     largest_logit: float = 0.0
     tokens_equal: int = 0
@@ -48,23 +55,27 @@ class Report:
     differences: list[str] = field(default_factory=list)
 
     @property
-    def checks(self) -> list[tuple[str, str, bool]]:
-        """Name, measured value, passed."""
+    def checks(self) -> list[tuple[str, str, bool | None]]:
+        """Name, measured value, passed; None: nothing is asked of it."""
         relative = abs(self.perplexity / self.reference_perplexity - 1)
+        perplexity = f"{self.perplexity:.4f}, transformers {self.reference_perplexity:.4f}"
+        tokens = f"{self.tokens_equal} of {self.tokens_total}"
+        if self.is_quantized:
+            return [
+                ("largest error of a logit", f"{self.logit_error:.2e}, of {self.largest_logit:.2e}", None),
+                ("greedy tokens equal", tokens, None),
+                ("perplexity", perplexity, relative <= QUANTIZED_PERPLEXITY_TOLERANCE),
+            ]
         bound = self.tolerance * max(1.0, self.largest_logit)
         return [
             ("largest error of a logit", f"{self.logit_error:.2e} (allowed {bound:.2e})", self.logit_error <= bound),
-            ("greedy tokens equal", f"{self.tokens_equal} of {self.tokens_total}", not self.differences),
-            (
-                "perplexity",
-                f"{self.perplexity:.4f}, transformers {self.reference_perplexity:.4f}",
-                relative <= PERPLEXITY_TOLERANCE,
-            ),
+            ("greedy tokens equal", tokens, not self.differences),
+            ("perplexity", perplexity, relative <= PERPLEXITY_TOLERANCE),
         ]
 
     @property
     def passed(self) -> bool:
-        return all(ok for _, _, ok in self.checks)
+        return all(ok is not False for _, _, ok in self.checks)
 
 
 class _Capture:
@@ -84,23 +95,32 @@ class _Capture:
         self.logits.append(logits[0, 0].clone())  # of [1, num_sequences, vocab]
 
 
-def run_check(hf_dir: Path, *, text: str | None, max_tokens: int, dtype: str, tolerance: float) -> bool:
+def run_check(
+    hf_dir: Path,
+    *,
+    text: str | None,
+    max_tokens: int,
+    dtype: str,
+    tolerance: float,
+    quant_config: QuantConfig | None = None,
+) -> bool:
     """Runs both implementations, prints the report and returns whether all checks passed."""
     if detect_format(hf_dir) != "hugging_face":
         raise ConfigError(f"{hf_dir} is not a Hugging Face directory; check compares with what transformers can load")
     err = Console(stderr=True, highlight=False)
     with err.status("loading both implementations"):
         reference = _load_reference(hf_dir, dtype)
-        llm = LLM(hf_dir, dtype=dtype)
+        llm = LLM(hf_dir, dtype=dtype, quant_config=quant_config)
     with llm, err.status("comparing"):
         report = compare(llm, reference, text or TEXT, max_tokens, tolerance)
     out = Console(highlight=False)
     table = Table("check", "measured", "")
     for name, value, ok in report.checks:
-        table.add_row(name, value, "[green]ok[/green]" if ok else "[red]FAILED[/red]")
-    out.print(
-        f"{hf_dir}: {llm.engine.spec.model.architecture}, {llm.engine.spec.model.dtype}", markup=False, soft_wrap=True
-    )
+        table.add_row(name, value, {True: "[green]ok[/green]", False: "[red]FAILED[/red]", None: "-"}[ok])
+    model = llm.engine.spec.model
+    kinds = [algo.value for algo in (model.quantization.quant_algo, model.quantization.kv_cache_quant_algo) if algo]
+    described = ", ".join([model.architecture, model.dtype, *kinds])
+    out.print(f"{hf_dir}: {described}", markup=False, soft_wrap=True)
     out.print(table)
     for line in report.differences:
         out.print(line, markup=False, soft_wrap=True)
@@ -113,8 +133,35 @@ def _load_reference(hf_dir: Path, dtype: str) -> Any:
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     torch_dtype = "auto" if dtype == "auto" else DTYPES[dtype]
+    if AutoConfig.from_hugging_face(hf_dir).quantization.is_quantized:
+        return _load_scaled_back(hf_dir, dtype)
     model = AutoModelForCausalLM.from_pretrained(
         str(hf_dir), dtype=torch_dtype, trust_remote_code=False, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def _load_scaled_back(hf_dir: Path, dtype: str) -> Any:
+    """Returns transformers' model of a directory of float8 weights, each times its scale."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(hf_dir), trust_remote_code=False)
+    config.__dict__.pop("quantization_config", None)
+    torch_dtype = DTYPES[resolve_dtype(dtype, str(config.dtype or "float32"))]
+    source, tensors = WeightSource(hf_dir), {}
+    names = set(source.names())
+    for name in names:
+        if weight_of_scale(name) in names or is_runtime_scale(name):
+            continue
+        tensor = source.read(name)
+        if tensor.dtype == torch.float8_e4m3fn:
+            scale = source.read(scale_name(name, "weight_scale")).float()
+            scale = scale.view(-1, *[1] * (tensor.dim() - 1)) if scale.numel() > 1 else scale.view(())
+            tensor = tensor.float() * scale
+        tensors[name] = tensor.to(torch_dtype)
+    model_class = getattr(transformers, config.architectures[0])
+    model = model_class.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=torch_dtype, attn_implementation="eager"
     )
     return model.eval()
 
@@ -125,7 +172,7 @@ def compare(llm: LLM, reference: Any, text: str, max_tokens: int, tolerance: flo
     tokenizer = llm.tokenizer
     if tokenizer is None:
         raise ConfigError("check needs the model's tokenizer")
-    report = Report(tolerance)
+    report = Report(tolerance, is_quantized=llm.engine.spec.model.quantization.is_quantized)
     for prompt in PROMPTS:
         _compare_prompt(llm, reference, prompt, tokenizer, max_tokens, report)
     limit = min(_WINDOW, int(llm.engine.spec.build.max_seq_len or _WINDOW) - 1)

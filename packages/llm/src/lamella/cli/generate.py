@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -16,14 +17,17 @@ from lamella_executor import SamplingParams
 
 
 def run_generate(
-    model: str, prompts: list[str], params: SamplingParams, *, chat: bool, tokenizer: str | None, dtype: str
+    model: str, prompts: list[str], params: SamplingParams, *, chat: bool, tokenizer: str | None, **arguments: Any
 ) -> None:
-    """Generates for all prompts at once and prints the texts in order, the first one while it is being made."""
+    """Generates for all prompts at once and prints the texts in order, the first one while it is being made.
+
+    ``arguments`` are further ones of `LLM`.
+    """
     err = Console(stderr=True, highlight=False)
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
     start = time.perf_counter()
     with err.status(f"loading {escape(model)}"):
-        llm = LLM(model, tokenizer, dtype=dtype)
+        llm = LLM(model, tokenizer, **arguments)
     with llm:
         load_s = time.perf_counter() - start
         if chat:

@@ -31,6 +31,8 @@ ModelArgument = Annotated[
     str, typer.Argument(help="Hub id, Hugging Face directory, Lamella checkpoint or engine directory.")
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+QuantOption = Annotated[str | None, typer.Option(help="fp8 or fp8_per_channel_per_token; default: as the weights are.")]
+KvCacheDtypeOption = Annotated[str, typer.Option(help="auto (as the weights say) or fp8.")]
 
 
 def main() -> None:
@@ -85,16 +87,22 @@ def generate(  # noqa: PLR0913 - one parameter per option
     chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Directory or hub id; default: the model's own.")] = None,
     dtype: DtypeOption = "auto",
+    quant: QuantOption = None,
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
 ) -> None:
     """Generate text for each prompt, printed as it comes."""
     from lamella.cli.generate import run_generate
+    from lamella_core.quantization.config import parse_options
     from lamella_executor import SamplingParams
 
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop,
         add_special_tokens=not chat,
     )  # fmt: skip
-    run_generate(model, prompts, params, chat=chat, tokenizer=tokenizer, dtype=dtype)
+    run_generate(
+        model, prompts, params, chat=chat, tokenizer=tokenizer, dtype=dtype,
+        quant_config=parse_options(quant, kv_cache_dtype),
+    )  # fmt: skip
 
 
 @app.command()
@@ -116,13 +124,22 @@ def check(
     tolerance: Annotated[
         float, typer.Option(help="Largest error of a logit, relative to the largest logit.", min=0)
     ] = 1e-3,
+    quant: QuantOption = None,
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
 ) -> None:
-    """Compare logits, greedy tokens and perplexity with transformers; exit code 1 if they differ."""
+    """Compare logits, greedy tokens and perplexity with transformers; exit code 1 if they differ.
+
+    Of quantized models only the perplexity decides, compared with that of the weights in their own precision.
+    """
     from lamella.cli.check import run_check
+    from lamella_core.quantization.config import parse_options
 
     try:
         text = text_file.read_text(encoding="utf-8") if text_file is not None else None
     except UnicodeDecodeError as error:
         raise ConfigError(f"--text-file: {text_file} is not UTF-8 text ({error})") from error
-    if not run_check(hf_dir, text=text, max_tokens=max_tokens, dtype=dtype, tolerance=tolerance):
+    quantization = parse_options(quant, kv_cache_dtype)
+    if not run_check(
+        hf_dir, text=text, max_tokens=max_tokens, dtype=dtype, tolerance=tolerance, quant_config=quantization
+    ):
         raise typer.Exit(1)
