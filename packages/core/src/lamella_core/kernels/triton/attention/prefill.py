@@ -84,7 +84,8 @@ def _find_sequence(starts_ptr, num_seqs, tile, G: tl.constexpr, BLOCK_M: tl.cons
 
 @triton.jit
 def _widened(x, L: tl.constexpr):  # type: ignore[no-untyped-def]
-    return widen_float8(x.to(tl.uint8, bitcast=True), L) if L.float8 else x
+    """Returns keys or values in the dtype of products."""
+    return widen_float8(x, L) if L.float8 else x
 
 
 @triton.jit
@@ -165,6 +166,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     USE_PDL: tl.constexpr,
 ):
     """One tile of one sequence's rows (its queries times the heads of one key/value head)."""
+    WIDTH: tl.constexpr = L.padded_dim
     kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     if USE_PDL:
         gdc_wait()
@@ -190,10 +192,13 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     if kv_scales_ptr is not None:
         factor, v_scale = scale * tl.load(kv_scales_ptr), tl.load(kv_scales_ptr + 1)
     slopes = None if alibi_ptr is None else tl.load(alibi_ptr + heads).to(tl.float32)
-    cols = tl.arange(0, L.padded_dim)[None, :]
+    cols = tl.arange(0, WIDTH)[None, :]
     mask = valid[:, None] & (cols < L.head_dim)
     q_at = q_ptr + (tokens * L.q_token_stride + heads * L.q_head_stride)[:, None] + cols
     q = narrow_query(tl.load(q_at, mask, other=0.0), L)
+    if L.float8:
+        k_ptr = k_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+        v_ptr = v_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
     k_ptr += kv_head * L.head_stride
     v_ptr += kv_head * L.head_stride
     last_page = (length - 1) // L.page
@@ -203,7 +208,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     steps = last_position // BLOCK_N + 1 - skipped
     highest = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, L.padded_dim], tl.float32)
+    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     plain = 0  # steps without masks
     if L.window == 0:
         plain = (first_position + 1) // BLOCK_N
