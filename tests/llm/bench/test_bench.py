@@ -20,7 +20,7 @@ from lamella.cli.bench.workload import random_prompts, time_per_output_token
 from lamella.roofline import ModelShape, Roofline, find_hardware
 from lamella_core import AutoConfig
 from lamella_core.errors import ConfigError, LamellaError
-from lamella_core.quantization.config import QuantAlgo, QuantConfig
+from lamella_core.quantization.config import QuantConfig
 from lamella_executor.stats import IterationStats
 
 LLAMA_8B = Path(__file__).resolve().parents[3] / "benchmarks" / "configs" / "llama-3.1-8b"
@@ -108,12 +108,16 @@ def test_unknown_schemes_are_refused_before_loading(field, value):
         make_plan(**{field: value}).resolved()
 
 
-def test_names_of_schemes():
-    both = make_plan(quant="fp8", kv_cache_dtype="fp8")._quant_config()
-    assert both == QuantConfig(quant_algo=QuantAlgo.FP8, kv_cache_quant_algo=QuantAlgo.FP8)
-    dynamic = make_plan(quant="fp8-per-channel-per-token")._quant_config()
-    assert dynamic.quant_algo is QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN and dynamic.kv_cache_quant_algo is None
-    assert make_plan(quant="none")._quant_config() is None
+def test_schemes_reach_the_model(config_dir, tmp_path):
+    path = tmp_path / "report.json"
+    done = invoke(
+        "throughput", "--hf-config", config_dir, "--load-format", "dummy", "--isl", 4, "--osl", 2, "--num-requests", 2,
+        "--dtype", "bfloat16", "--quantization", "fp8", "--kv-cache-dtype", "fp8", "--device", "cpu", "--json", path,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    engine = json.loads(path.read_text())["engine"]
+    assert (engine["quant_algo"], engine["kv_cache_quant_algo"]) == ("FP8", "FP8")
+    assert "quantized FP8, FP8" in done.stdout
 
 
 def test_prompts_repeat_by_seed_only():

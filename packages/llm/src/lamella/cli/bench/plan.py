@@ -11,12 +11,11 @@ from lamella_core.checkpoint.formats import ENGINE_FILE
 from lamella_core.device import resolve_device
 from lamella_core.engine import BuildConfig
 from lamella_core.errors import ConfigError
-from lamella_core.quantization.config import QuantAlgo, QuantConfig, parse_algo
+from lamella_core.quantization.config import parse_options
 from lamella_executor import KvCacheConfig, SamplingParams
 
 T = TypeVar("T")
 
-KV_CACHE_DTYPES = {"auto": None, "fp8": QuantAlgo.FP8, "fp8_e4m3": QuantAlgo.FP8}
 STATS_LEN = 1 << 14  # steps that are remembered; a run of more is described by its last ones
 
 _GPU_BATCH_SIZE = 2048  # products are bound by arithmetic long before, and longer steps hide more of the host
@@ -61,9 +60,7 @@ class BenchPlan:
         Raises:
             ConfigError: a GPU is asked for and there is none, or an unknown name.
         """
-        if self.kv_cache_dtype.lower() not in KV_CACHE_DTYPES:
-            raise ConfigError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; allowed: {', '.join(KV_CACHE_DTYPES)}")
-        parse_algo(_algo_name(self.quant), "quant")
+        parse_options(self.quant, self.kv_cache_dtype)
         if self._is_engine:
             return replace(self, warmup=_given(self.warmup, 1))
         on_gpu = resolve_device(self.device) == "cuda"
@@ -109,7 +106,7 @@ class BenchPlan:
             max_num_tokens=self.max_num_tokens,
             max_seq_len=self.max_seq_len,
             build_config=self._build_config(),
-            quant_config=self._quant_config(),
+            quant_config=parse_options(self.quant, self.kv_cache_dtype),
             kv_cache_config=self._kv_cache_config(),
             scheduler_config={"capacity_scheduler_policy": policy.upper()} if policy else None,
             max_stats_len=STATS_LEN,
@@ -133,15 +130,6 @@ class BenchPlan:
         )
         fraction = self.free_gpu_memory_fraction
         return config if fraction is None else replace(config, free_gpu_memory_fraction=fraction)
-
-    def _quant_config(self) -> QuantConfig | None:
-        weights = parse_algo(_algo_name(self.quant), "quant")
-        cache = KV_CACHE_DTYPES[self.kv_cache_dtype.lower()]
-        return QuantConfig(quant_algo=weights, kv_cache_quant_algo=cache) if weights or cache else None
-
-
-def _algo_name(quant: str | None) -> str | None:
-    return quant.upper().replace("-", "_") if quant and quant.lower() != "none" else None
 
 
 def _given(value: T | None, default: T | None) -> T | None:
