@@ -156,7 +156,8 @@ class PagedPrefill:
         """Returns a wrapper whose pinned memory may be written; waits if the device has not read all of them yet."""
         ring = self._rings[key]
         if len(ring) < PLANS_IN_FLIGHT:
-            logger.info("preparing FlashInfer's %s prompt attention for %s", key.kernel, key)
+            if not ring:
+                logger.info("loading FlashInfer's prompt attention for %s (the first time, it is compiled)", key)
             return _Planner(self._wrapper_type(self._workspace, "HND", backend=key.kernel))
         planner = ring.pop(0)
         if planner.read is not None:
