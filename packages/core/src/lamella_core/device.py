@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,3 +48,47 @@ def why_no_cuda() -> str | None:
         have = ".".join(map(str, capability))
         return f"{torch.cuda.get_device_name()} has compute capability {have}; {need} is the least"
     return None
+
+
+def free_gpu_bytes() -> tuple[int, int]:
+    """Returns what this process may still use of the current GPU's memory, and all of it.
+
+    Memory that torch keeps for later tensors counts as free.
+    """
+    free, total = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
+
+
+def gpu_fingerprint() -> dict[str, Any]:
+    """What timings depend on: recorded in engines, name and capability compared on load. JSON-simple.
+
+    Keys: name, capability ("9.0"), memory_bytes, driver, cuda (that torch was built for), torch, triton (versions).
+    """
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "driver": _driver_version(),
+        "cuda": torch.version.cuda or "",
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+    }
+
+
+@functools.cache
+def _driver_version() -> str:
+    """Returns the version of NVIDIA's kernel module, "" where the system does not tell."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+    found = re.search(r"Kernel Module\s.*?(\d+\.\d+(?:\.\d+)?)", text)
+    return found[1] if found else ""
+
+
+def _triton_version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""

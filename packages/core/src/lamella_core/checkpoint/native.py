@@ -53,8 +53,10 @@ def save_checkpoint(model: CausalLM, directory: Path | str) -> None:
         file.write(json.dumps(config, indent=2).encode())
 
 
-def load_checkpoint(model_class: type[L], directory: Path | str, rank: int = 0) -> L:
-    """Returns the model of a Lamella checkpoint as ``rank`` holds it; its parameters share the mapped file.
+def load_checkpoint(model_class: type[L], directory: Path | str, rank: int = 0, device: str = "cpu") -> L:
+    """Returns the model of a Lamella checkpoint as ``rank`` holds it.
+
+    On a CPU its parameters share the mapped file; to a GPU they are copied from it, one after another.
 
     Raises:
         CheckpointError: a file is missing or damaged, or holds another architecture or other tensors than the
@@ -66,7 +68,7 @@ def load_checkpoint(model_class: type[L], directory: Path | str, rank: int = 0) 
         raise CheckpointError(
             f"{directory} holds a {found.__name__}, not a {model_class.__name__}; load it with its class"
         )
-    model = model_class.empty(config)
+    model = model_class.empty(config, device)
     file = SafetensorsFile(directory / rank_file(rank))
     parameters = dict(model.named_parameters())
     problems = [f"missing: {name}" for name in parameters.keys() - file.tensors.keys()]
@@ -79,7 +81,9 @@ def load_checkpoint(model_class: type[L], directory: Path | str, rank: int = 0) 
     if problems:
         raise CheckpointError(f"{file.path} does not fit {CONFIG_FILE} beside it:\n  " + "\n  ".join(sorted(problems)))
     for name in parameters:
-        set_parameter(model, name, file.tensor(name))
+        set_parameter(model, name, file.tensor(name).to(device))
+        if device != "cpu":
+            file.release(name)
     return model
 
 

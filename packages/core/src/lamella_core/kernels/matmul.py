@@ -13,7 +13,9 @@ CUDA kernels (`gpu_matmul`) make no such promise, and all read the layout "rows"
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -100,6 +102,7 @@ class Layout:
     restore: Callable[[Tensor, int], Tensor]
 
 
+_DEVICE: ContextVar[str] = ContextVar("matmul_device", default="cpu")  # what plans are made for
 KERNELS: dict[str, MatmulKernel] = {}
 LAYOUTS: dict[str, Layout] = {}
 
@@ -169,12 +172,21 @@ class MatmulPlan:
                 raise ConfigError(
                     f"matmul kernel {name!r} reads layout {kernel.layout!r}, the plan has {self.layout!r}"
                 )
+            if kernel.device != self.device:
+                raise ConfigError(
+                    f"matmul kernel {name!r} runs on {kernel.device}, others of the plan on {self.device}"
+                )
 
     @property
     def batch_invariant(self) -> bool:
         """Whether a float32 row's bits never depend on the rows computed with it."""
         names = {name for _, name in self.steps}
         return len(names) == 1 and all(KERNELS[name].batch_invariant for name in names)
+
+    @property
+    def device(self) -> str:
+        """Where its kernels run: "cpu" or "cuda"."""
+        return KERNELS[self.steps[0][1]].device
 
     def available(self, dtype: torch.dtype, n: int, k: int) -> bool:
         """Whether this machine can run every step for this weight."""
@@ -210,6 +222,16 @@ class MatmulPlan:
         return cls(layout=data["layout"], steps=tuple((step[0], step[1]) for step in data["steps"]))
 
 
+@contextmanager
+def planning_for(device: str) -> Iterator[None]:
+    """Layers that are made in the block get their default plans for "cpu" or "cuda"."""
+    token = _DEVICE.set(device)
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
+
+
 def candidate_plans(
     dtype: torch.dtype, n: int, k: int, *, require_batch_invariant: bool, device: str = "cpu"
 ) -> list[MatmulPlan]:
@@ -240,7 +262,7 @@ def candidate_plans(
 
 
 def default_plan(
-    dtype: torch.dtype, n: int, k: int, *, batch_invariant: bool, layout: str | None = None, device: str = "cpu"
+    dtype: torch.dtype, n: int, k: int, *, batch_invariant: bool, layout: str | None = None, device: str | None = None
 ) -> MatmulPlan:
     """The plan when nothing was timed here, for weights that are (or will be) stored in ``layout``.
 
@@ -250,13 +272,14 @@ def default_plan(
         k: input features.
         batch_invariant: ask for batch invariance; always so for float32. Not on CUDA.
         layout: layout that the weight has already; None to choose one.
-        device: "cpu" or "cuda", where the weight is.
+        device: "cpu" or "cuda", where the weight is; None: that of `planning_for`.
 
     Raises:
         ConfigError: no kernel on this machine reads that layout and dtype.
     """
     if layout is not None:
         _known("layout", layout, LAYOUTS)
+    device = _DEVICE.get() if device is None else device
     strict = device == "cpu" and (batch_invariant or dtype == torch.float32)
     for plan in _gpu_plans(dtype) if device == "cuda" else _preference(strict):
         fits = layout is None or plan.layout == layout

@@ -31,7 +31,7 @@ from lamella_core.kernels.matmul import planning_for
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.embedding import LMHead, VocabParallelEmbedding
 from lamella_core.layers.norm import Norm
-from lamella_core.layers.rotary import Rotation, RotaryEmbedding
+from lamella_core.layers.rotary import RotaryEmbedding, Rotation
 from lamella_core.mapping import Mapping
 from lamella_core.models._dummy import fill_dummy
 from lamella_core.quantization.config import QuantConfig
