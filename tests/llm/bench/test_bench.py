@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_throughput_in_the_words_of_other_tools(config_dir, tmp_path):
     done = invoke(
         "throughput", "--hf_config", config_dir, "--load-format", "dummy", "--input-len", 8, "--output_len", 8,
         "--num-prompts", 4, "--concurrency", -1, "--device", "cpu", "--json", path, "--seed", 3,
-        "--scheduler_policy", "guaranteed_no_evict",
+        "--scheduler_policy", "guaranteed_no_evict", "--log_level", "info",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     report = json.loads(path.read_text())
@@ -59,6 +60,7 @@ def test_throughput_in_the_words_of_other_tools(config_dir, tmp_path):
     parts = report["breakdown"]["parts_ms"]
     assert set(parts) == {"forward", "host", "between"} and parts["forward"] > 0
     assert sum(parts.values()) == pytest.approx(report["breakdown"]["step_ms"], rel=0.05)
+    assert "KV cache" in done.stderr and not logging.getLogger("lamella_executor").handlers
     for word in ("start to first token", "forward", "scheduling", "between steps"):
         assert word in done.stdout
 

@@ -62,6 +62,7 @@ _Seed = Annotated[int, typer.Option(help="Of the random prompts.")]
 _Warmup = Annotated[
     int | None, typer.Option("--warmup", "--num-iters-warmup", help="Requests (latency: runs) before the clock.", min=0)
 ]
+_LogLevel = Annotated[str, typer.Option(help="What the engine tells on stderr: debug, info, warning or error.")]
 _Breakdown = Annotated[bool, typer.Option(help="Run some more steps to say where their time goes.")]
 
 
@@ -90,6 +91,7 @@ def throughput(  # noqa: PLR0913 - one parameter per option
     seed: _Seed = 0,
     breakdown: _Breakdown = True,
     report_json: _Report = None,
+    log_level: _LogLevel = "info",
 ) -> None:
     """Tokens per second, all requests queued at once (or --concurrency of them in flight)."""
     started = time.perf_counter()
@@ -106,7 +108,7 @@ def throughput(  # noqa: PLR0913 - one parameter per option
         gpu_memory_utilization=gpu_memory_utilization, kernel_selection=kernel_selection, seed=seed,
         breakdown=breakdown,
     )  # fmt: skip
-    run_bench(plan, report_json, started)
+    run_bench(plan, report_json, started, log_level)
 
 
 @bench_app.command()
@@ -134,6 +136,7 @@ def latency(  # noqa: PLR0913 - one parameter per option
     seed: _Seed = 0,
     breakdown: _Breakdown = True,
     report_json: _Report = None,
+    log_level: _LogLevel = "info",
 ) -> None:
     """Time per output token of a fixed batch: (T(osl) - T(1)) / (osl - 1), the median of several runs."""
     started = time.perf_counter()
@@ -149,7 +152,7 @@ def latency(  # noqa: PLR0913 - one parameter per option
         free_gpu_memory_fraction=kv_cache_free_gpu_mem_fraction, gpu_memory_utilization=gpu_memory_utilization,
         kernel_selection=kernel_selection, seed=seed, breakdown=breakdown,
     )  # fmt: skip
-    run_bench(plan, report_json, started)
+    run_bench(plan, report_json, started, log_level)
 
 
 def _source(model: str | None, hf_config: Path | None) -> str:

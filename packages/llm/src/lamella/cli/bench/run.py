@@ -7,12 +7,16 @@ Tokens only: no tokenizer takes part. Times of a request come from the engine: T
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.markup import escape
 
 from lamella.cli.bench.environment import environment, peak_memory
@@ -23,19 +27,31 @@ from lamella.cli.bench.workload import first_token, measure, warm_up
 from lamella.llm import LLM
 from lamella_core.errors import ConfigError
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+PACKAGES = ("lamella", "lamella_core", "lamella_builder", "lamella_executor")
 
-def run_bench(plan: BenchPlan, report_json: Path | None, started: float) -> dict[str, Any]:
+
+def run_bench(plan: BenchPlan, report_json: Path | None, started: float, log_level: str = "warning") -> dict[str, Any]:
     """Runs the benchmark, prints its tables and returns (and maybe writes) the report.
 
     Args:
         plan: what to measure.
         report_json: file for everything that was measured.
         started: ``time.perf_counter()`` when the command began; the time to the first token counts from here.
+        log_level: of what is shown on stderr.
     """
     err, out = Console(stderr=True, highlight=False), Console(highlight=False)
     if report_json is not None:
         _check_writable(report_json)
     plan = plan.resolved()
+    with _shown_log(log_level, err):
+        report = _run(plan, started, err, out)
+    if report_json is not None:
+        report_json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _run(plan: BenchPlan, started: float, err: Console, out: Console) -> dict[str, Any]:
     opening = time.perf_counter()
     with err.status(f"loading {escape(plan.model)}"):
         llm = plan.open()
@@ -52,9 +68,26 @@ def run_bench(plan: BenchPlan, report_json: Path | None, started: float) -> dict
         with err.status("tracing some steps"):
             report["breakdown"] = _breakdown(llm, plan, running, report) if plan.breakdown else None
     print_breakdown(out, report)
-    if report_json is not None:
-        report_json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+@contextmanager
+def _shown_log(level: str, console: Console) -> Iterator[None]:
+    """Shows what our packages log, memory plan and start times among it."""
+    if level.lower() not in LOG_LEVELS:
+        raise ConfigError(f"--log-level is {level!r}; allowed: {', '.join(LOG_LEVELS)}")
+    handler = RichHandler(console=console, show_path=False)
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        for logger, old in zip(loggers, before):
+            logger.removeHandler(handler)
+            logger.setLevel(old)
 
 
 def _measure(llm: LLM, plan: BenchPlan, report: dict[str, Any]) -> int:
