@@ -24,6 +24,7 @@ if find_spec("flashinfer") is None:
 
 FLOAT8 = torch.float8_e4m3fn
 BF16_BOUND, FLOAT8_BOUND = 0.01, 0.08
+SAME_BOUND = 0.001  # of one kernel's results; leaves room for another order in which parts are joined
 CONTEXTS = [1, 32, 33, 700, 2049, 130, 300, 900]
 QUERIES = [1, 1, 1, 1, 1, 130, 77, 5]
 NUM_DECODE = 5
@@ -130,7 +131,7 @@ def test_a_replayed_graph_follows_lengths_and_tables(flashinfer: FlashInferAtten
     captured.table_rows.copy_(eager.table_rows)
     for _ in range(3):
         graph.replay()
-    torch.testing.assert_close(out, expected, atol=0.0, rtol=0.0)
+    assert_near(out, expected, SAME_BOUND)
 
 
 def test_plans_of_steps_in_flight_are_kept(flashinfer: FlashInferAttention) -> None:
@@ -148,4 +149,4 @@ def test_plans_of_steps_in_flight_are_kept(flashinfer: FlashInferAttention) -> N
     torch.cuda._sleep(200_000_000)  # about 0.1 s in which the device does nothing
     ahead = [flashinfer.begin(step).prefill(q, layer) for step, q in zip(steps, queries)]
     for actual, wanted in zip(ahead, expected):
-        torch.testing.assert_close(actual, wanted, atol=0.0, rtol=0.0)
+        assert_near(actual, wanted, SAME_BOUND)
