@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import torch
 
-from lamella_core.checkpoint.layout import PLAIN_LAYOUT, matmul_weights
 from lamella_core.errors import ConfigError, OutOfMemoryError
 from lamella_core.kernels import triton as triton_kernels
 from lamella_core.layers.parameter import set_parameter
 from lamella_core.models.base import CausalLM
+from lamella_core.placement import check_room, replan
 from lamella_executor.attention.backend import AttentionBackend
 from lamella_executor.attention.paged_cuda import DeviceKvCache
 from lamella_executor.attention.torch_backend import TorchAttention
@@ -99,24 +99,21 @@ def start_runner(
 def move_weights(model: CausalLM, device: torch.device) -> None:
     """Gives a model's parameters and buffers memory on the device; those that are there already stay.
 
+    Weights keep their kernels if those run there, and get the default ones if not.
+
     Raises:
         OutOfMemoryError: they do not fit.
-        ConfigError: a weight is laid out for a CPU's kernels.
     """
-    for held in matmul_weights(model):
-        if device.type == "cuda" and held.module.plan.layout != PLAIN_LAYOUT:
-            raise ConfigError(
-                f"{held.name} is laid out as {held.module.plan.layout!r}, for a CPU; build the engine again with "
-                "BuildConfig(device='cuda')"
-            )
+    check_room(model, device.type)
     with _out_of_memory_named(f"{model.weight_bytes() / _MIB:.0f} MiB of weights"):
         for name, parameter in list(model.named_parameters()):
             if parameter.device.type != device.type:
-                set_parameter(model, name, parameter.data.to(device, non_blocking=True))
+                set_parameter(model, name, parameter.detach().to(device, non_blocking=True))
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
+        replan(model)
 
 
 def choose_parts(attn_backend: str, device: torch.device) -> DeviceParts:
