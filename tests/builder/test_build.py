@@ -100,7 +100,7 @@ def test_the_spec_records_limits_steps_and_choices() -> None:
         assert first[0] == 0 and last[0] == last[1]
     assert spec.plans.keys() == {held.name for held in matmul_weights(engine.model())}
     assert sum(record["count"] for record in spec.timings) == len(spec.plans)
-    assert spec.cpu["threads"] >= 1 and engine.check_cpu() is None
+    assert spec.cpu["threads"] >= 1 and engine.check_machine() is None
 
 
 def test_an_untied_embedding_keeps_its_rows_and_a_tied_one_is_laid_out() -> None:

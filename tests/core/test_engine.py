@@ -95,12 +95,12 @@ def test_an_engine_can_be_saved_over_itself(model: CausalLM, tmp_path: Path) -> 
 
 def test_another_cpu_is_noticed_and_gets_default_kernels(model: CausalLM) -> None:
     engine = Engine.from_model(model)
-    assert engine.check_cpu() is None
+    assert engine.check_machine() is None
     name = next(iter(engine.spec.plans))
     plans = {**engine.spec.plans, name: {"layout": "panel16", "steps": [[None, "kernel_of_elsewhere"]]}}
     cpu = {**engine.spec.cpu, "model": "Other CPU", "flags": "abc"}
     elsewhere = Engine(dataclasses.replace(engine.spec, cpu=cpu, plans=plans), {0: engine.weights()})
-    message = elsewhere.check_cpu()
+    message = elsewhere.check_machine()
     assert message is not None and "'Other CPU'" in message and "default kernels" in message
     assert torch.allclose(logits(elsewhere.model()), logits(model), atol=2e-5)
 
@@ -108,14 +108,14 @@ def test_another_cpu_is_noticed_and_gets_default_kernels(model: CausalLM) -> Non
 def test_other_native_kernels_are_not_called_another_cpu(model: CausalLM) -> None:
     engine = Engine.from_model(model)
     older = dataclasses.replace(engine.spec, cpu={**engine.spec.cpu, "native": "older"})
-    message = Engine(older, {0: engine.weights()}).check_cpu()
+    message = Engine(older, {0: engine.weights()}).check_machine()
     assert message is not None and "another set of native kernels" in message and "another CPU" not in message
 
 
 def test_threads_and_torch_version_do_not_make_another_cpu(model: CausalLM) -> None:
     engine = Engine.from_model(model)
     cpu = {**engine.spec.cpu, "threads": 999, "torch": "0.0"}
-    assert Engine(dataclasses.replace(engine.spec, cpu=cpu), {0: engine.weights()}).check_cpu() is None
+    assert Engine(dataclasses.replace(engine.spec, cpu=cpu), {0: engine.weights()}).check_machine() is None
 
 
 def test_an_unknown_kernel_falls_back_with_a_warning(model: CausalLM, caplog: pytest.LogCaptureFixture) -> None:

@@ -186,7 +186,7 @@ def test_caches_that_do_not_fit():
 
 def test_a_foreign_cpu_is_reported(caplog, monkeypatch):
     engine = small_engine()
-    monkeypatch.setattr(Engine, "check_cpu", lambda self: "the engine's kernels were chosen on another CPU")
+    monkeypatch.setattr(Engine, "check_machine", lambda self: "the engine's kernels were chosen on another CPU")
     with GenerationExecutor.create(engine, KvCacheConfig(max_tokens=64)) as executor:
         assert executor.generate(IDS, greedy(10)).outputs[0].token_ids == hf_greedy(IDS, 10)
     assert "another CPU" in caplog.text

@@ -22,7 +22,8 @@ _GIB = 1 << 30
 def place(model: CausalLM, device: str, advance: Callable[[int, int], None] | None = None) -> None:
     """Moves the weights to "cpu" or "cuda", in place; those that are there stay where they are.
 
-    No more than one weight exists twice, if nobody else holds the old ones. Weights that move get the default kernels.
+    No more than one weight exists twice, if nobody else holds the old ones. Weights get the default kernels if theirs
+    do not run there.
 
     Args:
         model: with weights, in any layout.
@@ -37,12 +38,12 @@ def place(model: CausalLM, device: str, advance: Callable[[int, int], None] | No
     parameters = list(model.named_parameters())
     for done, (name, parameter) in enumerate(parameters):
         if parameter.device.type != device:
-            data = parameter.detach()
-            if name in layouts:
-                data = _plain(layouts[name], data)
-            set_parameter(model, name, data.to(device))
-            if name in layouts:
-                _set_default_plan(layouts[name], device)
+            data, held = parameter.detach(), layouts.get(name)
+            if held is None or held.plan.device == device:
+                set_parameter(model, name, data.to(device))
+            else:
+                set_parameter(model, name, _plain(held, data).to(device))
+                _set_default_plan(held, device)
         if advance is not None:
             advance(done + 1, len(parameters))
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lamella_core.checkpoint.formats import detect_format
-from lamella_core.device import resolve_device
 from lamella_core.engine import BuildConfig, Engine
 from lamella_core.errors import ConfigError, EngineFormatError
 from lamella_executor.admission import EngineLimits
@@ -104,14 +103,13 @@ def _setup(
 
 def _start(engine: Engine, setup: RunnerSetup, attn_backend: str) -> tuple[Runner, KvCachePlan]:
     """Returns the runner of the engine's device, its KV cache allocated, and the cache's size."""
-    if engine.spec.build.device == "cuda":
-        from lamella_executor.runner.cuda.start import start_runner  # imports what a CPU has no use for
-
-        resolve_device("cuda")
-        return start_runner(setup, attn_backend)
-    warning = engine.check_cpu()
+    warning = engine.check_machine()
     if warning is not None:
         logger.warning("%s", warning)
+    if engine.device == "cuda":
+        from lamella_executor.runner.cuda.start import start_runner  # imports what a CPU has no use for
+
+        return start_runner(setup, attn_backend)
     dtype = engine.spec.model.torch_dtype
     plan = plan_kv_cache(setup.specs, dtype, setup.tokens_per_block, setup.kv_config, setup.demand)
     cache = PagedKvCache(setup.specs, plan.num_blocks, setup.tokens_per_block, dtype)

@@ -27,9 +27,9 @@ def tensor_checksum(tensor: torch.Tensor) -> str:
     """Returns 16 hexadecimal digits that depend on the tensor's bytes and their number.
 
     Args:
-        tensor: on the CPU; any dtype and shape.
+        tensor: of any dtype, shape and device.
     """
-    raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     num_whole = raw.size // _BLOCK_BYTES
     total = _mixed(np.array([raw.size], _WORD), 0)
     for first in range(0, num_whole, _SLICE_BLOCKS):

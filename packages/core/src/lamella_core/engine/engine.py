@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lamella_core import device as devices
 from lamella_core.checkpoint.formats import ENGINE_FILE, rank_file, read_json_object
 from lamella_core.checkpoint.layout import PLAIN_LAYOUT, matmul_weights
 from lamella_core.checkpoint.safetensors_file import SafetensorsFile
@@ -20,14 +22,16 @@ from lamella_core.errors import CheckpointError, ConfigError, EngineFormatError
 from lamella_core.kernels.matmul import MatmulPlan, cpu_fingerprint, default_plan
 from lamella_core.layers.parameter import set_parameter
 from lamella_core.models.registry import get_model_class
+from lamella_core.placement import place
 
 if TYPE_CHECKING:
     from lamella_core.models.base import CausalLM
 
 logger = logging.getLogger(__name__)
 
-# Parts of the fingerprint that say which kernels run and how fast; the thread count and torch's version do not.
+# Parts of the fingerprints that say which kernels run and how fast; the thread count and versions do not.
 _CPU_KEYS = ("machine", "model", "flags", "native")
+_GPU_KEYS = ("name", "capability")
 
 
 class Engine:
@@ -63,17 +67,31 @@ class Engine:
             build: limits; resolved here.
             tokenizer_dir: directory with the tokenizer's files.
             spec: further fields of `EngineSpec`.
+
+        Raises:
+            ConfigError: limits that the model rules out, or another device than the model's.
         """
-        config = model.config
+        config, build = model.config, build or BuildConfig()
+        if build.device not in ("auto", model.device):
+            raise ConfigError(
+                f"the model is on {model.device!r}, an engine for {build.device!r} has its weights there: use "
+                "lamella_builder.build, which moves them, or lamella_core.placement.place"
+            )
         engine_spec = EngineSpec(
             model=config,
-            build=(build or BuildConfig()).resolved(config),
+            build=replace(build, device=model.device).resolved(config),
             plans={held.name: held.plan.to_dict() for held in matmul_weights(model)},
-            cpu=cpu_fingerprint(),
+            cpu=_fingerprint("cpu") if model.device == "cpu" else {},
+            gpu=_fingerprint("cuda") if model.device == "cuda" else {},
             **spec,
         )
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         return cls(engine_spec, {config.mapping.rank: weights}, tokenizer_dir=tokenizer_dir)
+
+    @property
+    def device(self) -> str:
+        """Where it runs: "cpu" or "cuda"."""
+        return self.spec.build.device
 
     @property
     def world_size(self) -> int:
@@ -87,6 +105,8 @@ class Engine:
 
     def weights(self, rank: int = 0) -> Mapping[str, torch.Tensor]:
         """Returns a rank's parameters by name, each in the layout of its plan.
+
+        Those of a loaded engine for a GPU are in the mapped file until `model` puts them on the GPU.
 
         Raises:
             EngineFormatError: the rank's weights are not in this object.
@@ -125,6 +145,7 @@ class Engine:
         Raises:
             EngineFormatError: not an engine, of a newer schema, a file missing, truncated or damaged; the message names
                 the file and the remedy.
+            ConfigError: the engine was built for a GPU, and this machine has none that can run models.
         """
         directory = Path(directory)
         path = directory / ENGINE_FILE
@@ -133,6 +154,7 @@ class Engine:
         data = read_json_object(path, EngineFormatError)
         check_schema(data, path)
         spec = EngineSpec.from_dict(data, path, rank)
+        _require_device(spec.build.device, f"{directory}")
         weights = _open_weights(directory / rank_file(rank), data.get("files"), verify)
         if verify:  # last: an error that names the damaged field says more
             check_content(data, path)
@@ -141,14 +163,17 @@ class Engine:
 
     from_dir = load
 
-    def check_cpu(self) -> str | None:
+    def check_machine(self) -> str | None:
         """Returns what to tell the user when this machine is not the one that chose the kernels, else None."""
-        recorded, here = self.spec.cpu, cpu_fingerprint()
-        changed = [key for key in _CPU_KEYS if recorded.get(key) != here.get(key)]
+        is_gpu = self.device == "cuda"
+        recorded = self.spec.gpu if is_gpu else self.spec.cpu
+        here = _fingerprint(self.device)
+        changed = [key for key in (_GPU_KEYS if is_gpu else _CPU_KEYS) if recorded.get(key) != here.get(key)]
         if not changed:
             return None
         details = "; ".join(f"{key}: built with {recorded.get(key)!r}, here {here.get(key)!r}" for key in changed)
-        what = "with another set of native kernels" if changed == ["native"] else "on another CPU"
+        another = "on another GPU" if is_gpu else "on another CPU"
+        what = "with another set of native kernels" if changed == ["native"] else another
         return f"the engine's kernels were chosen {what} ({details}); default kernels run. Build it again here"
 
     def check_processes(self, num_processes: int) -> None:
@@ -168,14 +193,18 @@ class Engine:
     def model(self, rank: int = 0) -> CausalLM:
         """Returns the rank's model, ready to run: parameters share the engine's memory, each linear has its plan.
 
-        On another CPU than the recorded one (`check_cpu`) every weight gets the default plan for the layout it has.
+        An engine for a GPU has its weights there from the first call on. On another CPU or GPU than the recorded one
+        (`check_machine`) every weight gets the default plan for the layout it has.
 
         Raises:
+            ConfigError: the engine was built for a GPU, and this machine has none that can run models.
             EngineFormatError: the weights do not fit the configuration.
+            OutOfMemoryError: the GPU has no room for the weights.
         """
-        weights = self.weights(rank)
+        _require_device(self.device, self._where(rank))
         config = self.spec.model.with_mapping(self.spec.model.mapping.with_rank(rank))
-        model = get_model_class(config.architecture, config.model_type).empty(config)
+        model = get_model_class(config.architecture, config.model_type).empty(config, self.device)
+        weights = self.weights(rank)
         parameters = dict(model.named_parameters())
         if parameters.keys() != weights.keys():
             odd = sorted(parameters.keys() ^ weights.keys())
@@ -192,32 +221,56 @@ class Engine:
                     f"{parameter.dtype} {list(parameter.shape)}; build it again"
                 )
             set_parameter(model, name, tensor)
+        place(model, self.device)
+        self._weights[rank] = {name: parameter.detach() for name, parameter in model.named_parameters()}
         return model
 
     def _where(self, rank: int) -> str:
         return str(self.directory / rank_file(rank)) if self.directory else "the engine"
 
     def _attach_plans(self, model: CausalLM) -> dict[str, MatmulPlan]:
-        same_cpu, plans = self.check_cpu() is None, {}
+        is_same, plans = self.check_machine() is None, {}
         for held in matmul_weights(model):
             stored = self.spec.plans.get(held.name)
             if stored is None:
                 raise EngineFormatError(f"{self.directory or 'the engine'}: no plan for {held.name}; build it again")
-            plans[held.name] = _usable_plan(stored, held.module.weight.dtype, held.n, held.k, same_cpu)
+            plans[held.name] = _usable_plan(stored, held.module.weight.dtype, held.n, held.k, self.device, is_same)
             held.module.plan = plans[held.name]
         return plans
 
 
-def _usable_plan(stored: Mapping[str, Any], dtype: torch.dtype, n: int, k: int, same_cpu: bool) -> MatmulPlan:
-    if same_cpu:
+def _fingerprint(device: str) -> dict[str, Any]:
+    """Returns what says on what machine an engine for "cpu" or "cuda" is built."""
+    return devices.gpu_fingerprint() if device == "cuda" else cpu_fingerprint()
+
+
+def _require_device(device: str, what: str) -> None:
+    """Refuses to open what this machine cannot run.
+
+    Raises:
+        ConfigError: see above.
+    """
+    reason = devices.why_no_cuda() if device == "cuda" else None
+    if reason is not None:
+        raise ConfigError(
+            f"{what} was built for a GPU, but {reason}; build it for the CPU: `lamella-build --device cpu`, or "
+            "BuildConfig(device='cpu') with lamella_builder.build"
+        )
+
+
+def _usable_plan(
+    stored: Mapping[str, Any], dtype: torch.dtype, n: int, k: int, device: str, is_same: bool
+) -> MatmulPlan:
+    if is_same:
         try:
             plan = MatmulPlan.from_dict(stored)
-            if plan.available(dtype, n, k):
+            if plan.device == device and plan.available(dtype, n, k):
                 return plan
         except ConfigError as error:
             logger.warning("a recorded kernel is unknown here, the default is used: %s", error)
     try:
-        return default_plan(dtype, n, k, batch_invariant=dtype == torch.float32, layout=stored.get("layout"))
+        strict = dtype == torch.float32
+        return default_plan(dtype, n, k, batch_invariant=strict, layout=stored.get("layout"), device=device)
     except ConfigError as error:
         raise EngineFormatError(f"no kernel here reads the engine's weights: {error}; build it again") from error
 

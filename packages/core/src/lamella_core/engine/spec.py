@@ -15,7 +15,7 @@ from lamella_core.engine.build_config import BuildConfig
 from lamella_core.engine.checksum import json_checksum
 from lamella_core.errors import ConfigError, EngineFormatError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: device and gpu; engines of schema 1 run on a CPU
 CHECKSUM_KEY = "checksum"  # in engine.json: `json_checksum` of everything else in it
 
 
@@ -27,7 +27,8 @@ class EngineSpec:
         model: configuration, seen from rank 0.
         build: resolved limits.
         plans: parameter name -> `MatmulPlan.to_dict`, how each weight lies and which kernels read it.
-        cpu: `cpu_fingerprint` of the machine that chose the plans.
+        cpu: `cpu_fingerprint` of the machine that chose the plans of an engine for the CPU.
+        gpu: `gpu_fingerprint` of the machine that chose the plans of an engine for a GPU.
         timings: one record per matmul shape: n, k, dtype, count, and milliseconds of each candidate at each row count.
         step_seconds: wall time of each build step.
         schema_version: of the file format.
@@ -38,6 +39,7 @@ class EngineSpec:
     build: BuildConfig
     plans: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cpu: Mapping[str, Any] = field(default_factory=dict)
+    gpu: Mapping[str, Any] = field(default_factory=dict)
     timings: tuple[Mapping[str, Any], ...] = ()
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -52,6 +54,7 @@ class EngineSpec:
             "build": self.build.to_dict(),
             "plans": {name: dict(plan) for name, plan in self.plans.items()},
             "cpu": dict(self.cpu),
+            "gpu": dict(self.gpu),
             "timings": [dict(record) for record in self.timings],
             "step_seconds": dict(self.step_seconds),
         }
@@ -60,6 +63,8 @@ class EngineSpec:
     def from_dict(cls, data: Mapping[str, Any], path: Path | None = None, rank: int = 0) -> EngineSpec:
         """Inverse of `to_dict`; the model is seen from ``rank``. ``path`` is named in errors.
 
+        What an older schema lacks is filled in, and the result is of the current one.
+
         Raises:
             EngineFormatError: a newer schema, or a damaged field.
         """
@@ -67,14 +72,16 @@ class EngineSpec:
         check_schema(data, path)
         _, model = stored_config(data.get("model"), rank, path, EngineFormatError)
         try:
+            if data["schema_version"] < 2:
+                data = {**data, "gpu": {}, "build": {"device": "cpu", **_object(data, "build")}}
             return cls(
                 model=model,
                 build=BuildConfig.from_dict(_object(data, "build")),
                 plans={str(name): dict(plan) for name, plan in _object(data, "plans").items()},
                 cpu=_object(data, "cpu"),
+                gpu=_object(data, "gpu"),
                 timings=tuple(dict(record) for record in data["timings"]),
                 step_seconds={str(k): float(v) for k, v in _object(data, "step_seconds").items()},
-                schema_version=data["schema_version"],
                 lamella_version=str(data["lamella_version"]),
             )
         except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
