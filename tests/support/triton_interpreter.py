@@ -1,21 +1,28 @@
-"""Makes triton's interpreter compute what a GPU does, with the installed numpy."""
+"""Makes triton's interpreter compute what a GPU does, with the installed numpy, and in less time."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
 
 
 def repair_interpreter() -> None:
-    """Rounds float32 to bfloat16 to nearest even (the interpreter truncates); multiplies bfloat16 matrices (it takes
-    their bits for integers); lets tensors bound a range (numpy 2.4).
+    """Replaces what is wrong or slow in the interpreter of triton 3.6.
+
+    float32 becomes bfloat16 by rounding to nearest even (not by truncation); tensors bound a range (with numpy 2.4
+    they do not); modules are searched for functions to patch once, not at each call of each jitted function.
     """
-    import triton.language as tl
     from triton.runtime import interpreter
 
-    convert, patch_tensor = interpreter._convert_float, interpreter._patch_lang_tensor
-    multiply = interpreter.InterpreterBuilder.create_dot
+    interpreter._convert_float = _rounding(interpreter._convert_float)
+    interpreter._patch_lang_tensor = _indexable(interpreter._patch_lang_tensor)
+    interpreter._patch_builtin = _remembering(interpreter._patch_attr)
+
+
+def _rounding(convert: Any) -> Any:
+    import triton.language as tl
 
     def convert_float(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
         if (source, target) != (tl.float32, tl.bfloat16):
@@ -24,19 +31,28 @@ def repair_interpreter() -> None:
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
-    def widened(x: Any) -> Any:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        values = convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
-        return interpreter.TensorHandle(values, tl.float32)
+    return convert_float
 
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-        return multiply(self, widened(a), widened(b), d, *options)
 
+def _indexable(patch: Any) -> Any:
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
+        patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter._convert_float = convert_float
-    interpreter.InterpreterBuilder.create_dot = create_dot
-    interpreter._patch_lang_tensor = patch_lang_tensor
+    return patch_lang_tensor
+
+
+def _remembering(patch_attr: Any) -> Any:
+    """Patches what is still unpatched; scopes nest, one per jitted function that runs."""
+    from triton.language import core
+
+    found: dict[int, list[tuple[str, Any]]] = {}
+
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        if id(package) not in found:
+            found[id(package)] = [pair for pair in inspect.getmembers(package) if core.is_builtin(pair[1])]
+        for name, member in found[id(package)]:
+            if getattr(package, name) is member:
+                patch_attr(package, name, member, builder, scope)
+
+    return patch_builtin
