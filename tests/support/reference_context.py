@@ -64,7 +64,10 @@ class ReferenceContext:
         out, begin = [], 0
         for request, count in self.segments:
             rows = slice(begin, begin + count)
-            keys, values = self.cache.append(request, spec.layer_idx, k[rows].float(), v[rows].float())
+            new_keys, new_values = k[rows].float(), v[rows].float()
+            if kv_scales is not None:
+                new_keys, new_values = _rounded(new_keys, kv_scales[0]), _rounded(new_values, kv_scales[1])
+            keys, values = self.cache.append(request, spec.layer_idx, new_keys, new_values)
             first = keys.shape[0] - count
             for offset in range(count):
                 visible = slice(_first_visible(spec, first + offset), first + offset + 1)
@@ -72,6 +75,11 @@ class ReferenceContext:
                 out.append(_attend_one(spec, query, keys[visible], values[visible], alibi_slopes, sink_logits))
             begin += count
         return torch.stack(out).to(q.dtype) if out else q.new_zeros(q.shape)
+
+
+def _rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """What a float8 cache with this scale keeps of x."""
+    return (x / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float() * scale
 
 
 def _first_visible(spec: AttentionSpec, position: int) -> int:

@@ -29,6 +29,7 @@ SAMPLES = 7  # per candidate and row count, where time allows
 PREFILL_ROWS = 256  # rows of a long prompt chunk; more changes the time in proportion, not the order
 _HOPELESS = 2.0  # a candidate this many times slower than the best at its first sample is not sampled again
 _FIRST_CALL_SECONDS = 0.05  # that any first call may take
+_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}
 COLD_BYTES = 64 << 20  # of weights that a decoding step walks through, so that caches are as cold as in a model
 
 
@@ -74,7 +75,7 @@ def recorded_choices(spec: EngineSpec) -> dict[Shape, Choice]:
     """Returns the choices that an engine was built with, so that another rank of the same model makes the same."""
     choices = {}
     for record in spec.timings:
-        shape = Shape(record["n"], record["k"], DTYPES[record["dtype"]], record["is_output_layer"])
+        shape = Shape(record["n"], record["k"], _DTYPES[record["dtype"]], record["is_output_layer"])
         choices[shape] = Choice(shape, MatmulPlan.from_dict(record["plan"]), record["count"])
     return choices
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Any
 
 from lamella_core.checks import check_flag, check_integer
@@ -120,6 +121,10 @@ class QuantConfig:
     def has_static_activations(self) -> bool:
         """Whether linears hold a scale of their input; with `activation_scheme` None they do."""
         return self.quant_algo is QuantAlgo.FP8 and self.activation_scheme != "dynamic"
+
+    def is_module_excluded_from_quantization(self, name: str) -> bool:
+        """Whether a pattern of ``exclude_modules`` matches ``name``, or a module that it lies in."""
+        return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in self.exclude_modules)
 
     def contradiction(self, asked: QuantConfig, *, is_final: bool) -> str | None:
         """Returns the first field in which ``asked`` wants something else than this, or None.

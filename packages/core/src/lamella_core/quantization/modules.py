@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from typing import TYPE_CHECKING
 
 from lamella_core.errors import ConfigError
@@ -21,17 +20,17 @@ def is_excluded(config: ModelConfig, name: str) -> bool:
     Raises:
         ConfigError: only some parts of a fused projection are excluded.
     """
-    patterns = config.quantization.exclude_modules
-    if not patterns:
+    quantization = config.quantization
+    if not quantization.exclude_modules:
         return False
-    if _matches(name, patterns):
+    if quantization.is_module_excluded_from_quantization(name):
         return True
     parts = checkpoint_modules(config, name)
-    excluded = [any(_matches(module, patterns) for module in modules) for modules in parts]
+    excluded = [any(map(quantization.is_module_excluded_from_quantization, modules)) for modules in parts]
     if any(excluded) and not all(excluded):
         names = ", ".join(sorted(module for modules in parts for module in modules))
         raise ConfigError(
-            f"exclude_modules {list(patterns)} excludes some of {names} and not others; they are computed in one "
+            f"exclude_modules {list(quantization.exclude_modules)} excludes some of {names} and not others; they are computed in one "
             "product: exclude all of them or none"
         )
     return any(excluded)
@@ -52,7 +51,3 @@ def checkpoint_modules(config: ModelConfig, name: str) -> list[list[str]]:
             parts.setdefault(rule.section, []).append(source.removesuffix(_WEIGHT))
     whole = parts.pop(None, [])
     return [[*names, *whole] for names in parts.values()] or [whole]
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns)

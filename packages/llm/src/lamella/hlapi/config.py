@@ -72,6 +72,14 @@ class QuantConfig:
     has_zero_point: bool = False
     exclude_modules: Sequence[str] = ()
 
+    def set_fp8_qdq(self) -> None:
+        """Quantizes weights and activations to FP8."""
+        self.quant_algo = QuantAlgo.FP8
+
+    def set_fp8_kv_cache(self) -> None:
+        """Quantizes the KV cache to FP8."""
+        self.kv_cache_quant_algo = QuantAlgo.FP8
+
     def to_lamella(self) -> _QuantConfig:
         """Returns the checked, frozen configuration."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
