@@ -66,7 +66,9 @@ def write_modelopt(
         tensors[name] = round8(weight, scale[:, None] if per_channel else scale)
         tensors[f"{module}.weight_scale"] = scale
         if not per_channel:
-            tensors[f"{module}.input_scale"] = largest.get(f"{module}.in", LARGEST * EXPERT_INPUT_SCALE) / LARGEST
+            tensors[f"{module}.input_scale"] = (
+                largest.get(f"{module}.in", torch.tensor(LARGEST * EXPERT_INPUT_SCALE)) / LARGEST
+            )
         for key in "kv":
             if kv_cache and module.endswith(f"{key}_proj"):
                 tensors[f"{module}.{key}_scale"] = largest[f"{module}.out"] / LARGEST
