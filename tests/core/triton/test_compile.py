@@ -1,0 +1,24 @@
+"""The glue kernels compile to machine code of the GPUs they are for, also where there is none."""
+
+import pytest
+from tests.support.triton_compiler import compile_in_subprocess
+
+KERNELS = {
+    "_rms_norm_kernel",
+    "_silu_and_mul_kernel",
+    "_quantize_kernel",
+    "_quantize_per_token_kernel",
+    "_rope_cache_kernel",
+    "_argmax_kernel",
+    "_greedy_kernel",
+    "histogram_kernel",
+    "thresholds_kernel",
+    "masses_kernel",
+    "draw_kernel",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90], ids=["no_float8_no_pdl", "hopper"])
+def test_glue_compiles(capability, tmp_path):
+    assert set(compile_in_subprocess(capability, "tests.support.glue_calls", tmp_path)) == KERNELS
