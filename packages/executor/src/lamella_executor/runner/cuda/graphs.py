@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def capture_sizes(max_size: int) -> list[int]:
     """Returns the padded batch sizes, ascending; the last is ``max_size``.
 
-    Padding costs at most one row in two up to 8 rows, 8 rows up to 32, then an eighth of the rows or less.
+    Padding takes less than half of up to 8 rows, fewer than 8 rows up to 32, 16 up to 256, and then an eighth at most.
     """
     sizes = [1, 2, 4, *range(8, 32, 8)]
     step, size = 16, 32
