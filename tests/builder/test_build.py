@@ -92,7 +92,7 @@ def test_the_spec_records_limits_steps_and_choices() -> None:
     engine = build(llama(), BuildConfig(max_seq_len=32, max_batch_size=4), progress=lambda *call: calls.append(call))
     spec = engine.spec
     assert spec.build.max_seq_len == 32 and spec.build.max_input_len == 31
-    steps = ["resolve limits", "plan memory", "cast", "choose kernels", "lay out weights"]
+    steps = ["resolve limits", "plan memory", "move weights", "cast", "choose kernels", "lay out weights"]
     assert list(spec.step_seconds) == steps and all(seconds >= 0 for seconds in spec.step_seconds.values())
     assert list(dict.fromkeys(name for name, _, _ in calls)) == steps
     for step in steps:

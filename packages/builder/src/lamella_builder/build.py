@@ -25,8 +25,9 @@ def build(
 ) -> Engine:
     """Compiles one rank's model for this machine and the limits it will run with.
 
-    Fusing and sharding happened when the model read its weights. The weights are laid out in place: the engine shares
-    the model's memory, the model stays usable and may be built again. Only with a ``build_config.dtype`` that differs
+    Fusing and sharding happened when the model read its weights. The weights are laid out in place, and moved there one
+    by one if they are not on the device that the engine runs on: the engine shares the model's memory, the model stays
+    usable and may be built again. Only with a ``build_config.dtype`` that differs
     from the model's do the weights move out of it; the model must not be used afterwards.
 
     Args:
@@ -37,8 +38,8 @@ def build(
         like: spec of another rank of the same model, built before: its kernels are taken over, not timed again.
 
     Raises:
-        ConfigError: limits that the model rules out, or a model without weights.
-        OutOfMemoryError: the engine cannot be built or run in this machine's memory.
+        ConfigError: limits that the model rules out, a model without weights, or no such device here.
+        OutOfMemoryError: the engine cannot be built or run in the memory of this machine or its GPU.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError("the model has no weights (they moved into an engine of another dtype): load it again")
@@ -46,9 +47,12 @@ def build(
     with clock.step("resolve limits"):
         config = wanted.resolved(model.config)
     with clock.step("plan memory"):
-        steps.plan_memory(model.config, wanted, loaded_bytes=model.weight_bytes()).check()
-    with clock.step("cast") as advance:
+        loaded = model.weight_bytes() if model.device == config.device else 0
+        steps.plan_memory(model.config, wanted, loaded_bytes=loaded).check()
+    with clock.step("move weights") as advance:
         steps.to_plain(model)
+        steps.place(model, config.device, advance)
+    with clock.step("cast") as advance:
         model = steps.cast(model, config.dtype, advance)
     with clock.step("choose kernels") as advance:
         known = steps.recorded_choices(like) if like is not None else None

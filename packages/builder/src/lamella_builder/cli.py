@@ -30,6 +30,7 @@ def lamella_build(  # noqa: PLR0913 - one parameter per option of the command
     checkpoint_dir: Annotated[str | None, _option("checkpoint_dir", "Lamella checkpoint directory.")] = None,
     output_dir: Annotated[Path, _option("output_dir", "Engine directory to write.")] = Path("engine_output"),
     dtype: Annotated[str | None, _option("dtype", "float32, float16 or bfloat16; default: the model's.")] = None,
+    device: Annotated[str | None, _option("device", "cpu, cuda, or auto: a GPU if there is one (default).")] = None,
     max_batch_size: Annotated[int | None, _option("max_batch_size", "Requests that run in one step.")] = None,
     max_num_tokens: Annotated[int | None, _option("max_num_tokens", "Tokens computed in one step.")] = None,
     opt_num_tokens: Annotated[int | None, _option("opt_num_tokens", "Step size to choose kernels for.")] = None,
@@ -51,7 +52,7 @@ def lamella_build(  # noqa: PLR0913 - one parameter per option of the command
 ) -> None:
     """Builds an engine: casts, lays the weights out and chooses kernels for this machine."""
     limits: dict[str, Any] = {
-        "dtype": dtype, "max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens,
+        "dtype": dtype, "device": device, "max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens,
         "opt_num_tokens": opt_num_tokens, "max_seq_len": max_seq_len, "max_beam_width": max_beam_width,
         "max_input_len": max_input_len, "kv_cache_type": kv_cache_type, "tokens_per_block": tokens_per_block,
         "kernel_selection": kernel_selection,

@@ -108,7 +108,7 @@ class BuildJob:
         """Builds and writes the engine, holding one rank's weights at a time; returns the seconds of each step.
 
         Raises:
-            OutOfMemoryError: it does not fit in this machine's memory.
+            OutOfMemoryError: it does not fit in the memory of this machine or its GPU.
             CheckpointError: weights are missing, damaged or do not fit the configuration; the output cannot be written.
         """
         self.plan.check()
@@ -128,13 +128,14 @@ class BuildJob:
         return clock.seconds
 
     def _model(self, rank: int, advance: Advance) -> CausalLM:
-        """Returns a rank's model with its weights."""
+        """Returns a rank's model with its weights, where the engine will run."""
+        device = self.build_config.device
         config = self.config.with_mapping(self.config.mapping.with_rank(rank))
         model_class = get_model_class(config.architecture, config.model_type)
         if self._request.load_format == "dummy":
-            return model_class(config)
+            return model_class.dummy(config, device)
         if self._format == "checkpoint":
-            return AutoModelForCausalLM.from_checkpoint(self._directory, rank)
-        model = model_class.empty(config)
-        load_weights(model, self._directory, progress=advance)
+            return AutoModelForCausalLM.from_checkpoint(self._directory, rank, device)
+        model = model_class.empty(config, device)
+        load_weights(model, self._directory, progress=advance, device=device)
         return model

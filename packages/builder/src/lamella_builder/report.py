@@ -21,7 +21,9 @@ def show_plan(console: Console, config: ModelConfig, build: BuildConfig, plan: s
     table = Table(title=f"{config.architecture}, {build.dtype}: memory plan", show_header=False)
     ranks = f"tp_size {mapping.tp_size} x pp_size {mapping.pp_size} = {mapping.world_size}"
     weights = [format_bytes(num_bytes) for num_bytes in plan.weight_bytes]
+    of_all = f" of {format_bytes(plan.total_bytes)}" if plan.total_bytes else ""
     rows = {
+        "device": {"cpu": "CPU", "cuda": "GPU"}[plan.device],
         "ranks": ranks,
         "weights per rank": weights[0] if len(set(weights)) == 1 else ", ".join(weights),
         "limits": f"max_batch_size {build.max_batch_size}, max_num_tokens {build.max_num_tokens}, "
@@ -32,7 +34,7 @@ def show_plan(console: Console, config: ModelConfig, build: BuildConfig, plan: s
         "KV tokens that fit here": str(plan.kv_tokens_that_fit),
         "activations, largest step": f"about {format_bytes(plan.activation_bytes)}",
         "peak while building": f"about {format_bytes(plan.build_bytes)}",
-        "memory available": format_bytes(plan.available_bytes),
+        "memory available": f"{format_bytes(plan.available_bytes)}{of_all}",
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lamella_builder.steps.kernels import choose_kernels, recorded_choices
     from lamella_builder.steps.layout import lay_out, to_plain
     from lamella_builder.steps.memory import MemoryPlan, plan_memory
+    from lamella_core.placement import place
 
 __all__ = [
     "MemoryPlan",
@@ -23,25 +24,27 @@ __all__ = [
     "cast",
     "choose_kernels",
     "lay_out",
+    "place",
     "plan_memory",
     "recorded_choices",
     "to_plain",
 ]
 
 _HOMES = {
-    "MemoryPlan": "memory",
-    "cast": "casting",
-    "choose_kernels": "kernels",
-    "lay_out": "layout",
-    "plan_memory": "memory",
-    "recorded_choices": "kernels",
-    "to_plain": "layout",
+    "MemoryPlan": f"{__name__}.memory",
+    "cast": f"{__name__}.casting",
+    "choose_kernels": f"{__name__}.kernels",
+    "lay_out": f"{__name__}.layout",
+    "place": "lamella_core.placement",
+    "plan_memory": f"{__name__}.memory",
+    "recorded_choices": f"{__name__}.kernels",
+    "to_plain": f"{__name__}.layout",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -24,7 +24,7 @@ def cast(model: CausalLM, dtype: str | None, advance: Advance) -> CausalLM:
     name = resolve_dtype(dtype, model.config.dtype)
     if name == model.config.dtype:
         return model
-    result = type(model).empty(replace(model.config, dtype=name))
+    result = type(model).empty(replace(model.config, dtype=name), model.device)
     targets = dict(result.named_parameters())
     for done, (key, parameter) in enumerate(list(model.named_parameters())):
         data = parameter.detach()

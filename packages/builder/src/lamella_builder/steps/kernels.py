@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lamella_builder.steps.clock import Advance
+from lamella_builder.steps.gpu_timing import time_gpu_plans
 from lamella_core.checkpoint.layout import MatmulWeight, arrange, matmul_weights
 from lamella_core.config import DTYPES
 from lamella_core.engine.build_config import BuildConfig
@@ -26,6 +27,7 @@ SECONDS_PER_SHAPE = 3.0  # after which the samples so far decide; less for weigh
 FULL_TIME_NUMBERS = 1 << 20
 LEAST_TIMED_NUMBERS = 1 << 16  # below, a call's overhead outweighs its arithmetic: the default plan serves
 SAMPLES = 7  # per candidate and row count, where time allows
+FEW_GPU_ROWS = (1, 4, 16)
 PREFILL_ROWS = 256  # rows of a long prompt chunk; more changes the time in proportion, not the order
 _HOPELESS = 2.0  # a candidate this many times slower than the best at its first sample is not sampled again
 _FIRST_CALL_SECONDS = 0.05  # that any first call may take
@@ -85,11 +87,11 @@ def choose_kernels(
 ) -> dict[Shape, Choice]:
     """Returns the choice for each shape of matmul in the model.
 
-    float32 weights get only kernels whose rows do not depend on the rows computed with them.
+    On a CPU, float32 weights get only kernels whose rows do not depend on the rows computed with them.
 
     Args:
-        model: its weights in the plain layout.
-        build: resolved; gives the row counts and ``kernel_selection``.
+        model: its weights in the plain layout, on the device of ``build``.
+        build: resolved; gives the device, the row counts and ``kernel_selection``.
         advance: told of each shape.
         known: choices to take over.
     """
@@ -100,31 +102,50 @@ def choose_kernels(
         groups.setdefault(shape, []).append(held)
     choices = {}
     for done, (shape, members) in enumerate(groups.items()):
-        choices[shape] = known[shape] if shape in known else _choose(shape, len(members), build)
+        choices[shape] = known[shape] if shape in known else _choose(shape, members, build)
         advance(done + 1, len(groups))
     return choices
 
 
 def row_counts(shape: Shape, build: BuildConfig) -> list[int]:
-    """Returns the numbers of rows to time: one decoding request, a full batch, a long prompt chunk."""
+    """Returns the numbers of rows to time: one decoding request, a full batch, a long prompt chunk.
+
+    On a GPU long prompts have one kernel, and a few requests have several.
+    """
     batch = build.opt_num_tokens or build.max_batch_size
+    if build.device == "cuda":
+        return sorted({m for m in (*FEW_GPU_ROWS, batch) if m <= build.max_num_tokens})
     rows = {1, min(batch, build.max_num_tokens)}
     if not shape.is_output_layer:
         rows.add(min(PREFILL_ROWS, build.max_num_tokens))
     return sorted(rows)
 
 
-def _choose(shape: Shape, count: int, build: BuildConfig) -> Choice:
-    strict = shape.dtype == torch.float32
-    candidates = candidate_plans(shape.dtype, shape.n, shape.k, require_batch_invariant=strict)
+def _choose(shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig) -> Choice:
+    strict, count = shape.dtype == torch.float32, len(members)
+    candidates = candidate_plans(shape.dtype, shape.n, shape.k, require_batch_invariant=strict, device=build.device)
     too_small = shape.n * shape.k < LEAST_TIMED_NUMBERS
     if build.kernel_selection == "default" or too_small or not candidates:
-        return Choice(shape, default_plan(shape.dtype, shape.n, shape.k, batch_invariant=strict), count)
+        return Choice(shape, _default(shape, build), count)
     if len(candidates) == 1:
         return Choice(shape, candidates[0], count)
-    medians = time_plans(candidates, shape, row_counts(shape, build))
+    rows = row_counts(shape, build)
+    if build.device == "cuda":
+        weights = [weight for held in members for weight in (held.weight if held.is_stacked else (held.weight,))]
+        timed = time_gpu_plans(candidates, rows, weights, DTYPES[build.dtype or "bfloat16"])
+    else:
+        timed = time_plans(candidates, shape, rows)
+    works = [index for index, times in enumerate(timed) if math.isfinite(sum(times.values()))]
+    if not works:
+        return Choice(shape, _default(shape, build), count)
+    candidates, medians = [candidates[index] for index in works], [timed[index] for index in works]
     best = min(range(len(candidates)), key=lambda i: _slowdown(medians[i], medians))
     return Choice(shape, candidates[best], count, tuple(zip(candidates, medians, strict=True)))
+
+
+def _default(shape: Shape, build: BuildConfig) -> MatmulPlan:
+    strict = shape.dtype == torch.float32
+    return default_plan(shape.dtype, shape.n, shape.k, batch_invariant=strict, device=build.device)
 
 
 def _slowdown(times: dict[int, float], all_times: Sequence[dict[int, float]]) -> float:
@@ -146,16 +167,12 @@ def time_plans(plans: Sequence[MatmulPlan], shape: Shape, rows: Sequence[int]) -
     seconds = SECONDS_PER_SHAPE * min(1.0, weight.numel() / FULL_TIME_NUMBERS) / len(rows)
     for m in rows:
         x = torch.empty(m, shape.k).uniform_(-1, 1, generator=generator).to(shape.dtype)
-        kernels = {_kernel_at(plan, m): plan for plan in plans}
+        kernels = {plan.kernel_name(m): plan for plan in plans}
         medians = _interleaved([_runner(plan, x, stored[plan.layout], shape.n) for plan in kernels.values()], seconds)
         by_kernel = dict(zip(kernels, medians, strict=True))
         for plan, result in zip(plans, results, strict=True):
-            result[m] = by_kernel[_kernel_at(plan, m)] * 1e3
+            result[m] = by_kernel[plan.kernel_name(m)] * 1e3
     return results
-
-
-def _kernel_at(plan: MatmulPlan, m: int) -> str:
-    return next(name for limit, name in plan.steps if limit is None or m <= limit)
 
 
 def _runner(plan: MatmulPlan, x: torch.Tensor, weights: list[torch.Tensor], n: int) -> Callable[[], float]:

@@ -41,4 +41,6 @@ def to_plain(model: CausalLM) -> None:
             plain = restore(held.weight, held.plan.layout, held.n, stacked=held.is_stacked)
             set_parameter(model, held.name, plain)
             strict = plain.dtype == torch.float32
-            held.module.plan = default_plan(plain.dtype, held.n, held.k, batch_invariant=strict, layout=PLAIN_LAYOUT)
+            held.module.plan = default_plan(
+                plain.dtype, held.n, held.k, batch_invariant=strict, layout=PLAIN_LAYOUT, device=plain.device.type
+            )

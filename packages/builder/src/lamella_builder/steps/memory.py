@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lamella_builder.steps.kernels import COLD_BYTES
 from lamella_core.config import DTYPES, ModelConfig
+from lamella_core.device import free_gpu_bytes
 from lamella_core.engine.build_config import BuildConfig
 from lamella_core.errors import OutOfMemoryError
 from lamella_core.host_memory import available_bytes
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lamella_core.models.base import CausalLM
 
 _BASE_BYTES = 300 << 20  # the interpreter, torch and its threads
+_GPU_BASE_BYTES = 1 << 30  # libraries, their workspaces, recorded steps
 _GIB = 1 << 30
 
 
@@ -31,8 +33,10 @@ class MemoryPlan:
         kv_tokens_least: tokens of one request of max_seq_len with all its beams; of one block when max_seq_len is only
             the model's own limit, which shorter requests need not reach.
         activation_bytes: estimate of the largest step's intermediate tensors.
-        available_bytes: free memory of this machine now.
-        loaded_bytes: weights that are in memory already.
+        available_bytes: free memory of this machine, or of its GPU, now.
+        loaded_bytes: weights that are in that memory already.
+        device: "cpu" or "cuda", whose memory this is about.
+        total_bytes: memory of the GPU.
     """
 
     weight_bytes: tuple[int, ...]
@@ -43,24 +47,33 @@ class MemoryPlan:
     activation_bytes: int
     available_bytes: int
     loaded_bytes: int = 0
+    device: str = "cpu"
+    total_bytes: int = 0
+
+    @property
+    def base_bytes(self) -> int:
+        """What a process takes without a model."""
+        return _GPU_BASE_BYTES if self.device == "cuda" else _BASE_BYTES
 
     @property
     def build_bytes(self) -> int:
         """Peak of building, one rank after another."""
+        if self.device == "cuda":  # kernels are timed with the model's own weights
+            return max(self.weight_bytes) + self.largest_weight_bytes + self.base_bytes
         timing = 3 * max(self.largest_weight_bytes, COLD_BYTES)  # copies of one weight in the layouts compared
-        return max(self.weight_bytes) + timing + _BASE_BYTES
+        return max(self.weight_bytes) + timing + self.base_bytes
 
     @property
     def run_bytes(self) -> int:
         """The least that running all ranks on this machine takes: weights, one step, one full request."""
-        per_rank = self.activation_bytes + self.kv_tokens_least * self.kv_bytes_per_token + _BASE_BYTES
+        per_rank = self.activation_bytes + self.kv_tokens_least * self.kv_bytes_per_token + self.base_bytes
         return sum(self.weight_bytes) + per_rank * len(self.weight_bytes)
 
     @property
     def kv_tokens_that_fit(self) -> int:
         """Tokens whose keys and values fit in what weights and one step leave free."""
         ranks = len(self.weight_bytes)
-        fixed = sum(self.weight_bytes) + (self.activation_bytes + _BASE_BYTES) * ranks
+        fixed = sum(self.weight_bytes) + (self.activation_bytes + self.base_bytes) * ranks
         left = self.available_bytes + self.loaded_bytes - fixed
         return max(0, left // max(1, self.kv_bytes_per_token * ranks))
 
@@ -71,18 +84,23 @@ class MemoryPlan:
             OutOfMemoryError: building, or serving one request of max_seq_len, needs more than there is.
         """
         free, size = self.available_bytes + self.loaded_bytes, format_bytes
+        where, instead = "", ""
+        if self.device == "cuda":
+            where = f" of the GPU's {size(self.total_bytes)}"
+            instead = ", end other processes on the GPU, or build for the CPU (device='cpu')"
         if self.build_bytes > free:
             raise OutOfMemoryError(
                 f"building takes {size(self.build_bytes)} (one rank's weights are {size(max(self.weight_bytes))}), "
-                f"{size(free)} are free; choose a smaller dtype, raise tp_size or pp_size, or free memory"
+                f"{size(free)}{where} are free; choose a smaller dtype, raise tp_size or pp_size, or free memory"
+                f"{instead}"
             )
         if len(self.weight_bytes) == 1 and self.run_bytes > free:
             kv = self.kv_tokens_least * self.kv_bytes_per_token
             raise OutOfMemoryError(
                 f"running takes at least {size(self.run_bytes)}: weights {size(sum(self.weight_bytes))}, one step "
-                f"{size(self.activation_bytes)}, keys and values of one request {size(kv)}; {size(free)} are free. "
-                "Lower max_seq_len or max_beam_width (keys and values), max_num_tokens or max_batch_size (step), or "
-                "choose a smaller dtype"
+                f"{size(self.activation_bytes)}, keys and values of one request {size(kv)}; {size(free)}{where} are "
+                "free. Lower max_seq_len or max_beam_width (keys and values), max_num_tokens or max_batch_size (step), "
+                f"or choose a smaller dtype{instead}"
             )
 
 
@@ -92,7 +110,7 @@ def plan_memory(config: ModelConfig, build: BuildConfig, *, loaded_bytes: int = 
     Args:
         config: the model, from any rank.
         build: limits as the user gave them.
-        loaded_bytes: weights that are in memory already.
+        loaded_bytes: weights that are in the device's memory already.
 
     Raises:
         ConfigError: limits that the model rules out.
@@ -102,12 +120,13 @@ def plan_memory(config: ModelConfig, build: BuildConfig, *, loaded_bytes: int = 
     model_class = get_model_class(config.architecture, config.model_type)
     config = replace(config, dtype=build.dtype or config.dtype)
     ranks = [
-        model_class.empty(config.with_mapping(config.mapping.with_rank(rank)))
+        model_class.empty(config.with_mapping(config.mapping.with_rank(rank)), build.device)
         for rank in range(config.mapping.world_size)
     ]
     seq_len = build.max_seq_len or config.max_position_embeddings
     least = _resident_tokens(ranks, seq_len) if wants_whole else build.tokens_per_block
     sequences = build.max_batch_size * build.max_beam_width
+    free, total = free_gpu_bytes() if build.device == "cuda" else (available_bytes(), 0)
     return MemoryPlan(
         weight_bytes=tuple(model.weight_bytes() for model in ranks),
         largest_weight_bytes=max(p.nbytes for model in ranks for p in model.parameters()),
@@ -117,8 +136,10 @@ def plan_memory(config: ModelConfig, build: BuildConfig, *, loaded_bytes: int = 
         kv_tokens_wanted=sequences * seq_len,
         kv_tokens_least=least * build.max_beam_width,
         activation_bytes=activation_bytes(config, build),
-        available_bytes=available_bytes(),
+        available_bytes=free,
         loaded_bytes=loaded_bytes,
+        device=build.device,
+        total_bytes=total,
     )
 
 

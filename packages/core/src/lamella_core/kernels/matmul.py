@@ -194,10 +194,13 @@ class MatmulPlan:
 
     def run(self, x: Tensor, w: Tensor, n: int, bias: Tensor | None = None, scales: Scales | None = None) -> Tensor:
         """Multiply x [M, K] by w (in this plan's layout) transposed, plus bias [n]: [M, n]; float8 with ``scales``."""
-        rows = x.shape[0]
+        return KERNELS[self.kernel_name(x.shape[0])](x, w, n, bias, scales)
+
+    def kernel_name(self, rows: int) -> str:
+        """The key in `KERNELS` of what multiplies so many rows."""
         for limit, name in self.steps:
             if limit is None or rows <= limit:
-                return KERNELS[name](x, w, n, bias, scales)
+                return name
         raise ConfigError(f"plan {self.steps} has no step for {rows} rows")
 
     def to_dict(self) -> dict[str, Any]:
