@@ -90,13 +90,13 @@ def write_modelopt(
 
 
 def edit_tensors(directory: Path, **changes: Tensor | None) -> None:
-    """Replaces tensors of a directory, "__" in a keyword standing for "."; None removes one."""
+    """Replaces and adds tensors of a directory, "__" in a keyword standing for "."; None removes one."""
     tensors = load_file(directory / "model.safetensors")
     for key, tensor in changes.items():
         name = key.replace("__", ".")
-        del tensors[name]
+        tensors.pop(name, None)
         if tensor is not None:
-            tensors[name] = tensor
+            tensors[name] = tensor.clone()
     save_file(tensors, directory / "model.safetensors")
 
 

@@ -41,7 +41,8 @@ def load_weights(
 
     Raises:
         CheckpointError: files are missing or damaged, or tensors are missing, unexpected or of the wrong shape; the
-            message names all of them. The model is untouched then.
+            message names all of them, and the model is untouched then. A scale that is no positive number is noticed
+            when it is read.
     """
     source = source if isinstance(source, WeightSource) else WeightSource(source)
     parameters: dict[str, Parameter] = dict(model.named_parameters())  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ class Report:
     def raise_if_any(self, directory: Path, model_name: str) -> None:
         """Raises one `CheckpointError` that names everything, if there is anything."""
         parts = [
-            f"{len(names)} {title}:\n  " + "\n  ".join(sorted(set(names)))
+            f"{len(set(names))} {title}:\n  " + "\n  ".join(sorted(set(names)))
             for title, names in (
                 ("missing", self.missing),
                 ("unexpected", self.unexpected),
