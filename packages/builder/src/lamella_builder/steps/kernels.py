@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -122,30 +123,29 @@ def row_counts(shape: Shape, build: BuildConfig) -> list[int]:
 
 
 def _choose(shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig) -> Choice:
-    strict, count = shape.dtype == torch.float32, len(members)
-    candidates = candidate_plans(shape.dtype, shape.n, shape.k, require_batch_invariant=strict, device=build.device)
+    strict, count, device = shape.dtype == torch.float32, len(members), members[0].weight.device.type
+    candidates = candidate_plans(shape.dtype, shape.n, shape.k, require_batch_invariant=strict, device=device)
     too_small = shape.n * shape.k < LEAST_TIMED_NUMBERS
+    default = functools.partial(default_plan, shape.dtype, shape.n, shape.k, batch_invariant=strict, device=device)
     if build.kernel_selection == "default" or too_small or not candidates:
-        return Choice(shape, _default(shape, build), count)
+        return Choice(shape, default(), count)
     if len(candidates) == 1:
         return Choice(shape, candidates[0], count)
     rows = row_counts(shape, build)
-    if build.device == "cuda":
+    if device == "cuda":
         weights = [weight for held in members for weight in (held.weight if held.is_stacked else (held.weight,))]
-        timed = time_gpu_plans(candidates, rows, weights, DTYPES[build.dtype or "bfloat16"])
+        medians = time_gpu_plans(candidates, rows, weights, DTYPES[build.dtype or "bfloat16"])
     else:
-        timed = time_plans(candidates, shape, rows)
-    works = [index for index, times in enumerate(timed) if math.isfinite(sum(times.values()))]
-    if not works:
-        return Choice(shape, _default(shape, build), count)
-    candidates, medians = [candidates[index] for index in works], [timed[index] for index in works]
-    best = min(range(len(candidates)), key=lambda i: _slowdown(medians[i], medians))
-    return Choice(shape, candidates[best], count, tuple(zip(candidates, medians, strict=True)))
-
-
-def _default(shape: Shape, build: BuildConfig) -> MatmulPlan:
-    strict = shape.dtype == torch.float32
-    return default_plan(shape.dtype, shape.n, shape.k, batch_invariant=strict, device=build.device)
+        medians = time_plans(candidates, shape, rows)
+    timed = [
+        (plan, times)
+        for plan, times in zip(candidates, medians, strict=True)
+        if all(map(math.isfinite, times.values()))
+    ]
+    if not timed:
+        return Choice(shape, default(), count)
+    best = min(timed, key=lambda pair: _slowdown(pair[1], [times for _, times in timed]))
+    return Choice(shape, best[0], count, tuple(timed))
 
 
 def _slowdown(times: dict[int, float], all_times: Sequence[dict[int, float]]) -> float:
