@@ -12,11 +12,13 @@ def repair_interpreter() -> None:
     """Replaces what is wrong or slow in the interpreter of triton 3.6.
 
     float32 becomes bfloat16 by rounding to nearest even (not by truncation); tensors bound a range (with numpy 2.4
-    they do not); modules are searched for functions to patch once, not at each call of each jitted function.
+    they do not); bfloat16 matrices are multiplied as such (not their bits as integers); modules are searched for
+    functions to patch once, not at each call of each jitted function.
     """
     from triton.runtime import interpreter
 
     interpreter._convert_float = _rounding(interpreter._convert_float)
+    interpreter.InterpreterBuilder.create_dot = _widening(interpreter.InterpreterBuilder.create_dot)
     interpreter._patch_lang_tensor = _indexable(interpreter._patch_lang_tensor)
     interpreter._patch_builtin = _remembering(interpreter._patch_attr)
 
@@ -32,6 +34,21 @@ def _rounding(convert: Any) -> Any:
         return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
     return convert_float
+
+
+def _widening(multiply: Any) -> Any:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        return multiply(self, widened(a), widened(b), d, *options)
+
+    return create_dot
 
 
 def _indexable(patch: Any) -> Any:

@@ -8,7 +8,7 @@ A float8 cache is widened to fp16, which holds every float8_e4m3fn value and to 
 are then fp16 as well, saturated (float32 queries stay float32).
 
 Shape legend: T query tokens, S sequences, Hq query and Hkv key/value heads, G = Hq / Hkv heads that share keys, D head
-size, N cache blocks of P tokens, B longest block table; M rows of a tile (heads of one group times queries), K its keys.
+size, N cache blocks of P tokens, B longest block table; M rows of a tile (heads of a group times queries), K its keys.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def _layout(
         raise ConfigError("the caches of keys and values differ in dtype, shape or strides; make them alike")
     (heads, dim), (_, kv_heads, page, width) = q, cache
     if dim != width or heads % kv_heads or dim % 2:
-        raise ConfigError(f"queries [*, {heads}, {dim}] do not fit a cache {list(cache)} [N, Hkv, P, D]; D must be even")
+        raise ConfigError(
+            f"queries [*, {heads}, {dim}] do not fit a cache {list(cache)} [N, Hkv, P, D]; D must be even"
+        )
     if strides[3] != 1 or q_strides[2] != 1:
         raise ConfigError("values of a head lie apart in the queries or the cache; they must be side by side")
     if scale <= 0.0:
@@ -162,6 +164,30 @@ def widen_float8(codes, L: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def widen_pairs(words, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns the even and the odd float8_e4m3fn values of int16 words of two, each in the words' shape."""
+    if L.native:  # two words at a time: one permutation of bytes, two conversions
+        even, odd = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 sorted;
+            .reg .b16 low, high;
+            prmt.b32 sorted, $2, $2, 0x3120;
+            mov.b32 {low, high}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+            }
+            """,
+            "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+        even, odd = even.to(L.dtype), odd.to(L.dtype)
+    else:
+        even = widen_float8((words & 0xFF).to(tl.uint8), L)
+        odd = widen_float8(((words >> 8) & 0xFF).to(tl.uint8), L)
+    return even, odd
+
+
+@triton.jit
 def narrow_query(q, L: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns q in the dtype of products; bf16 saturates in fp16."""
     if L.float8:
@@ -191,15 +217,14 @@ def shape_scores(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def softmax_step(scores, factor, highest, total):  # type: ignore[no-untyped-def]
-    """Advances a running softmax by a tile: [M, K] scores before ``factor``; [M] maximum and sum so far.
+def softmax_step(scores, factor, highest):  # type: ignore[no-untyped-def]
+    """Advances a running softmax by a tile: [M, K] scores before ``factor``; [M] maximum so far.
 
-    Returns weights [M, K], the new maximum and sum [M], and by what earlier results are multiplied [M].
+    Returns weights [M, K], the new maximum [M], and by what earlier sums and results are multiplied [M].
     """
     now = tl.maximum(highest, tl.max(scores, axis=1) * factor)
     weights = tl.exp2(scores * factor - now[:, None])
-    fade = tl.exp2(highest - now)
-    return weights, now, total * fade + tl.sum(weights, axis=1), fade
+    return weights, now, tl.exp2(highest - now)
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 A program owns one sequence, the query heads of one key/value head (padded to 16 rows, what a matrix unit takes) and a
 part of the keys, if these are split at all. Which keys is found on the device from the sequence's length, so the grid
-depends only on the number of sequences and the greatest length, and a captured launch serves all lengths. The parts are
-joined by whichever program of a sequence and head ends last (a counter in the workspace tells), without a second kernel.
+depends only on the number of sequences and the greatest length, and a captured launch serves all lengths. Parts are
+joined by the program of a sequence and head that ends last (a counter in the workspace tells), without a second kernel.
 
 The block table is read one tile ahead of the keys; these are on their way ``num_stages`` tiles ahead. Float8 keys are
 read as words of two, because matrix units take 16-bit words transposed from shared memory and no others; even and odd
@@ -25,7 +25,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lamella_core.kernels.triton.attention.common import (
     LOWEST,
-    Layout,
     finish,
     first_visible_tile,
     key_offsets,
@@ -36,7 +35,7 @@ from lamella_core.kernels.triton.attention.common import (
     result_like,
     shape_scores,
     softmax_step,
-    widen_float8,
+    widen_pairs,
 )
 from lamella_core.kernels.triton.launch import float8_storage, launch_options, next_power_of_2, use_pdl
 
@@ -143,8 +142,8 @@ def _tile_at(step, first, sink_tiles):  # type: ignore[no-untyped-def]
 def _scores(q_even, q_odd, k, L: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns [M, K] products of queries with keys, these [K, D] or, if float8, words of two."""
     if L.float8:
-        scores = tl.dot(q_even, tl.trans(widen_float8((k & 0xFF).to(tl.uint8), L)), input_precision="ieee")
-        odd = widen_float8(((k >> 8) & 0xFF).to(tl.uint8), L)
+        even, odd = widen_pairs(k, L)
+        scores = tl.dot(q_even, tl.trans(even), input_precision="ieee")
         scores = tl.dot(q_odd, tl.trans(odd), scores, input_precision="ieee")
     else:
         scores = tl.dot(q_even, tl.trans(k), input_precision="ieee")
@@ -156,7 +155,7 @@ def _add_values(acc_even, acc_odd, weights, v, L: tl.constexpr):  # type: ignore
     """Adds weights [M, K] times values, these [K, D] or, if float8, words of two; only then is ``acc_odd`` used."""
     weights = weights.to(L.dtype)
     if L.float8:
-        even, odd = widen_float8((v & 0xFF).to(tl.uint8), L), widen_float8(((v >> 8) & 0xFF).to(tl.uint8), L)
+        even, odd = widen_pairs(v, L)
         acc_even = tl.dot(weights, even, acc_even, input_precision="ieee")
         acc_odd = tl.dot(weights, odd, acc_odd, input_precision="ieee")
     else:
@@ -188,7 +187,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
     cols = tl.arange(0, WIDTH)[None, :]
     in_row = cols < L.head_dim // STEP
     highest = tl.full([BLOCK_M], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # added up at the end: warps share no sums on the way
     acc_even = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     acc_odd = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     last_page = tl.maximum(length - 1, 0) // L.page
@@ -207,10 +206,11 @@ def _attend_part(  # type: ignore[no-untyped-def]
         distances = (keys - (length - 1))[None, :]
         scores, rest = shape_scores(_scores(q_even, q_odd, k, L), factor, distances, slopes, L)
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        weights, highest, total, fade = softmax_step(scores, rest, highest, total)
+        weights, highest, fade = softmax_step(scores, rest, highest)
+        sums = sums * fade[:, None] + weights
         acc_even, acc_odd = _add_values(acc_even * fade[:, None], acc_odd * fade[:, None], weights, v, L)
         pages = next_pages
-    return acc_even, acc_odd, highest, total
+    return acc_even, acc_odd, highest, tl.sum(sums, axis=1)
 
 
 @triton.jit
@@ -369,7 +369,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             _write(joined, most, whole, first_member, out_ptr, sinks_ptr, v_scale, out_scale_ptr, L)
 
 
-def decode_attention(  # noqa: PLR0913 - what an attention layer can ask for
+def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +23,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lamella_core.kernels.triton.attention.common import (
     LOWEST,
-    Layout,
     finish,
     first_visible_tile,
     key_offsets,
@@ -137,7 +135,8 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
             if L.window > 0:
                 seen = seen & ((distances > -L.window) | (keys < L.sinks)[None, :]) & (pages >= 0)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
-        weights, highest, total, fade = softmax_step(scores, rest, highest, total)
+        weights, highest, fade = softmax_step(scores, rest, highest)
+        total = total * fade + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(L.dtype), _widened(v, L), acc * fade[:, None], input_precision="ieee")
         pages = next_pages
     return acc, highest, total
@@ -226,7 +225,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask)
 
 
-def prefill_attention(  # noqa: PLR0913 - what an attention layer can ask for
+def prefill_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -252,7 +251,7 @@ def prefill_attention(  # noqa: PLR0913 - what an attention layer can ask for
     Nothing is read back from the device.
 
     Args:
-        q: [T, Hq, D], packed: sequence i has the rows from ``query_start[i]`` to ``query_start[i + 1]``, its last tokens.
+        q: [T, Hq, D], packed: the last tokens of sequence i are rows ``query_start[i]`` to ``query_start[i + 1]``.
         k_cache: [N, Hkv, P, D] in q's dtype or float8_e4m3fn; the queries' own keys are in it. P a power of two.
         v_cache: like ``k_cache``, with the same strides.
         block_tables: [*, B] int32, cache blocks of each row's tokens; negative where evicted behind the window.
