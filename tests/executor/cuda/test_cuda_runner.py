@@ -1,4 +1,4 @@
-"""CudaRunner with the CPU for its device: the same tokens as the CPU's own path, one step ahead or not, padded or not."""
+"""CudaRunner with the CPU for its device: the tokens of the CPU's own path, one step ahead or not, padded or not."""
 
 from __future__ import annotations
 

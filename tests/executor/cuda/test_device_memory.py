@@ -15,6 +15,7 @@ from lamella_executor.runner.cuda.memory import (
     DeviceNeeds,
     activation_bytes,
     graph_bytes,
+    logits_bytes,
     plan_device_memory,
 )
 
@@ -77,8 +78,8 @@ def test_models_without_attention():
 
 def test_estimates_grow_with_what_they_are_of():
     config = tiny_model().config
-    assert activation_bytes(config, 0, 0) == 0
-    assert activation_bytes(config, 64, 8) > activation_bytes(config, 64, 0) > activation_bytes(config, 8, 0)
+    assert activation_bytes(config, 64) == 8 * activation_bytes(config, 8) > 0
+    assert logits_bytes(config, 3) == 3 * 131 * 4
     assert graph_bytes(config, []) == 0
     assert graph_bytes(config, [1, 2, 4, 64]) > graph_bytes(config, [1, 2]) > 0
 

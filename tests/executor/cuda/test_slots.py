@@ -140,6 +140,36 @@ def test_more_blocks_than_columns():
         Mirror().step(one(made(list(range(17))), 0))
 
 
+def chosen_work(rng: random.Random, kv: KvCacheManager, live: list[RequestState]) -> list[ScheduledSequence]:
+    """Some tokens of some of the sequences, their blocks allocated."""
+    chosen = []
+    for request in rng.sample(live, rng.randrange(len(live) + 1)):
+        sequence = request.sequences[0]
+        if not sequence.blocks:
+            kv.attach(sequence, kv.match_prefix(sequence))
+        start = sequence.num_computed_tokens
+        count = rng.randrange(1, sequence.num_tokens - start + 1)
+        if kv.allocate(sequence, start + count):
+            chosen.append(one(request, start, count))
+    kv.take_copies()
+    return chosen
+
+
+def meet_fate(rng: random.Random, kv: KvCacheManager, live: list[RequestState], request: RequestState) -> None:
+    """A sequence is paused, ends, forks, or goes on."""
+    fate, sequence = rng.random(), request.sequences[0]
+    if fate < 0.05:
+        kv.free(sequence)
+    elif fate < 0.08 or sequence.num_tokens > 50:
+        kv.free(sequence)
+        live.remove(request)
+    elif fate < 0.12 and len(live) < 6 and sequence.blocks:
+        child = sequence.fork(0)
+        kv.fork(sequence, child)
+        live.append(request_of([]))
+        live[-1].sequences = [child]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_lives(seed):
     """Sequences that grow, fork, pause, restart on shared blocks and end: the device always knows their blocks."""
@@ -147,18 +177,8 @@ def test_random_lives(seed):
     live: list[RequestState] = []
     for _ in range(250):
         if len(live) < 6 and rng.random() < 0.3:
-            prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 14))]
-            live.append(request_of(prompt))
-        chosen = []
-        for request in rng.sample(live, rng.randrange(len(live) + 1)):
-            sequence = request.sequences[0]
-            if not sequence.blocks:
-                kv.attach(sequence, kv.match_prefix(sequence))
-            start = sequence.num_computed_tokens
-            count = rng.randrange(1, sequence.num_tokens - start + 1)
-            if kv.allocate(sequence, start + count):
-                chosen.append(one(request, start, count))
-        kv.take_copies()
+            live.append(request_of([rng.randrange(2) for _ in range(rng.randrange(1, 14))]))
+        chosen = chosen_work(rng, kv, live)
         if chosen:
             mirror.step(*chosen)
         for item in chosen:
@@ -167,14 +187,4 @@ def test_random_lives(seed):
             if item.is_sampled:
                 item.sequence.token_ids.append(rng.randrange(2))
         for request in list(live):
-            fate = rng.random()
-            if fate < 0.05:
-                kv.free(request.sequences[0])  # paused: starts again
-            elif fate < 0.08 or request.sequences[0].num_tokens > 50:
-                kv.free(request.sequences[0])
-                live.remove(request)
-            elif fate < 0.12 and len(live) < 6 and request.sequences[0].blocks:
-                child = request.sequences[0].fork(0)
-                kv.fork(request.sequences[0], child)
-                live.append(request_of([]))
-                live[-1].sequences = [child]
+            meet_fate(rng, kv, live, request)

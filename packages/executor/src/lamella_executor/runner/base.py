@@ -53,7 +53,8 @@ class LaunchedStep(Protocol):
         Returns:
             The sampled token of each item of the plan that is sampled on the device (`ScheduledSequence.is_sampled` and
             `lamella_executor.sampler.device.is_device_sampled` of its request), in plan order; one of the negative
-            codes above where the logits cannot be sampled.
+            codes above where the logits cannot be sampled. (The next step may have been launched with a row for such
+            an item: it computes with any valid token, and its results are dropped.)
         """
         ...
 

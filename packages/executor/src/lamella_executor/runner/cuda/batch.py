@@ -48,8 +48,11 @@ def pack_decode(
 ) -> StepInputs:
     """Packs a step of one token each, padded to ``size`` rows that belong to the last slot, which is scratch."""
     step = slots[0].step
-    tokens = [_resolved(item.sequence.token_ids[item.start], slot, step) for item, slot in zip(items, slots)]
-    positions = np.array([item.start for item in items], np.int32)
+    starts = [item.start for item in items]
+    tokens = [item.sequence.token_ids[start] for item, start in zip(items, starts)]
+    if min(tokens) < 0:
+        tokens = [token if token >= 0 else _pending(slot, step) for token, slot in zip(tokens, slots)]
+    positions = np.array(starts, np.int32)
     prompts = np.array([slot.num_prompt_tokens for slot in slots], np.int32)
     contexts = positions + 1
     sections = (
@@ -168,14 +171,13 @@ def _token_ids(items: SequenceOf[ScheduledSequence], slots: SequenceOf[Slot]) ->
     ids: list[int] = []
     for item, slot in zip(items, slots):
         ids += item.sequence.token_ids[item.start : item.end]
-        ids[-1] = _resolved(ids[-1], slot, slot.step)
+        if ids[-1] < 0:
+            ids[-1] = _pending(slot, slot.step)
     return ids
 
 
-def _resolved(token: int, slot: Slot, step: int) -> int:
-    """Returns a known token as it is, and for a pending one -1 - the row where the previous step sampled it."""
-    if token >= 0:
-        return token
+def _pending(slot: Slot, step: int) -> int:
+    """Returns -1 - the row in which the previous step sampled a sequence's pending token."""
     if slot.sampled_step != step - 1:
         raise RuntimeError("a token is pending that the previous step did not sample on the device")
     return -1 - slot.row

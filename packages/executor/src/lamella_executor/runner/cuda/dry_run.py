@@ -13,14 +13,12 @@ _SHORT = 8  # tokens
 def dry_plans(limits: RunnerLimits, tokens_per_block: int, scratch_block: int) -> list[StepPlan]:
     """Returns plans that need no KV block: what they write goes to the scratch block.
 
-    The largest step, half decoding and with rows that the host samples; the same sampled on the device, greedily and
-    not; a single short prompt.
+    The largest step, with rows that decode and logits for the host; a short prompt, sampled greedily and not.
     """
     host, greedy = SamplingParams(logprobs=0), SamplingParams()
     random = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=1)
-    chunks = _largest(limits)
     short = [min(_SHORT, limits.max_seq_len, limits.max_num_tokens)]
-    steps = ((chunks, host), (chunks, random), (chunks, greedy), (short, greedy))
+    steps = ((_largest(limits), host), (short, random), (short, greedy))
     return [
         StepPlan([_item(length, params, tokens_per_block, scratch_block) for length in lengths])
         for lengths, params in steps

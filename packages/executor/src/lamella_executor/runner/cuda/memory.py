@@ -126,19 +126,17 @@ def _useful_blocks(config: KvCacheConfig, demand: KvCacheDemand, tokens_per_bloc
     return useful
 
 
-def activation_bytes(config: ModelConfig, num_rows: int, num_logits: int) -> int:
-    """Estimates the memory of a step's tensors: its widest layer, or its logits if they take more.
-
-    Args:
-        config: of the model.
-        num_rows: tokens of the step.
-        num_logits: rows of logits, held in the model's dtype and in float32.
-    """
-    itemsize, heads = config.torch_dtype.itemsize, config.num_attention_heads + 2 * config.num_key_value_heads
+def activation_bytes(config: ModelConfig, num_rows: int) -> int:
+    """Estimates the memory of the tensors of a step of ``num_rows`` tokens, logits not counted: its widest layer."""
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
     attention = (heads + config.num_attention_heads) * config.head_dim
     widest = max(attention, 3 * config.intermediate_size)  # gate and up beside their product
-    layer = num_rows * itemsize * (4 * config.hidden_size + widest)
-    return layer + num_logits * config.vocab_size * (itemsize + 4)
+    return num_rows * config.torch_dtype.itemsize * (4 * config.hidden_size + widest)
+
+
+def logits_bytes(config: ModelConfig, num_rows: int) -> int:
+    """Returns the memory of rows of logits in the model's dtype."""
+    return num_rows * config.vocab_size * config.torch_dtype.itemsize
 
 
 def graph_bytes(config: ModelConfig, sizes: list[int]) -> int:
@@ -146,4 +144,5 @@ def graph_bytes(config: ModelConfig, sizes: list[int]) -> int:
     if not sizes:
         return 0
     results = sum(sizes) * config.hidden_size * config.torch_dtype.itemsize
-    return activation_bytes(config, max(sizes), max(sizes)) + results + len(sizes) * GRAPH_BYTES + GRAPH_SLACK_BYTES
+    shared = max(activation_bytes(config, max(sizes)), logits_bytes(config, max(sizes)))
+    return results + shared + len(sizes) * GRAPH_BYTES + GRAPH_SLACK_BYTES

@@ -25,6 +25,7 @@ from lamella_executor.runner.cuda.memory import (
     DeviceNeeds,
     activation_bytes,
     graph_bytes,
+    logits_bytes,
     plan_device_memory,
 )
 from lamella_executor.runner.cuda.ops import DeviceOps, TorchOps, TritonOps
@@ -158,8 +159,8 @@ def _measure(setup: RunnerSetup, limits: RunnerLimits, parts: DeviceParts) -> tu
     It also compiles the kernels that steps outside recordings use.
     """
     if parts.device.type != "cuda":
-        rows = max(limits.max_num_tokens, limits.max_sequences)
-        return activation_bytes(setup.model.config, rows, limits.max_sequences), 0
+        config = setup.model.config
+        return activation_bytes(config, limits.max_num_tokens) + logits_bytes(config, limits.max_sequences), 0
     before = torch.cuda.memory_allocated()
     runner = _make_runner(setup, limits, parts, 1)
     torch.cuda.synchronize()
