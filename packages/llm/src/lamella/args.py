@@ -10,6 +10,7 @@ from typing import Any
 
 from lamella_core.config import resolve_dtype
 from lamella_core.engine import BuildConfig, Engine
+from lamella_core.engine.build_config import DEVICES
 from lamella_core.errors import ConfigError, nearest_name
 from lamella_core.quantization.config import QuantAlgo, QuantConfig
 from lamella_executor import KvCacheConfig, SchedulerConfig
@@ -49,6 +50,7 @@ class LlmArgs:
     moe_tensor_parallel_size: int | None = None
     moe_expert_parallel_size: int | None = None
     # loading and building
+    device: str = "auto"  # "cpu", "cuda", or a GPU if there is one; overrides the field of build_config
     load_format: str = "auto"  # "dummy": random weights from config.json alone
     build_config: BuildConfig | None = None
     quant_config: QuantConfig | None = None
@@ -72,6 +74,8 @@ class LlmArgs:
             raise ConfigError("model is empty; pass a directory or a hub id such as 'org/name'")
         if self.load_format not in LOAD_FORMATS:
             raise ConfigError(f"load_format is {self.load_format!r}; allowed: {', '.join(LOAD_FORMATS)}")
+        if self.device not in DEVICES:
+            raise ConfigError(f"device is {self.device!r}; allowed: {', '.join(DEVICES)}")
         resolve_dtype(self.dtype)
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
@@ -123,11 +127,15 @@ class LlmArgs:
         return cls(**values)
 
     def resolved_build_config(self) -> BuildConfig:
-        """Returns ``build_config`` with the limits that were given as keywords.
+        """Returns ``build_config`` with the device and the limits that were given as keywords.
 
         Without a build_config no kernels are timed: loading is quick, and loading twice gives the same text twice.
         """
-        changes = {name: getattr(self, name) for name in _BUILD_LIMITS if getattr(self, name) is not None}
+        changes: dict[str, Any] = {
+            name: getattr(self, name) for name in _BUILD_LIMITS if getattr(self, name) is not None
+        }
+        if self.device != "auto":
+            changes["device"] = self.device
         return replace(self.build_config or BuildConfig(kernel_selection="default"), **changes)
 
     def resolved_quant_config(self) -> QuantConfig | None:

@@ -14,6 +14,7 @@ from lamella_builder import build
 from lamella_core.auto import AutoModelForCausalLM
 from lamella_core.checkpoint.formats import detect_format
 from lamella_core.config import resolve_dtype
+from lamella_core.device import resolve_device
 from lamella_core.engine import Engine, EngineWriter
 from lamella_core.errors import ConfigError
 from lamella_core.hub import resolve_model_dir
@@ -38,15 +39,18 @@ def open_engine(args: LlmArgs) -> tuple[Engine, Path | None]:
     if kind == "engine":
         engine = _checked(Engine.load(directory), args)
         return engine, engine.tokenizer_dir or directory
+    build_config = args.resolved_build_config()
+    device = resolve_device(build_config.device)
     if kind == "checkpoint":
-        model = AutoModelForCausalLM.from_checkpoint(directory)
+        model = AutoModelForCausalLM.from_checkpoint(directory, device=device)
         _check_same(args, model.config.dtype, model.config.quantization, "checkpoint")
     else:
         model = AutoModelForCausalLM.from_hugging_face(
-            directory, dtype=args.dtype, quant_config=args.resolved_quant_config(), load_format=args.load_format
-        )
+            directory, dtype=args.dtype, quant_config=args.resolved_quant_config(), load_format=args.load_format,
+            device=device,
+        )  # fmt: skip
     with _progress(args.enable_tqdm) as progress:
-        return build(model, args.resolved_build_config(), progress=progress, tokenizer_dir=directory), directory
+        return build(model, build_config, progress=progress, tokenizer_dir=directory), directory
 
 
 @contextmanager
@@ -78,6 +82,11 @@ def _checked(engine: Engine, args: LlmArgs) -> Engine:
     """
     _check_same(args, engine.spec.model.dtype, engine.spec.model.quantization, "engine")
     built = engine.spec.build
+    if args.device not in ("auto", built.device):
+        raise ConfigError(
+            f"device is {args.device!r}, but the engine was built for {built.device!r}; leave it out, or build again "
+            f"from the model: lamella-build --device {args.device}"
+        )
     for name in ("max_seq_len", "max_input_len", "max_beam_width"):
         wanted = getattr(args, name)
         if wanted is not None and wanted != getattr(built, name):

@@ -102,6 +102,7 @@ def run_check(
     max_tokens: int,
     dtype: str,
     tolerance: float,
+    device: str = "auto",
     quant_config: QuantConfig | None = None,
 ) -> bool:
     """Runs both implementations, prints the report and returns whether all checks passed."""
@@ -110,7 +111,7 @@ def run_check(
     err = Console(stderr=True, highlight=False)
     with err.status("loading both implementations"):
         reference = _load_reference(hf_dir, dtype)
-        llm = LLM(hf_dir, dtype=dtype, quant_config=quant_config)
+        llm = LLM(hf_dir, dtype=dtype, device=device, quant_config=quant_config)
     with llm, err.status("comparing"):
         report = compare(llm, reference, text or TEXT, max_tokens, tolerance)
     out = Console(highlight=False)

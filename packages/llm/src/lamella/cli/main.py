@@ -31,6 +31,7 @@ ModelArgument = Annotated[
     str, typer.Argument(help="Hub id, Hugging Face directory, Lamella checkpoint or engine directory.")
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
 QuantOption = Annotated[str | None, typer.Option(help="fp8 or fp8_per_channel_per_token; default: as the weights are.")]
 KvCacheDtypeOption = Annotated[str, typer.Option(help="auto (as the weights say) or fp8.")]
 
@@ -87,6 +88,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
     chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Directory or hub id; default: the model's own.")] = None,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     quant: QuantOption = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
 ) -> None:
@@ -100,7 +102,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
         add_special_tokens=not chat,
     )  # fmt: skip
     run_generate(
-        model, prompts, params, chat=chat, tokenizer=tokenizer, dtype=dtype,
+        model, prompts, params, chat=chat, tokenizer=tokenizer, dtype=dtype, device=device,
         quant_config=parse_options(quant, kv_cache_dtype),
     )  # fmt: skip
 
@@ -124,6 +126,7 @@ def check(
     tolerance: Annotated[
         float, typer.Option(help="Largest error of a logit, relative to the largest logit.", min=0)
     ] = 1e-3,
+    device: DeviceOption = "auto",
     quant: QuantOption = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
 ) -> None:
@@ -140,6 +143,7 @@ def check(
         raise ConfigError(f"--text-file: {text_file} is not UTF-8 text ({error})") from error
     quantization = parse_options(quant, kv_cache_dtype)
     if not run_check(
-        hf_dir, text=text, max_tokens=max_tokens, dtype=dtype, tolerance=tolerance, quant_config=quantization
-    ):
+        hf_dir, text=text, max_tokens=max_tokens, dtype=dtype, tolerance=tolerance, device=device,
+        quant_config=quantization,
+    ):  # fmt: skip
         raise typer.Exit(1)
