@@ -7,7 +7,6 @@ import logging
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from tests.support.tiny_models import write_config
@@ -59,7 +58,7 @@ def test_throughput_in_the_words_of_other_tools(config_dir, tmp_path):
     assert report["steps"]["num_steps"] >= 8 and report["steps"]["most_running"] <= 4
     parts = report["breakdown"]["parts_ms"]
     assert set(parts) == {"forward", "host", "between"} and parts["forward"] > 0
-    assert sum(parts.values()) == pytest.approx(report["breakdown"]["step_ms"], rel=0.05)
+    assert sum(parts.values()) == pytest.approx(report["breakdown"]["step_ms"])
     assert "KV cache" in done.stderr and not logging.getLogger("lamella_executor").handlers
     for word in ("start to first token", "forward", "scheduling", "between steps"):
         assert word in done.stdout
@@ -209,16 +208,9 @@ def test_a_trace_without_kernels_is_said_and_loses_nothing(traced, monkeypatch):
         assert "no kernel" in run._breakdown(llm, traced, 2, report)["error"]
 
 
-def test_driver_and_commit(monkeypatch, tmp_path):
-    known = tmp_path / "version"
-    known.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan  9 2025\nGCC version: x\n")
-    monkeypatch.setattr(environment, "_DRIVER_FILE", known)
-    assert environment.driver_version() == "570.86.15"
-    monkeypatch.setattr(environment, "_DRIVER_FILE", tmp_path / "none")
-    monkeypatch.setattr(environment, "_output", lambda *command: "555.1\n555.1\n")
-    assert environment.driver_version() == "555.1"
+def test_commit_of_a_checkout(monkeypatch):
     monkeypatch.setattr(environment, "_output", lambda *command: None)
-    assert environment.driver_version() is None and environment.commit() is None
+    assert environment.commit() is None
     answers = {"rev-parse": "abc123\n", "ls-files": "__init__.py\n", "status": " M x\n"}
     monkeypatch.setattr(environment, "_output", lambda *command: answers[command[3]])
     assert environment.commit() == "abc123+"
@@ -227,9 +219,9 @@ def test_driver_and_commit(monkeypatch, tmp_path):
 
 
 def test_the_gpu_is_named(monkeypatch):
-    properties = SimpleNamespace(name=H100, total_memory=85 << 30, major=9, minor=0, multi_processor_count=132)
-    monkeypatch.setattr(environment.torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(environment.torch.cuda, "current_device", lambda: 0)
+    facts = {"name": H100, "capability": "9.0", "memory_bytes": 1, "driver": "570.1", "cuda": "13.0", "triton": ""}
+    monkeypatch.setattr(environment, "gpu_fingerprint", lambda: facts)
     found = environment.environment("cuda")
-    assert found["gpu"]["name"] == H100 and found["gpu"]["capability"] == "9.0"
-    assert {"cuda", "driver", "triton", "flashinfer", "torch"} <= found["versions"].keys()
+    assert (found["gpu"]["name"], found["gpu"]["capability"]) == (H100, "9.0")
+    assert (found["versions"]["driver"], found["versions"]["triton"]) == ("570.1", None)
+    assert {"flashinfer", "torch"} <= found["versions"].keys()

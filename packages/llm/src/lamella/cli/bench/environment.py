@@ -12,9 +12,7 @@ import torch
 
 import lamella
 from lamella.cli.machine import machine, peak_memory_bytes, versions
-
-_GPU_PACKAGES = {"triton": "triton", "flashinfer": "flashinfer-python"}
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+from lamella_core.device import gpu_fingerprint
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -26,39 +24,18 @@ def environment(device: str) -> dict[str, Any]:
         "gpu": None,
     }
     if device == "cuda":
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        found["gpu"] = {
-            "name": properties.name,
-            "memory_bytes": properties.total_memory,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-        }
-        found["versions"].update(gpu_versions())
+        facts = gpu_fingerprint()
+        found["gpu"] = {name: facts[name] for name in ("name", "capability", "memory_bytes")}
+        found["versions"].update({name: facts[name] or None for name in ("cuda", "driver", "triton")})
+        found["versions"]["flashinfer"] = _version("flashinfer-python")
     return found
 
 
-def gpu_versions() -> dict[str, str | None]:
-    """Returns the versions of CUDA, driver, Triton and FlashInfer; None: not there, or not known."""
-    found: dict[str, str | None] = {"cuda": torch.version.cuda, "driver": driver_version()}
-    for name, distribution in _GPU_PACKAGES.items():
-        try:
-            found[name] = version(distribution)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def driver_version() -> str | None:
-    """Returns the version of the NVIDIA driver, as the kernel module or else nvidia-smi tells it."""
+def _version(distribution: str) -> str | None:
     try:
-        words = _DRIVER_FILE.read_text(encoding="ascii", errors="replace").splitlines()[0].split()
-    except (OSError, IndexError):
-        words = []
-    numbers = [word for word in words if word.replace(".", "").isdigit() and "." in word]
-    if numbers:
-        return numbers[0]
-    asked = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return asked.splitlines()[0].strip() if asked else None
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def commit() -> str | None:

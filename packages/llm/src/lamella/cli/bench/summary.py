@@ -71,6 +71,7 @@ def summarize_steps(steps: Sequence[IterationStats], *, decode_only: bool = Fals
     whole = sum(after.timestamp_s - before.timestamp_s for before, after in pairs)
     forward = sum(after.wait_s for _, after in pairs)
     busy = sum(after.latency_s for _, after in pairs)
+    between = max(0.0, whole - busy)  # two clocks: the difference may come out below 0
     return {
         "num_steps": len(steps),
         "mean_running": statistics.fmean(s.num_running for s in steps),
@@ -80,11 +81,11 @@ def summarize_steps(steps: Sequence[IterationStats], *, decode_only: bool = Fals
         "mean_generation_tokens": statistics.fmean(s.num_generation_tokens for s in steps),
         "num_paused": sum(s.num_paused for s in steps),
         "most_live_blocks": max(s.num_live_blocks for s in steps),
-        "step_ms": 1e3 * whole / count,
+        "step_ms": 1e3 * (busy + between) / count,
         "parts_ms": {
             "forward": 1e3 * forward / count,
             "host": 1e3 * (busy - forward) / count,
-            "between": 1e3 * max(0.0, whole - busy) / count,
+            "between": 1e3 * between / count,
         },
     }
 
