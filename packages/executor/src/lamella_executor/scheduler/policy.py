@@ -5,6 +5,7 @@ Each is one strategy object behind `CapacityPolicy`; the scheduler knows nothing
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 
@@ -16,6 +17,7 @@ from lamella_executor.sequence import RequestState
 
 MAX_OPTIMISTIC_PAUSES = 2  # paused this often, a request resumes only once it can no longer run out of blocks
 SHORT_FRACTION = 8  # of the running: how many may sit a step out for want of blocks before one is paused
+BURST_FRACTION = 10  # of the requests that run side by side on average: how many of known length start together
 
 Running = dict[RequestState, None]  # oldest first
 
@@ -30,7 +32,7 @@ class CapacityPolicy(ABC):
         """A step is about to be planned."""
 
     @abstractmethod
-    def open(self, running: Collection[RequestState]) -> bool:
+    def open(self, running: Collection[RequestState], num_waiting: int) -> bool:
         """Begins the admissions of one step; False if nobody may start in it."""
 
     @abstractmethod
@@ -61,7 +63,7 @@ class GuaranteedNoEvict(CapacityPolicy):
         super().__init__(capacity)
         self._reserved = 0  # blocks that the running may still take; with a window, may hold
 
-    def open(self, running: Collection[RequestState]) -> bool:
+    def open(self, running: Collection[RequestState], num_waiting: int) -> bool:
         self._reserved = self._reserve(running)
         return True
 
@@ -89,11 +91,11 @@ class StaticBatch(GuaranteedNoEvict):
         self._is_open = False
         self._num_running = 0
 
-    def open(self, running: Collection[RequestState]) -> bool:
+    def open(self, running: Collection[RequestState], num_waiting: int) -> bool:
         # A member that has ended closes the batch: its place is not refilled.
         self._is_open = not running or (self._is_open and len(running) >= self._num_running)
         self._num_running = len(running)
-        return self._is_open and super().open(running)
+        return self._is_open and super().open(running, num_waiting)
 
     def admitted(self, request: RequestState) -> None:
         super().admitted(request)
@@ -117,7 +119,7 @@ class MaxUtilization(CapacityPolicy):
         self._running: Collection[RequestState] = ()
         self._needed: int | None = None  # blocks that the running need for their next tokens; None: not counted yet
 
-    def open(self, running: Collection[RequestState]) -> bool:
+    def open(self, running: Collection[RequestState], num_waiting: int) -> bool:
         self._running = running
         self._needed = None
         return True
@@ -142,7 +144,7 @@ class MaxUtilization(CapacityPolicy):
         return None if newest is request else newest
 
     def _is_guaranteed(self, request: RequestState, match: PrefixMatch) -> bool:
-        self._guaranteed.open(self._running)
+        self._guaranteed.open(self._running, 0)
         return self._guaranteed.admits(request, match)
 
     def _next_need(self, request: RequestState) -> int:
@@ -157,20 +159,28 @@ class PredictedPeak(MaxUtilization):
     compute than foreseen or shared blocks outlive whom they were counted for. A shortage of a few blocks passes with
     the next request that ends, so those short of blocks sit the step out; when more than one in `SHORT_FRACTION` are,
     or the oldest is, the newest gives way as in MAX_UTILIZATION.
+
+    Requests that start together are at their longest together, and few then fit. So while more wait than the cache
+    could hold, requests whose length is known start at the rate at which the cache can take them on average
+    (`_Pace`), beside others that are half done.
     """
 
     def __init__(self, capacity: CapacityModel) -> None:
         super().__init__(capacity)
         self._forecast = BlockForecast(capacity.kv.tokens_per_block)
+        self._pace = _Pace(capacity.kv.num_blocks)
         self._levels: Levels | None = None  # of the request that was last asked about
+        self._num_waiting = 0
         self._num_short = 0  # requests that found too few blocks in this step
 
     def begin(self) -> None:
         self._forecast.tick()
+        self._pace.tick()
         self._num_short = 0
 
-    def open(self, running: Collection[RequestState]) -> bool:
-        return super().open(running) and not self._num_short
+    def open(self, running: Collection[RequestState], num_waiting: int) -> bool:
+        self._num_waiting = num_waiting
+        return super().open(running, num_waiting) and not self._num_short
 
     def admits(self, request: RequestState, match: PrefixMatch) -> bool:
         kv = self.capacity.kv
@@ -178,11 +188,15 @@ class PredictedPeak(MaxUtilization):
         if request.num_pauses >= MAX_OPTIMISTIC_PAUSES and not self._is_guaranteed(request, match):
             return False
         unforeseen = max(0, kv.num_live - self._forecast.present)
-        return self._forecast.peak_with(levels) + unforeseen <= kv.num_blocks
+        if self._forecast.peak_with(levels) + unforeseen > kv.num_blocks:
+            return False
+        is_crowded = self._num_waiting * int(levels[-1]) > kv.num_blocks
+        return not (self._running and is_crowded and _has_known_length(request)) or self._pace.allows(levels)
 
     def admitted(self, request: RequestState) -> None:
         if self._levels is not None:
             self._forecast.add(request, self._levels)
+            self._pace.spend(self._levels)
 
     def delayed(self, request: RequestState) -> None:
         self._forecast.delay(request)
@@ -204,6 +218,34 @@ class PredictedPeak(MaxUtilization):
             num_shared = match.num_held - match.num_idle
             return self._forecast.growing(sequences[0].num_tokens, num_steps, num_shared)
         return self._forecast.constant(self.capacity.worst_case(request), num_steps)
+
+
+class _Pace:
+    """Spreads starts in time: a request costs its blocks times its steps, of which each step brings `num_blocks`.
+
+    What is saved up is limited to a `BURST_FRACTION` of what the cache brings during the request.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
+        self._saved = math.inf  # blocks times steps
+
+    def tick(self) -> None:
+        self._saved += self._num_blocks
+
+    def allows(self, levels: Levels) -> bool:
+        cost = int(levels.sum())
+        self._saved = min(self._saved, max(cost, self._num_blocks * len(levels) / BURST_FRACTION))
+        return cost <= self._saved
+
+    def spend(self, levels: Levels) -> None:
+        self._saved = max(0.0, self._saved - int(levels.sum()))
+
+
+def _has_known_length(request: RequestState) -> bool:
+    """Whether nothing but max_tokens ends the request."""
+    params = request.params
+    return request.end_id is None and not (request.extra_end_ids or params.stop_ids or params.stop_strings)
 
 
 _POLICIES: dict[CapacitySchedulerPolicy, type[CapacityPolicy]] = {

@@ -212,7 +212,7 @@ class Scheduler:
 
     def _schedule_waiting(self, step: _Step) -> None:
         is_full = self._num_slots >= self._max_batch_size or self._num_rows >= self._max_num_tokens
-        if not self._waiting or step.paused or is_full or not self._policy.open(self._running.keys()):
+        if not self._waiting or step.paused or is_full or not self._opens():
             return
         blocked: list[RequestState] = []
         for request in list(islice(self._waiting, self._max_batch_size + MAX_BLOCKED)):
@@ -228,6 +228,9 @@ class Scheduler:
             if not is_patient or len(blocked) >= MAX_BLOCKED:
                 break
         self._policy.close(is_exhausted=step.budget <= 0)
+
+    def _opens(self) -> bool:
+        return self._policy.open(self._running.keys(), len(self._waiting))
 
     def _admit(self, request: RequestState, step: _Step) -> bool:
         """Starts a waiting request if slots, rows, tokens and blocks allow."""
