@@ -192,10 +192,11 @@ class CudaRunner:
 
     def _draw(self, logits: Tensor, inputs: StepInputs, *, is_greedy: bool) -> None:
         """Samples those of the rows [L, vocab_size] that the device samples."""
+        if not inputs.num_sampled:
+            return
         if inputs.sampled_rows is not None:
             logits = logits.index_select(0, inputs.sampled_rows)
-        if inputs.num_sampled:
-            self._parts.ops.sample(self._state, logits, inputs, is_greedy=is_greedy)
+        self._parts.ops.sample(self._state, logits, inputs, is_greedy=is_greedy)
 
     def _out_of_memory(self, plan: StepPlan, error: Exception) -> OutOfMemoryError:
         used, what = "", f"a step of {plan.num_tokens} tokens and {plan.num_logits} rows of logits"

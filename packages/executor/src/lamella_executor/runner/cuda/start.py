@@ -91,9 +91,11 @@ def start_runner(
     logger.info("device memory:\n%s", plan.table())
     with times.phase("KV cache"), _out_of_memory_named("the KV cache, as planned above,"):
         runner = _make_runner(setup, limits, parts, plan.kv.num_blocks)
+    free = _device_memory(device).free
     with times.phase("recording"):
         runner.capture(min(graph_rows, plan.kv.num_blocks))
-    logger.info("engine start: %s", times)
+    taken = (free - _device_memory(device).free) / _MIB
+    logger.info("engine start: %s; recorded steps take %.0f MiB", times, taken)
     return runner, plan.kv
 
 
