@@ -135,7 +135,7 @@ def test_ties(device, options):
 def test_boundary_below_the_window(device, options):
     """Scores around zero: their keys are too many for the window, which covers eight octaves of the positive ones."""
     logits = random_logits(3, 900, BF16, spread=1e-3)
-    octaves = sampling_filters.WINDOW / 128
+    octaves = sampling_filters.WINDOW.value / 128
     inside = (logits > logits.max(1, keepdim=True).values * 2**-octaves).float().mean(1)
     assert (inside < 0.55).all()
     params = [SamplingParams(temperature=1.0, **options)] * len(logits)

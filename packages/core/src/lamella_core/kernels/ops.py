@@ -1,8 +1,8 @@
 """Operations that layers are made of, each on the device that its tensors are on.
 
-CPU tensors go to `lamella_core.kernels.cpu`, CUDA tensors to `lamella_core.kernels.triton`; without triton, CUDA tensors
-go through PyTorch (`lamella_core.kernels.cpu.reference`, which says what each operation means). Signatures and errors
-are those of `lamella_core.kernels.cpu.ops`.
+CPU tensors go to `lamella_core.kernels.cpu`, CUDA tensors to `lamella_core.kernels.triton`; without triton, CUDA
+tensors go through PyTorch (`lamella_core.kernels.cpu.reference`, which says what each operation means). Signatures
+and errors are those of `lamella_core.kernels.cpu.ops`.
 """
 
 from __future__ import annotations

@@ -25,35 +25,6 @@ VALUES_PER_WARP = 512  # 16 a thread: with half-split pairs one 16-byte load of 
 
 
 @triton.jit
-def _rotated(
-    x_ptr: tl.tensor,
-    mask: tl.tensor,
-    cos_ptr: tl.tensor,
-    sin_ptr: tl.tensor,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEADS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Loads heads at x_ptr [HEADS, 1] and returns the rotated first and second of each pair: [HEADS, BLOCK]."""
-    pair = tl.arange(0, BLOCK)[None, :]
-    cos = tl.load(cos_ptr + pair, pair < HALF, other=0.0)
-    sin = tl.load(sin_ptr + pair, pair < HALF, other=0.0)
-    if INTERLEAVED:
-        flat = tl.arange(0, 2 * BLOCK)[None, :]
-        x = tl.load(x_ptr + flat, mask & (flat < 2 * HALF), other=0.0)
-        a, b = tl.split(tl.reshape(x, (HEADS, BLOCK, 2)))
-    else:
-        a = tl.load(x_ptr + pair, mask & (pair < HALF), other=0.0)
-        b = tl.load(x_ptr + HALF + pair, mask & (pair < HALF), other=0.0)
-    wide_a = a.to(tl.float32)
-    wide_b = b.to(tl.float32)
-    first = (wide_a * cos - wide_b * sin).to(a.dtype)
-    second = (wide_b * cos + wide_a * sin).to(a.dtype)
-    return first, second
-
-
-@triton.jit
 def _store(
     ptr: tl.tensor,
     value: tl.tensor,
@@ -69,28 +40,62 @@ def _store(
 
 
 @triton.jit
-def _store_rotated(
-    ptr: tl.tensor,
-    first: tl.tensor,
-    second: tl.tensor,
+def _rotate(
+    from_ptr: tl.tensor,
+    to_ptr: tl.tensor,
     mask: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    token: tl.tensor,
     scale: tl.tensor,
     HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     FLOAT8: tl.constexpr,
     NATIVE_FLOAT8: tl.constexpr,
 ) -> None:
-    """Stores the pairs that `_rotated` returns to heads at ptr [HEADS, 1]."""
+    """Stores the rotated first 2 * HALF values of heads at from_ptr [HEADS, 1] to to_ptr; rounded before the scale."""
+    BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
+    pair = tl.arange(0, BLOCK)[None, :]
+    flat = tl.arange(0, 2 * BLOCK)[None, :]
+    in_pair = mask & (pair < HALF)
+    in_flat = mask & (flat < 2 * HALF)
+    cos = tl.load(cos_ptr + token * HALF + pair, pair < HALF, other=0.0)
+    sin = tl.load(sin_ptr + token * HALF + pair, pair < HALF, other=0.0)
     if INTERLEAVED:
-        flat = tl.arange(0, 2 * BLOCK)[None, :]
-        both = tl.reshape(tl.join(first, second), (HEADS, 2 * BLOCK))
-        _store(ptr + flat, both, mask & (flat < 2 * HALF), scale, FLOAT8, NATIVE_FLOAT8)
+        x = tl.load(from_ptr + flat, in_flat, other=0.0)
+        a, b = tl.split(tl.reshape(x, (HEADS, BLOCK, 2)))
     else:
-        pair = tl.arange(0, BLOCK)[None, :]
-        _store(ptr + pair, first, mask & (pair < HALF), scale, FLOAT8, NATIVE_FLOAT8)
-        _store(ptr + HALF + pair, second, mask & (pair < HALF), scale, FLOAT8, NATIVE_FLOAT8)
+        a = tl.load(from_ptr + pair, in_pair, other=0.0)
+        b = tl.load(from_ptr + HALF + pair, in_pair, other=0.0)
+    wide_a = a.to(tl.float32)
+    wide_b = b.to(tl.float32)
+    first = (wide_a * cos - wide_b * sin).to(a.dtype)
+    second = (wide_b * cos + wide_a * sin).to(a.dtype)
+    if INTERLEAVED:
+        both = tl.reshape(tl.join(first, second), (HEADS, 2 * BLOCK))
+        _store(to_ptr + flat, both, in_flat, scale, FLOAT8, NATIVE_FLOAT8)
+    else:
+        _store(to_ptr + pair, first, in_pair, scale, FLOAT8, NATIVE_FLOAT8)
+        _store(to_ptr + HALF + pair, second, in_pair, scale, FLOAT8, NATIVE_FLOAT8)
+
+
+@triton.jit
+def _copy(
+    from_ptr: tl.tensor,
+    to_ptr: tl.tensor,
+    mask: tl.tensor,
+    scale: tl.tensor,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    NATIVE_FLOAT8: tl.constexpr,
+) -> None:
+    """Copies the values FIRST <= i < END of heads at from_ptr [HEADS, 1]."""
+    if FIRST < END:
+        cols = tl.arange(0, triton.next_power_of_2(END))[None, :]
+        inside = mask & (cols >= FIRST) & (cols < END)
+        _store(to_ptr + cols, tl.load(from_ptr + cols, inside, other=0.0), inside, scale, FLOAT8, NATIVE_FLOAT8)
 
 
 @triton.jit
@@ -118,8 +123,6 @@ def _rope_cache_kernel(
     ROTARY: tl.constexpr,
     Q_GROUPS: tl.constexpr,
     HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     FLOAT8: tl.constexpr,
     HAS_SCALES: tl.constexpr,
@@ -131,8 +134,6 @@ def _rope_cache_kernel(
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     heads = tl.arange(0, HEADS)[:, None]
-    cos_ptr += token * HALF
-    sin_ptr += token * HALF
     if USE_PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -140,36 +141,23 @@ def _rope_cache_kernel(
         heads += group * HEADS
         mask = heads < Q_HEADS
         base = q_ptr + token * q_stride + heads * Q_HEAD_STRIDE
-        first, second = _rotated(base, mask, cos_ptr, sin_ptr, HALF, BLOCK_HALF, HEADS, INTERLEAVED)
-        _store_rotated(base, first, second, mask, 1.0, HALF, BLOCK_HALF, HEADS, INTERLEAVED, False, NATIVE_FLOAT8)
+        if ROTARY > 0:
+            _rotate(base, base, mask, cos_ptr, sin_ptr, token, 1.0, HALF, HEADS, INTERLEAVED, False, NATIVE_FLOAT8)
     else:
         heads += (group - Q_GROUPS) * HEADS
-        mask = heads < KV_HEADS
         slot = tl.load(slots_ptr + token)
-        mask = mask & (slot >= 0)
-        k_scale = 1.0
-        v_scale = 1.0
-        if HAS_SCALES:
-            k_scale = tl.load(kv_scales_ptr)
-            v_scale = tl.load(kv_scales_ptr + 1)
+        mask = (heads < KV_HEADS) & (slot >= 0)
+        k_scale = tl.load(kv_scales_ptr) if HAS_SCALES else 1.0
+        v_scale = tl.load(kv_scales_ptr + 1) if HAS_SCALES else 1.0
         place = (slot // TOKENS_PER_BLOCK) * cache_stride + (slot % TOKENS_PER_BLOCK) * HEAD_DIM
         place = place + heads * (TOKENS_PER_BLOCK * HEAD_DIM)
         base = k_ptr + token * k_stride + heads * K_HEAD_STRIDE
         if ROTARY > 0:
-            first, second = _rotated(base, mask, cos_ptr, sin_ptr, HALF, BLOCK_HALF, HEADS, INTERLEAVED)
-            _store_rotated(
-                k_cache_ptr + place, first, second, mask, k_scale,
-                HALF, BLOCK_HALF, HEADS, INTERLEAVED, FLOAT8, NATIVE_FLOAT8,
-            )  # fmt: skip
-        cols = tl.arange(0, BLOCK_DIM)[None, :]
-        if ROTARY < HEAD_DIM:
-            rest = mask & (cols >= ROTARY) & (cols < HEAD_DIM)
-            _store(
-                k_cache_ptr + place + cols, tl.load(base + cols, rest, other=0.0), rest, k_scale, FLOAT8, NATIVE_FLOAT8
-            )
-        inside = mask & (cols < HEAD_DIM)
-        value = tl.load(v_ptr + token * v_stride + heads * V_HEAD_STRIDE + cols, inside, other=0.0)
-        _store(v_cache_ptr + place + cols, value, inside, v_scale, FLOAT8, NATIVE_FLOAT8)
+            to = k_cache_ptr + place
+            _rotate(base, to, mask, cos_ptr, sin_ptr, token, k_scale, HALF, HEADS, INTERLEAVED, FLOAT8, NATIVE_FLOAT8)
+        _copy(base, k_cache_ptr + place, mask, k_scale, ROTARY, HEAD_DIM, FLOAT8, NATIVE_FLOAT8)
+        base = v_ptr + token * v_stride + heads * V_HEAD_STRIDE
+        _copy(base, v_cache_ptr + place, mask, v_scale, 0, HEAD_DIM, FLOAT8, NATIVE_FLOAT8)
 
 
 def rope_and_cache(
@@ -207,39 +195,17 @@ def rope_and_cache(
     rotary = 0 if cos is None else rotary_dim
     heads = min(HEADS_PER_PROGRAM, next_power_of_2(max(q_heads, kv_heads)))
     q_groups = -(-q_heads // heads) if rotary else 0
-    block = next_power_of_2(head_dim)
     float8 = k_cache.dtype is float8_e4m3fn
     _rope_cache_kernel[(num_tokens, q_groups + -(-kv_heads // heads))](
-        q,
-        k,
-        v,
+        q, k, v,
         slots if cos is None else cos,  # any pointer
         slots if sin is None else sin,
         float8_storage(k_cache) if float8 else k_cache,
         float8_storage(v_cache) if float8 else v_cache,
-        slots,
-        kv_scales,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        k_cache.stride(0),
-        Q_HEADS=q_heads,
-        KV_HEADS=kv_heads,
-        HEAD_DIM=head_dim,
-        Q_HEAD_STRIDE=q.stride(1),
-        K_HEAD_STRIDE=k.stride(1),
-        V_HEAD_STRIDE=v.stride(1),
-        TOKENS_PER_BLOCK=tokens_per_block,
-        ROTARY=rotary,
-        Q_GROUPS=q_groups,
-        HEADS=heads,
-        BLOCK_HALF=next_power_of_2(max(1, rotary // 2)),
-        BLOCK_DIM=block,
-        INTERLEAVED=interleaved,
-        FLOAT8=float8,
-        HAS_SCALES=float8 and kv_scales is not None,
-        NATIVE_FLOAT8=has_float8(),
-        USE_PDL=use_pdl(),
-        num_warps=min(8, max(1, heads * block // VALUES_PER_WARP)),
-        **launch_options(),
-    )
+        slots, kv_scales, q.stride(0), k.stride(0), v.stride(0), k_cache.stride(0),
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
+        Q_HEAD_STRIDE=q.stride(1), K_HEAD_STRIDE=k.stride(1), V_HEAD_STRIDE=v.stride(1),
+        TOKENS_PER_BLOCK=tokens_per_block, ROTARY=rotary, Q_GROUPS=q_groups, HEADS=heads, INTERLEAVED=interleaved,
+        FLOAT8=float8, HAS_SCALES=float8 and kv_scales is not None, NATIVE_FLOAT8=has_float8(), USE_PDL=use_pdl(),
+        num_warps=min(8, max(1, heads * next_power_of_2(head_dim) // VALUES_PER_WARP)), **launch_options(),
+    )  # fmt: skip

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lamella_core.kernels.triton import NAN_LOGITS, NEGATIVE_INFINITE_LOGITS, POSITIVE_INFINITE_LOGITS
 from lamella_core.kernels.triton import sampling_filters as filters
 from lamella_core.kernels.triton.launch import launch_options, next_power_of_2, use_pdl
 from lamella_core.kernels.triton.sampling_draw import draw_kernel, masses_kernel
@@ -81,10 +80,6 @@ def _greedy_kernel(
     ids_ptr: tl.tensor,
     out_ptr: tl.tensor,
     CHUNKS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-    NAN: tl.constexpr,
-    POSITIVE: tl.constexpr,
-    NEGATIVE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ) -> None:
     """Grid (R): the best of the chunks' best."""
@@ -92,8 +87,8 @@ def _greedy_kernel(
     if USE_PDL:
         gdc_wait()
         gdc_launch_dependents()
-    best, token = merge_best(values_ptr, ids_ptr, row, CHUNKS, BLOCK_CHUNKS)
-    tl.store(out_ptr + row, token_or_code(best, token, NAN, POSITIVE, NEGATIVE))
+    best, token = merge_best(values_ptr, ids_ptr, row, CHUNKS)
+    tl.store(out_ptr + row, token_or_code(best, token))
 
 
 def sample(
@@ -117,7 +112,6 @@ def sample(
         return
     chunk = min(CHUNK, next_power_of_2(vocab_size))
     chunks = -(-vocab_size // chunk)
-    block_chunks = next_power_of_2(chunks)
     values = torch.empty((num_rows, chunks), dtype=torch.float32, device=logits.device)
     ids = torch.empty((num_rows, chunks), dtype=torch.int32, device=logits.device)
     pdl, options = use_pdl(), launch_options()
@@ -127,9 +121,7 @@ def sample(
     )  # fmt: skip
     if greedy:
         _greedy_kernel[(num_rows,)](
-            values, ids, out,
-            CHUNKS=chunks, BLOCK_CHUNKS=block_chunks, NAN=NAN_LOGITS, POSITIVE=POSITIVE_INFINITE_LOGITS,
-            NEGATIVE=NEGATIVE_INFINITE_LOGITS, USE_PDL=pdl, num_warps=1, **options,
+            values, ids, out, CHUNKS=chunks, USE_PDL=pdl, num_warps=1, **options
         )  # fmt: skip
         return
     if rows is None or vocab_size > LARGEST_VOCAB:
@@ -145,7 +137,7 @@ def _sample_filtered(
 ) -> None:
     """The launches after the argmax, when rows may have filters; ``values`` and ``ids`` are its results."""
     num_rows, chunks = values.shape
-    block_chunks, stride = next_power_of_2(chunks), logits.stride(0)
+    stride = logits.stride(0)
     width = next_power_of_2(vocab_size)
     chunk, histogram_block = min(CHUNK, width), min(filters.HISTOGRAM_BLOCK, width)
     device = logits.device
@@ -153,32 +145,31 @@ def _sample_filtered(
     with_histogram = logits.dtype is not torch.float32
     groups = max(1, min(-(-HISTOGRAM_PROGRAMS // num_rows), -(-vocab_size // histogram_block)))
     group_size = -(-vocab_size // (groups * histogram_block)) * histogram_block
-    counts = torch.empty((num_rows, groups, filters.WINDOW), dtype=torch.int32, device=device)
-    partial = torch.empty((num_rows, groups + chunks), dtype=torch.int64, device=device).view(-1)
-    outside, masses = partial[: num_rows * groups], partial[num_rows * groups :]
-    best, cut = torch.empty((2, num_rows), dtype=torch.float32, device=device)
-    threshold, ties = torch.empty((2, num_rows), dtype=torch.int32, device=device)
+    # Each its own allocation: a kernel is compiled once more for pointers that are not aligned.
+    counts = torch.empty((num_rows, groups, filters.WINDOW.value), dtype=torch.int32, device=device)
+    outside = torch.empty((num_rows, groups), dtype=torch.int64, device=device)
+    best, cut = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
+    threshold, ties = (torch.empty(num_rows, dtype=torch.int32, device=device) for _ in range(2))
+    masses = torch.empty((num_rows, chunks), dtype=torch.int64, device=device)
     tied = torch.empty((num_rows, chunks), dtype=torch.int32, device=device)
     if with_histogram:
         filters.histogram_kernel[(num_rows, groups)](
             logits, values, ids, counts, outside, rows.temperature, rows.top_k, rows.top_p, rows.slots, stride,
-            group_size, VOCAB=vocab_size, CHUNKS=chunks, BLOCK_CHUNKS=block_chunks, WINDOW=filters.WINDOW,
-            BLOCK=histogram_block, USE_PDL=pdl, num_warps=HISTOGRAM_WARPS, **options,
+            group_size, VOCAB=vocab_size, CHUNKS=chunks, BLOCK=histogram_block, USE_PDL=pdl,
+            num_warps=HISTOGRAM_WARPS, **options,
         )  # fmt: skip
     filters.thresholds_kernel[(num_rows,)](
         logits, values, ids, counts, outside, out, best, threshold, ties, cut,
         rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.slots, stride, groups,
-        VOCAB=vocab_size, CHUNKS=chunks, BLOCK_CHUNKS=block_chunks, HISTOGRAM=with_histogram, WINDOW=filters.WINDOW,
-        BLOCK=min(filters.BISECTION_BLOCK, width), NO_THRESHOLD=filters.NO_THRESHOLD, ALL_TIES=filters.ALL_TIES,
-        DONE=filters.DONE, NAN=NAN_LOGITS, POSITIVE=POSITIVE_INFINITE_LOGITS, NEGATIVE=NEGATIVE_INFINITE_LOGITS,
+        VOCAB=vocab_size, CHUNKS=chunks, HISTOGRAM=with_histogram, BLOCK=min(filters.BISECTION_BLOCK, width),
         USE_PDL=pdl, num_warps=THRESHOLD_WARPS, **options,
     )  # fmt: skip
     masses_kernel[(num_rows, chunks)](
         logits, best, threshold, ties, cut, masses, tied, rows.temperature, rows.slots, stride,
-        VOCAB=vocab_size, CHUNKS=chunks, CHUNK=chunk, DONE=filters.DONE, USE_PDL=pdl, num_warps=ARGMAX_WARPS, **options,
+        VOCAB=vocab_size, CHUNKS=chunks, CHUNK=chunk, USE_PDL=pdl, num_warps=ARGMAX_WARPS, **options,
     )  # fmt: skip
     draw_kernel[(num_rows,)](
         logits, out, best, threshold, ties, cut, masses, tied, rows.temperature, rows.seed_low, rows.seed_high,
-        rows.slots, rows.positions, stride, VOCAB=vocab_size, CHUNKS=chunks, BLOCK_CHUNKS=block_chunks, CHUNK=chunk,
-        DONE=filters.DONE, USE_PDL=pdl, num_warps=DRAW_WARPS, **options,
+        rows.slots, rows.positions, stride, VOCAB=vocab_size, CHUNKS=chunks, CHUNK=chunk,
+        USE_PDL=pdl, num_warps=DRAW_WARPS, **options,
     )  # fmt: skip

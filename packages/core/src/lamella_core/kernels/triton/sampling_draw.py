@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lamella_core.kernels.triton.sampling_filters import key_of, random_word, rate_of, value_of, weight_of
+from lamella_core.kernels.triton.sampling_filters import DONE, key_of, random_word, rate_of, value_of, weight_of
 
 
 @triton.jit
@@ -28,7 +28,6 @@ def masses_kernel(
     VOCAB: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
-    DONE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ) -> None:
     """Grid (R, CHUNKS)."""
@@ -69,9 +68,7 @@ def draw_kernel(
     row_stride: tl.tensor,
     VOCAB: tl.constexpr,
     CHUNKS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
-    DONE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ) -> None:
     """Grid (R): finds the chunk, then the token, where the running mass passes the random share of the total."""
@@ -90,7 +87,7 @@ def draw_kernel(
         threshold = tl.load(threshold_ptr + row)
         tie_weight = weight_of(value_of(threshold, logits_ptr.dtype.element_ty), best, rate)
 
-        at = tl.arange(0, BLOCK_CHUNKS)
+        at = tl.arange(0, triton.next_power_of_2(CHUNKS))
         mass = tl.load(masses_ptr + row * CHUNKS + at, at < CHUNKS, other=0)
         tied = tl.load(tied_ptr + row * CHUNKS + at, at < CHUNKS, other=0)
         tied_before = tl.cumsum(tied, axis=0) - tied

@@ -16,13 +16,20 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from lamella_core.kernels.triton import NAN_LOGITS, NEGATIVE_INFINITE_LOGITS, POSITIVE_INFINITE_LOGITS
+
 CHUNK = 4096  # scores of a row whose mass is one partial sum
-WINDOW = 1024  # keys: eight octaves of bfloat16
 HISTOGRAM_BLOCK = 8192  # scores per histogram in registers, merged through shared memory
 BISECTION_BLOCK = 8192
-NO_THRESHOLD = -(2**31)  # below every key
-ALL_TIES = 2**31 - 1
-DONE = -(2**31)  # in ``ties``: the row has its token
+
+# Known to the kernels. ``DONE``, among the ties, says that a row has its token.
+WINDOW = tl.constexpr(1024)  # keys: eight octaves of bfloat16
+NO_THRESHOLD = tl.constexpr(-(2**31))  # below every key
+ALL_TIES = tl.constexpr(2**31 - 1)
+DONE = tl.constexpr(-(2**31))
+_NAN = tl.constexpr(NAN_LOGITS)
+_POSITIVE = tl.constexpr(POSITIVE_INFINITE_LOGITS)
+_NEGATIVE = tl.constexpr(NEGATIVE_INFINITE_LOGITS)
 
 
 @triton.jit
@@ -83,11 +90,9 @@ def random_word(position: tl.tensor, key0: tl.tensor, key1: tl.tensor) -> tl.ten
 
 
 @triton.jit
-def merge_best(
-    values_ptr: tl.tensor, ids_ptr: tl.tensor, row: tl.tensor, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
-) -> tl.tensor:
+def merge_best(values_ptr: tl.tensor, ids_ptr: tl.tensor, row: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
     """Returns the largest score of a row (NaN if one is NaN), its lowest id, from the partial results [R, CHUNKS]."""
-    at = tl.arange(0, BLOCK)
+    at = tl.arange(0, triton.next_power_of_2(CHUNKS))
     value = tl.load(values_ptr + row * CHUNKS + at, at < CHUNKS, other=float("-inf"))
     index = tl.load(ids_ptr + row * CHUNKS + at, at < CHUNKS, other=2147483647)
     is_nan = tl.max((value != value).to(tl.int32), axis=0)
@@ -97,13 +102,11 @@ def merge_best(
 
 
 @triton.jit
-def token_or_code(
-    best: tl.tensor, token: tl.tensor, NAN: tl.constexpr, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr
-) -> tl.tensor:
+def token_or_code(best: tl.tensor, token: tl.tensor) -> tl.tensor:
     """Returns the token, or the code of a row that cannot be sampled."""
-    token = tl.where(best == float("-inf"), NEGATIVE, token)
-    token = tl.where(best == float("inf"), POSITIVE, token)
-    return tl.where(best != best, NAN, token)
+    token = tl.where(best == float("-inf"), _NEGATIVE, token)
+    token = tl.where(best == float("inf"), _POSITIVE, token)
+    return tl.where(best != best, _NAN, token)
 
 
 @triton.jit
@@ -121,8 +124,6 @@ def histogram_kernel(
     group_size: tl.tensor,  # scores per program, a multiple of BLOCK
     VOCAB: tl.constexpr,
     CHUNKS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-    WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
 ) -> None:
@@ -135,7 +136,7 @@ def histogram_kernel(
     slot = tl.load(slots_ptr + row)
     temperature = tl.load(temperature_ptr + slot)
     top_k = tl.load(top_k_ptr + slot)
-    best, _ = merge_best(values_ptr, ids_ptr, row, CHUNKS, BLOCK_CHUNKS)
+    best, _ = merge_best(values_ptr, ids_ptr, row, CHUNKS)
     filtered = ((top_k > 0) & (top_k < VOCAB)) | (tl.load(top_p_ptr + slot) < 1.0)
     if filtered & (temperature > 0.0) & (tl.abs(best) < float("inf")):
         rate = rate_of(temperature)
@@ -201,7 +202,6 @@ def _top_k_key(
     best: tl.tensor,
     rate: tl.tensor,
     HISTOGRAM: tl.constexpr,
-    WINDOW: tl.constexpr,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
@@ -230,7 +230,6 @@ def _top_p_key(
     best: tl.tensor,
     rate: tl.tensor,
     HISTOGRAM: tl.constexpr,
-    WINDOW: tl.constexpr,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
@@ -253,16 +252,68 @@ def _top_p_key(
 
 
 @triton.jit
+def _counts_of(counts_ptr: tl.tensor, outside_ptr: tl.tensor, row: tl.tensor, groups: tl.tensor) -> tl.tensor:
+    """Returns a row's counts [WINDOW] and its mass below the window, summed over the groups."""
+    counts = tl.zeros([WINDOW], dtype=tl.int32)
+    outside = tl.full([], 0, tl.int64)
+    for group in range(groups):
+        at = row * groups + group
+        counts += tl.load(counts_ptr + at * WINDOW + tl.arange(0, WINDOW))
+        outside += tl.load(outside_ptr + at)
+    return counts, outside
+
+
+@triton.jit
+def _top_p_limit(
+    row_ptr: tl.tensor,
+    counts: tl.tensor,
+    outside: tl.tensor,
+    threshold: tl.tensor,
+    has_top_k: tl.tensor,
+    top_p: tl.tensor,
+    top: tl.tensor,
+    best: tl.tensor,
+    rate: tl.tensor,
+    HISTOGRAM: tl.constexpr,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Returns the threshold of the smallest set, among the scores from ``threshold`` on, whose share reaches top_p.
+
+    With it, int64 too, how many of the scores that equal the new threshold are in the set.
+    """
+    dtype: tl.constexpr = row_ptr.dtype.element_ty
+    masses = tl.zeros([WINDOW], dtype=tl.int64)
+    if HISTOGRAM:
+        keys = top - tl.arange(0, WINDOW)
+        kept = (counts > 0) & (keys.to(tl.int64) >= threshold)
+        weights = tl.where(kept, weight_of(tl.where(kept, value_of(keys, dtype), best), best, rate), 0)
+        masses = counts.to(tl.int64) * weights
+        recount = has_top_k & (top - threshold >= WINDOW)
+    else:
+        recount = top_p < 1.0
+    total = tl.sum(masses, axis=0) + tl.where(has_top_k, 0, outside)
+    if recount:
+        count, total = at_least(row_ptr, threshold.to(tl.int32), best, rate, VOCAB, BLOCK)
+    wanted = tl.maximum(tl.ceil(top_p * total.to(tl.float64)).to(tl.int64), 1)
+    low = tl.maximum(threshold, -(2**31) if not HISTOGRAM else -(2**15))
+    found, above = _top_p_key(row_ptr, masses, wanted, low, top, best, rate, HISTOGRAM, VOCAB, BLOCK)
+    weight = weight_of(value_of(found.to(tl.int32), dtype), best, rate)
+    return found, (wanted - above + weight - 1) // tl.maximum(weight, 1)
+
+
+@triton.jit
 def _min_p_cut(best: tl.tensor, temperature: tl.tensor, min_p: tl.tensor) -> tl.tensor:
     """Returns the smallest float32 score whose weight over the largest weight is at least ``min_p``."""
-    exact = best.to(tl.float64) + temperature.to(tl.float64) * tl.log(min_p.to(tl.float64))
+    share = tl.log(tl.where(min_p > 0.0, min_p.to(tl.float64), 1.0))
+    exact = tl.where(min_p > 0.0, best.to(tl.float64) + temperature.to(tl.float64) * share, float("-inf"))
     cut = exact.to(tl.float32)
     bits = cut.to(tl.int32, bitcast=True)
     next_up = tl.where(cut < 0.0, bits - 1, bits + 1).to(tl.float32, bitcast=True)
     return tl.where(cut.to(tl.float64) < exact, next_up, cut)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def thresholds_kernel(
     logits_ptr: tl.tensor,
     values_ptr: tl.tensor,
@@ -283,16 +334,8 @@ def thresholds_kernel(
     groups: tl.tensor,
     VOCAB: tl.constexpr,
     CHUNKS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
     HISTOGRAM: tl.constexpr,
-    WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
-    NO_THRESHOLD: tl.constexpr,
-    ALL_TIES: tl.constexpr,
-    DONE: tl.constexpr,
-    NAN: tl.constexpr,
-    POSITIVE: tl.constexpr,
-    NEGATIVE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ) -> None:
     """Grid (R): the token of greedy and of impossible rows; of the others, what is left after the filters."""
@@ -302,15 +345,13 @@ def thresholds_kernel(
         gdc_launch_dependents()
     slot = tl.load(slots_ptr + row)
     temperature = tl.load(temperature_ptr + slot)
-    best, token = merge_best(values_ptr, ids_ptr, row, CHUNKS, BLOCK_CHUNKS)
+    best, token = merge_best(values_ptr, ids_ptr, row, CHUNKS)
     if (temperature > 0.0) & (tl.abs(best) < float("inf")):
         top_k = tl.load(top_k_ptr + slot)
         top_p = tl.load(top_p_ptr + slot).to(tl.float64)
-        min_p = tl.load(min_p_ptr + slot)
         row_ptr = logits_ptr + row * row_stride
-        dtype: tl.constexpr = logits_ptr.dtype.element_ty
         rate = rate_of(temperature)
-        top = key_of(best.to(dtype))
+        top = key_of(best.to(logits_ptr.dtype.element_ty))
         has_top_k = (top_k > 0) & (top_k < VOCAB)
         threshold = tl.full([], NO_THRESHOLD, tl.int64)
         ties = tl.full([], ALL_TIES, tl.int64)
@@ -318,39 +359,17 @@ def thresholds_kernel(
         outside = tl.full([], 0, tl.int64)
         if HISTOGRAM:
             if has_top_k | (top_p < 1.0):
-                for group in range(groups):
-                    at = row * groups + group
-                    counts += tl.load(counts_ptr + at * WINDOW + tl.arange(0, WINDOW))
-                    outside += tl.load(outside_ptr + at)
+                counts, outside = _counts_of(counts_ptr, outside_ptr, row, groups)
         if has_top_k:
-            threshold = _top_k_key(row_ptr, counts, top_k, top, best, rate, HISTOGRAM, WINDOW, VOCAB, BLOCK)
+            threshold = _top_k_key(row_ptr, counts, top_k, top, best, rate, HISTOGRAM, VOCAB, BLOCK)
         if top_p < 1.0:
-            masses = tl.zeros([WINDOW], dtype=tl.int64)
-            if HISTOGRAM:
-                keys = top - tl.arange(0, WINDOW)
-                kept = (counts > 0) & (keys.to(tl.int64) >= threshold)
-                weights = tl.where(kept, weight_of(tl.where(kept, value_of(keys, dtype), best), best, rate), 0)
-                masses = counts.to(tl.int64) * weights
-                recount = has_top_k & (top - threshold >= WINDOW)
-            else:
-                recount = top_p < 1.0
-            total = tl.sum(masses, axis=0) + tl.where(has_top_k, 0, outside)
-            if recount:
-                count, total = at_least(row_ptr, threshold.to(tl.int32), best, rate, VOCAB, BLOCK)
-            wanted = tl.maximum(tl.ceil(top_p * total.to(tl.float64)).to(tl.int64), 1)
-            low = tl.maximum(threshold, -(2**31) if not HISTOGRAM else -(2**15))
-            threshold, above = _top_p_key(
-                row_ptr, masses, wanted, low, top, best, rate, HISTOGRAM, WINDOW, VOCAB, BLOCK
+            threshold, ties = _top_p_limit(
+                row_ptr, counts, outside, threshold, has_top_k, top_p, top, best, rate, HISTOGRAM, VOCAB, BLOCK
             )
-            weight = weight_of(value_of(threshold.to(tl.int32), dtype), best, rate)
-            ties = tl.minimum((wanted - above + weight - 1) // tl.maximum(weight, 1), ALL_TIES)
-        cut = tl.full([], float("-inf"), tl.float32)
-        if min_p > 0.0:
-            cut = _min_p_cut(best, temperature, min_p)
         tl.store(best_ptr + row, best)
         tl.store(threshold_ptr + row, threshold.to(tl.int32))
-        tl.store(ties_ptr + row, ties.to(tl.int32))
-        tl.store(cut_ptr + row, cut)
+        tl.store(ties_ptr + row, tl.minimum(ties, ALL_TIES).to(tl.int32))
+        tl.store(cut_ptr + row, _min_p_cut(best, temperature, tl.load(min_p_ptr + slot)))
     else:
-        tl.store(out_ptr + row, token_or_code(best, token, NAN, POSITIVE, NEGATIVE))
+        tl.store(out_ptr + row, token_or_code(best, token))
         tl.store(ties_ptr + row, DONE)
