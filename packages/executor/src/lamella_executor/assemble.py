@@ -110,6 +110,8 @@ def _start(engine: Engine, setup: RunnerSetup, attn_backend: str) -> tuple[Runne
         from lamella_executor.runner.cuda.start import start_runner  # imports what a CPU has no use for
 
         return start_runner(setup, attn_backend)
+    if attn_backend != "auto":
+        raise ConfigError(f"attn_backend is {attn_backend!r}; an engine on the CPU has one alone, leave it at 'auto'")
     dtype = engine.spec.model.torch_dtype
     plan = plan_kv_cache(setup.specs, dtype, setup.tokens_per_block, setup.kv_config, setup.demand)
     cache = PagedKvCache(setup.specs, plan.num_blocks, setup.tokens_per_block, dtype)

@@ -62,6 +62,7 @@ class LlmArgs:
     max_input_len: int | None = None
     max_beam_width: int | None = None
     # runtime
+    attn_backend: str = "auto"  # on a GPU: "triton", "flashinfer" or "torch"
     kv_cache_config: KvCacheConfig | None = None
     scheduler_config: SchedulerConfig | None = None
     enable_chunked_prefill: bool | None = None  # overrides the field of scheduler_config

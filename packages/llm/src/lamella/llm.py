@@ -87,6 +87,7 @@ class LLM:
             max_batch_size=args.max_batch_size,
             max_num_tokens=args.max_num_tokens,
             stats_capacity=args.max_stats_len,
+            attn_backend=args.attn_backend,
         )
 
     @property

@@ -44,6 +44,7 @@ _Kernels = Annotated[
 _BlockSize = Annotated[
     int | None, typer.Option("--tokens-per-block", "--block-size", help="Tokens of a KV block, a power of two.", min=1)
 ]
+_Attention = Annotated[str, typer.Option(help="auto; on a GPU also triton, flashinfer or torch.")]
 _Policy = Annotated[
     str | None, typer.Option(help="predicted_peak, guaranteed_no_evict, max_utilization or static_batch.")
 ]
@@ -86,6 +87,7 @@ def throughput(  # noqa: PLR0913 - one parameter per option
     scheduler_policy: _Policy = None,
     kv_cache_free_gpu_mem_fraction: _Fraction = None,
     gpu_memory_utilization: _Utilization = None,
+    attn_backend: _Attention = "auto",
     kernel_selection: _Kernels = None,
     warmup: _Warmup = None,
     seed: _Seed = 0,
@@ -105,8 +107,8 @@ def throughput(  # noqa: PLR0913 - one parameter per option
         concurrency=concurrency if concurrency > 0 else num_requests, warmup=warmup, max_batch_size=max_batch_size,
         max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, tokens_per_block=tokens_per_block,
         scheduler_policy=scheduler_policy, free_gpu_memory_fraction=kv_cache_free_gpu_mem_fraction,
-        gpu_memory_utilization=gpu_memory_utilization, kernel_selection=kernel_selection, seed=seed,
-        breakdown=breakdown,
+        gpu_memory_utilization=gpu_memory_utilization, attn_backend=attn_backend,
+        kernel_selection=kernel_selection, seed=seed, breakdown=breakdown,
     )  # fmt: skip
     run_bench(plan, report_json, started, log_level)
 
@@ -131,6 +133,7 @@ def latency(  # noqa: PLR0913 - one parameter per option
     tokens_per_block: _BlockSize = None,
     kv_cache_free_gpu_mem_fraction: _Fraction = None,
     gpu_memory_utilization: _Utilization = None,
+    attn_backend: _Attention = "auto",
     kernel_selection: _Kernels = None,
     warmup: _Warmup = None,
     seed: _Seed = 0,
@@ -150,7 +153,7 @@ def latency(  # noqa: PLR0913 - one parameter per option
         concurrency=batch_size, warmup=warmup, max_batch_size=batch_size, max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len, tokens_per_block=tokens_per_block,
         free_gpu_memory_fraction=kv_cache_free_gpu_mem_fraction, gpu_memory_utilization=gpu_memory_utilization,
-        kernel_selection=kernel_selection, seed=seed, breakdown=breakdown,
+        attn_backend=attn_backend, kernel_selection=kernel_selection, seed=seed, breakdown=breakdown,
     )  # fmt: skip
     run_bench(plan, report_json, started, log_level)
 

@@ -10,7 +10,6 @@ from lamella.llm import LLM
 from lamella_core.checkpoint.formats import ENGINE_FILE
 from lamella_core.device import resolve_device
 from lamella_core.engine import BuildConfig
-from lamella_core.errors import ConfigError
 from lamella_core.quantization.config import parse_options
 from lamella_executor import KvCacheConfig, SamplingParams
 
@@ -48,6 +47,7 @@ class BenchPlan:
     tokens_per_block: int | None = None
     free_gpu_memory_fraction: float | None = None
     gpu_memory_utilization: float | None = None
+    attn_backend: str = "auto"
     kernel_selection: str | None = None  # "timed" | "default"
     seed: int = 0
     breakdown: bool = True
@@ -97,11 +97,12 @@ class BenchPlan:
             OutOfMemoryError: weights and KV cache do not fit.
         """
         policy = self.scheduler_policy
-        llm = LLM(
+        return LLM(
             self.model,
             skip_tokenizer_init=True,
             load_format=self.load_format,
             dtype=self.dtype,
+            device=self.device,
             max_batch_size=self.max_batch_size,
             max_num_tokens=self.max_num_tokens,
             max_seq_len=self.max_seq_len,
@@ -109,17 +110,11 @@ class BenchPlan:
             quant_config=parse_options(self.quant, self.kv_cache_dtype),
             kv_cache_config=self._kv_cache_config(),
             scheduler_config={"capacity_scheduler_policy": policy.upper()} if policy else None,
+            attn_backend=self.attn_backend,
             max_stats_len=STATS_LEN,
         )
-        built_for = llm.engine.spec.build.device
-        if self.device not in ("auto", built_for):
-            llm.shutdown()
-            raise ConfigError(f"device is {self.device!r}, but the engine was built for {built_for!r}; leave it out")
-        return llm
 
     def _build_config(self) -> BuildConfig | None:
-        if not self._is_engine:
-            return BuildConfig(device=self.device, kernel_selection=self.kernel_selection or "default")
         return BuildConfig(kernel_selection=self.kernel_selection) if self.kernel_selection else None
 
     def _kv_cache_config(self) -> KvCacheConfig:
