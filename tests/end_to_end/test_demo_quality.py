@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.modelopt import write_modelopt
 from transformers import AutoModelForCausalLM as HfModel
 from transformers import AutoTokenizer
 
 from lamella_builder import BuildConfig, build
-from lamella_core import AutoModelForCausalLM
+from lamella_core import AutoModelForCausalLM, QuantConfig
 from lamella_executor import GenerationExecutor, SamplingParams
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
@@ -37,10 +38,12 @@ def transformers_perplexity(directory: Path, documents: list[list[int]]) -> floa
     return math.exp(total / count)
 
 
-def engine_perplexity(directory: Path, documents: list[list[int]], dtype: str) -> float:
+def engine_perplexity(
+    directory: Path, documents: list[list[int]], dtype: str, quant_config: QuantConfig | None = None
+) -> float:
     """Through the whole engine: chunks of 100 tokens, several documents in one step, a paged cache."""
     engine = build(
-        AutoModelForCausalLM.from_hugging_face(directory, dtype=dtype),
+        AutoModelForCausalLM.from_hugging_face(directory, dtype=dtype, quant_config=quant_config),
         BuildConfig(max_batch_size=4, max_num_tokens=100, kernel_selection="default"),
     )
     with GenerationExecutor.create(engine) as executor:
@@ -59,3 +62,15 @@ def test_perplexity_equals_transformers(name, dtype, bound, documents):
     expected = transformers_perplexity(DEMO / name, documents)
     assert 1.1 < expected < 1.5  # the model has learned its language; guards against comparing nonsense
     assert engine_perplexity(DEMO / name, documents, dtype) == pytest.approx(expected, rel=bound)
+
+
+@pytest.mark.parametrize("kind", ["calibrated", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"])
+def test_fp8_perplexity_is_near_that_of_bfloat16(kind, documents, tmp_path):
+    """Weights, activations and KV cache as float8: within 3 %. Calibrated on other documents than are scored."""
+    directory, config = DEMO / "demo-4m", QuantConfig(kind, "FP8") if kind != "calibrated" else None
+    calibration, scored = documents[:2], documents[2:6]
+    expected = engine_perplexity(directory, scored, "bfloat16")
+    if config is None:
+        directory = write_modelopt(directory, tmp_path, calibration)
+    found = engine_perplexity(directory, scored, "bfloat16", config)
+    assert found == pytest.approx(expected, rel=0.03) and abs(found / expected - 1) > 1e-5

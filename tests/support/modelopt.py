@@ -47,7 +47,7 @@ def write_modelopt(
     """Quantizes the linears of a Hugging Face directory, scales calibrated over ``prompts``; returns ``target``.
 
     Args:
-        source: float32 directory with one model.safetensors.
+        source: directory with one model.safetensors.
         target: directory to write.
         prompts: token ids.
         exclude: names of modules, or beginnings of names, that stay as they are.
@@ -62,7 +62,8 @@ def write_modelopt(
         if not _is_linear(name, weight) or any(module == e or module.startswith(f"{e}.") for e in exclude):
             tensors[name] = weight
             continue
-        scale = weight.abs().amax(dim=1) / LARGEST if per_channel else weight.abs().max() / LARGEST
+        magnitudes = weight.float().abs()
+        scale = (magnitudes.amax(dim=1) if per_channel else magnitudes.max()) / LARGEST
         tensors[name] = round8(weight, scale[:, None] if per_channel else scale)
         tensors[f"{module}.weight_scale"] = scale
         if not per_channel:

@@ -89,6 +89,8 @@ class KvCacheConfig:
         _check_fraction("KvCacheConfig.free_gpu_memory_fraction", self.free_gpu_memory_fraction)
         if self.gpu_memory_utilization is not None:
             _check_fraction("KvCacheConfig.gpu_memory_utilization", self.gpu_memory_utilization)
+        if self.dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(f"KvCacheConfig.dtype is {self.dtype!r}; allowed: {', '.join(KV_CACHE_DTYPES)}")
         window = self.max_attention_window
         if window is not None:
             windows = tuple(window) if isinstance(window, list | tuple) else (window,)
