@@ -5,12 +5,12 @@ import torch
 from tests.support.paged_case import FLOAT8, OPTIONS, PagedCase, every_option
 
 from lamella_core.errors import ConfigError
-from lamella_core.kernels.triton.attention.decode import (
+from lamella_core.kernels.triton.attention.decode import decode_attention
+from lamella_core.kernels.triton.attention.decode_plan import (
     MOST_PROGRAMS_PER_PROCESSOR,
     Split,
     Tile,
     choose_split,
-    decode_attention,
     decode_workspace,
 )
 
@@ -115,9 +115,12 @@ def test_a_split_fits_its_workspace(seqs, context):
     [
         ({"cache": torch.float16}, {}, "float8_e4m3fn or as queries are"),
         ({"dim": 63}, {}, "D must be even"),
+        ({}, {"split": Split(1000, 16), "workspace": decode_workspace}, "workspace is too small"),
         ({}, {"out": torch.empty(1, 8, 64)}, "contiguous torch.float32"),
     ],
 )
 def test_refusals(change, keywords, message):
+    if "workspace" in keywords:
+        keywords = keywords | {"workspace": decode_workspace(8, 2, 64, "cpu")}
     with pytest.raises(ConfigError, match=message):
         run(BASE.but(**change), **keywords)

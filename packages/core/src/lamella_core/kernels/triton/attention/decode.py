@@ -14,15 +14,13 @@ Shape legend: see `common`.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from lamella_core.errors import ConfigError
 from lamella_core.kernels.triton.attention.common import (
     LOWEST,
     finish,
@@ -37,91 +35,16 @@ from lamella_core.kernels.triton.attention.common import (
     softmax_step,
     widen_pairs,
 )
-from lamella_core.kernels.triton.launch import float8_storage, launch_options, next_power_of_2, use_pdl
-
-PROGRAMS_PER_PROCESSOR = 2  # what splitting fills idle processors up to
-MOST_PROGRAMS_PER_PROCESSOR = 16  # what splitting long sequences among short ones may lead to
-SHORT_PART, LONG_PART = 256, 4096  # least keys per part in the first case and in the second
-LEAST_ROWS, MOST_ROWS = 16, 64  # heads per program
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How `_decode_kernel` walks over keys.
-
-    Attributes:
-        block_n: keys per step.
-        num_warps: warps per program.
-        num_stages: steps whose keys are in shared memory or on their way to it.
-    """
-
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """How the keys of each sequence are divided among programs.
-
-    Attributes:
-        parts: programs per sequence and group of heads; of short sequences only some do anything.
-        least_keys: keys that a part has at least.
-    """
-
-    parts: int
-    least_keys: int
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Where parts wait to be joined; serves any number of calls, one after another on one stream."""
-
-    partial: Tensor  # float32: [programs, rows, D padded]
-    stats: Tensor  # float32: [programs, 2, rows], maximum and sum
-    counters: Tensor  # int32: parts that are done, of each sequence and group; zero between calls
-
-
-def _rows(group: int) -> int:
-    """Heads of a group that one program takes, as a power of two."""
-    return min(next_power_of_2(group), MOST_ROWS)
-
-
-def choose_split(num_seqs: int, num_groups: int, max_context_len: int, processors: int) -> Split:
-    """Returns how to divide ``num_seqs`` sequences times ``num_groups`` groups of heads.
-
-    Idle processors are filled; and where they are busy, one very long sequence shall not be what all wait for.
-    """
-    programs = max(1, num_seqs * num_groups)
-    idle = PROGRAMS_PER_PROCESSOR * processors // programs
-    if idle > 1:
-        return Split(max(1, min(idle, -(-max_context_len // SHORT_PART))), SHORT_PART)
-    spread = MOST_PROGRAMS_PER_PROCESSOR * processors // programs
-    return Split(max(1, min(spread, -(-max_context_len // LONG_PART))), LONG_PART)
-
-
-@functools.cache
-def choose_tile(padded_dim: int, itemsize: int, page: int) -> Tile:
-    """Returns the tile for heads of ``padded_dim`` values of ``itemsize`` bytes in blocks of ``page`` tokens."""
-    row_bytes = padded_dim * itemsize
-    if itemsize == 4:
-        return Tile(16 if row_bytes >= 1024 else 32, 4, 2)
-    if row_bytes <= 128:
-        return Tile(128, 4, 3)
-    return Tile(64, 4, 3) if row_bytes <= 256 else Tile(32, 4, 3)
-
-
-def decode_workspace(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str) -> Workspace:
-    """Returns the memory in which `decode_attention` of such a layer joins parts, for any batch: a few MiB."""
-    device = torch.device(device)
-    group = num_heads // num_kv_heads
-    rows, width = _rows(group), next_power_of_2(max(head_dim, 32))
-    programs = MOST_PROGRAMS_PER_PROCESSOR * num_processors(device)
-    return Workspace(
-        partial=torch.empty(programs, rows, width, dtype=torch.float32, device=device),
-        stats=torch.empty(programs, 2, rows, dtype=torch.float32, device=device),
-        counters=torch.zeros(programs, dtype=torch.int32, device=device),
-    )
+from lamella_core.kernels.triton.attention.decode_plan import (
+    Split,
+    Tile,
+    Workspace,
+    choose_split,
+    choose_tile,
+    decode_workspace,
+    rows_per_program,
+)
+from lamella_core.kernels.triton.launch import float8_storage, launch_options, use_pdl
 
 
 @triton.jit
@@ -420,22 +343,26 @@ def decode_attention(
         [S, Hq, D], ``out`` if given.
 
     Raises:
-        ConfigError: tensors do not fit each other or the kernel.
+        ConfigError: tensors do not fit each other or the kernel, or the workspace is too small.
     """
     layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap)
     out = result_like(q, out_scale, out)
     num_seqs = q.shape[0]
     if num_seqs == 0:
         return out
-    rows = _rows(layout.group)
+    rows = rows_per_program(layout.group)
     chunks = layout.heads // layout.group * -(-layout.group // rows)
     tile = tile or choose_tile(layout.padded_dim, k_cache.element_size(), layout.page)
     split = split or choose_split(num_seqs, chunks, max_context_len, num_processors(q.device))
-    if split.parts > 1 and workspace is None:
-        workspace = decode_workspace(layout.heads, k_cache.shape[1], layout.head_dim, q.device)
-    parking = (None, None, None)
+    parking: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if split.parts > 1:
-        parking = (workspace.partial, workspace.stats, workspace.counters)
+        space = workspace or decode_workspace(layout.heads, k_cache.shape[1], layout.head_dim, q.device)
+        programs = num_seqs * chunks * split.parts
+        if programs > space.counters.numel() or programs * rows * layout.padded_dim > space.partial.numel():
+            raise ConfigError(
+                f"the workspace is too small for {programs} parts; make it by decode_workspace, or larger"
+            )
+        parking = (space.partial, space.stats, space.counters)
     if layout.float8 and not layout.native:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     _decode_kernel[split.parts, chunks, num_seqs](
