@@ -93,9 +93,10 @@ def _token_ids(name: str, ids: SequenceOf[int], vocab_size: int) -> list[int]:
         raise RequestError(f"{name} is a {type(ids).__name__}, which has no order; it must be a list of token ids")
     try:
         ids = list(ids)
-        if any(isinstance(token, bool) for token in ids):
+        kinds = set(map(type, ids))
+        if bool in kinds:
             raise TypeError("a bool is no token id")
-        out = [operator.index(token) for token in ids]
+        out = ids if kinds == {int} else [operator.index(token) for token in ids]
     except TypeError as error:
         raise RequestError(f"{name} must be a sequence of integers, not of {_kind(ids)} ({error})") from None
     if out and not (0 <= min(out) and max(out) < vocab_size):
