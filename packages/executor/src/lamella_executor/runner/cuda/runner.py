@@ -124,8 +124,8 @@ class CudaRunner:
     @torch.inference_mode()
     def _launch(self, plan: StepPlan, *, keep_logits: bool) -> CudaStep:
         updates = Updates()
-        slots = self._slots.place(plan.items, updates)
         try:
+            slots = self._slots.place(plan.items, updates)
             return self._enqueue(plan, slots, updates, keep_logits)
         except torch.OutOfMemoryError as error:
             self._slots.undo()

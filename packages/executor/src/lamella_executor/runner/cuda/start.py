@@ -165,7 +165,7 @@ def _measure(setup: RunnerSetup, limits: RunnerLimits, parts: DeviceParts) -> tu
         return activation_bytes(config, limits.max_num_tokens) + logits_bytes(config, limits.max_sequences), 0
     before = torch.cuda.memory_allocated()
     runner = _make_runner(setup, limits, parts, 1)
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().synchronize()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     for plan in dry_plans(limits, setup.tokens_per_block, scratch_block=1):
