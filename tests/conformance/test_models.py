@@ -15,6 +15,7 @@ from tests.support.tiny_models import TINY, hf_model, tiny_cases
 
 from lamella_core.mapping import Mapping
 from lamella_core.models.registry import get_model_class, registered_architectures
+from lamella_core.quantization.config import QuantConfig
 
 LOGITS_BOUND = 3e-5  # largest difference from transformers, logits having a deviation of about 1.5
 NEW_TOKENS = 12
@@ -94,6 +95,22 @@ def test_half_precision_is_near(
         with torch.no_grad():
             expected = hf_model(*case)(torch.tensor([prompt])).logits[0]
         assert logits.dtype == torch.float32 and (logits - expected).abs().mean() < bound
+
+
+@pytest.mark.parametrize("algo", ["FP8", "FP8_PER_CHANNEL_PER_TOKEN"])
+def test_fp8_models_keep_the_rules(case: tuple[str, str], hf_dir: Path, prompts: list[list[int]], algo: str) -> None:
+    """Quantized as they are read, with a float8 KV cache: chunks and neighbours change no bit here either."""
+    model = get_model_class(case[0]).from_hugging_face(hf_dir, quant_config=QuantConfig(algo, "FP8"))
+    stored = {parameter.dtype for parameter in model.layers.parameters()}
+    assert stored == {torch.float32, torch.float8_e4m3fn} and model.config.quantization.quant_algo == algo
+    together = whole(model, prompts)
+    assert torch.equal(chunked(model, prompts[2], 4), together[2])
+    assert torch.equal(whole(model, prompts[:1])[0], together[0])
+    errors = []
+    for prompt, logits in zip(prompts, together, strict=True):
+        with torch.no_grad():
+            errors.append((logits - hf_model(*case)(torch.tensor([prompt])).logits[0]).abs().mean())
+    assert 1e-3 < sum(errors) / len(errors) < 0.5
 
 
 def test_other_spellings_of_the_weights_load(case: tuple[str, str], hf_dir: Path, model: Any, tmp_path: Path) -> None:

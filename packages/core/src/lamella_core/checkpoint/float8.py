@@ -17,7 +17,7 @@ from lamella_core.checkpoint.planner import FLOAT8, Fill
 from lamella_core.checkpoint.rules import kv_scale_names, scale_name
 from lamella_core.checkpoint.source import WeightSource
 from lamella_core.errors import CheckpointError
-from lamella_core.kernels.fp8 import FLOAT8_MAX, LEAST_AMAX
+from lamella_core.kernels.fp8 import FLOAT8_MAX, LEAST_AMAX, widen
 from lamella_core.layers.parameter import Parameter
 from lamella_core.layers.sharding import ShardSpec
 
@@ -185,5 +185,6 @@ def _round_into(target: torch.Tensor, wide: torch.Tensor, divisor: torch.Tensor)
     step = max(1, _BLOCK_NUMBERS // max(1, wide.shape[1]))
     for begin in range(0, wide.shape[0], step):
         block = slice(begin, begin + step)
-        scaled = wide[block].float() / divisor[block]
+        values = widen(wide[block]) if wide.dtype == FLOAT8 else wide[block].float()
+        scaled = values / divisor[block]
         target[block] = scaled.clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
