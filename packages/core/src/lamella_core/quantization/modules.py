@@ -30,8 +30,8 @@ def is_excluded(config: ModelConfig, name: str) -> bool:
     if any(excluded) and not all(excluded):
         names = ", ".join(sorted(module for modules in parts for module in modules))
         raise ConfigError(
-            f"exclude_modules {list(quantization.exclude_modules)} excludes some of {names} and not others; they are computed in one "
-            "product: exclude all of them or none"
+            f"exclude_modules {list(quantization.exclude_modules)} excludes some of {names} and not others; they are "
+            "computed in one product: exclude all of them or none"
         )
     return any(excluded)
 
