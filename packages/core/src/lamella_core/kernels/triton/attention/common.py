@@ -7,6 +7,23 @@ Gimelshein (2018), as used by FlashAttention (Dao et al. 2022).
 A float8 cache is widened to fp16, which holds every float8_e4m3fn value and to which one instruction converts; queries
 are then fp16 as well, saturated (float32 queries stay float32).
 
+Both functions compute what `reference.paged_attention` does, and take
+
+* q in float32, bfloat16 or float16;
+* k_cache, v_cache [N, Hkv, P, D] in q's dtype or float8_e4m3fn, with equal strides; P a power of two;
+* block_tables [*, B] int32, of which sequence i has row ``table_rows[i]`` (int32): the cache blocks of its tokens,
+  negative where evicted behind the window;
+* scale: multiplies products of queries and keys; positive;
+* sliding_window: a query sees so many last keys, its own included (0: all), and beside them the first ``num_sinks``;
+* softcap: scores become softcap * tanh(scores / softcap); 0: they stay;
+* alibi_slopes [Hq] float32: times the key's position less the query's added to scores;
+* sink_logits [Hq]: one more softmax column per head, without a value;
+* kv_scales [2] float32: what cached keys and values are multiplied by;
+* out_scale [] float32: the result is then float8_e4m3fn, divided by it;
+* out: a contiguous tensor for the result, which is also returned.
+
+They raise ConfigError where tensors do not fit each other or the kernel, or a workspace is too small.
+
 Shape legend: T query tokens, S sequences, Hq query and Hkv key/value heads, G = Hq / Hkv heads that share keys, D head
 size, N cache blocks of P tokens, B longest block table; M rows of a tile (heads of a group times queries), K its keys.
 """
@@ -22,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella_core.errors import ConfigError
-from lamella_core.kernels.triton.launch import has_float8, is_interpreted, next_power_of_2
+from lamella_core.kernels.triton.launch import float8_storage, has_float8, is_interpreted, next_power_of_2
 from lamella_core.kernels.triton.quantize import to_float8
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -118,6 +135,31 @@ def result_like(q: Tensor, out_scale: Tensor | None, out: Tensor | None) -> Tens
     if out.dtype != dtype or out.shape != q.shape or not out.is_contiguous():
         raise ConfigError(f"out is {out.dtype} {list(out.shape)}; it must be contiguous {dtype} {list(q.shape)}")
     return out
+
+
+def storage(x: Tensor) -> Tensor:
+    """Returns a tensor as kernels take it: float8 as its bytes where the device knows no float8."""
+    return float8_storage(x) if x.dtype == FLOAT8 else x
+
+
+@triton.jit
+def scales_of(kv_scales_ptr, scale):  # type: ignore[no-untyped-def]
+    """Returns what products of queries and keys are multiplied by, and what results are."""
+    factor, v_scale = scale, 1.0
+    if kv_scales_ptr is not None:
+        factor, v_scale = scale * tl.load(kv_scales_ptr), tl.load(kv_scales_ptr + 1)
+    return factor, v_scale
+
+
+@triton.jit
+def head_cache(cache_ptr, kv_head, STEP: tl.constexpr, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns where one head's keys or values are, [N, P, D / STEP]; float8 as integers of STEP bytes."""
+    if L.float8:
+        if STEP == 2:
+            cache_ptr = cache_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+        else:
+            cache_ptr = cache_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+    return cache_ptr + kv_head * (L.head_stride // STEP)
 
 
 @triton.jit
@@ -233,14 +275,13 @@ def finish(  # type: ignore[no-untyped-def]
     highest,  # [M]
     total,  # [M]
     sink_ptrs,  # [M] where the rows' sink logits are, or None
-    valid,  # [M]
     v_scale,
     out_scale_ptr,  # [] float32, or None
     L: tl.constexpr,
 ):
     """Ends a softmax; returns its results [M, D], as float8 divided by a scale if there is one. Blind rows are zero."""
     if sink_ptrs is not None:  # one more column, without a value
-        sinks = tl.load(sink_ptrs, valid, other=0.0).to(tl.float32) * LOG2E
+        sinks = tl.load(sink_ptrs).to(tl.float32) * LOG2E
         now = tl.maximum(highest, sinks)
         fade = tl.exp2(highest - now)
         total = total * fade + tl.exp2(sinks - now)

@@ -23,16 +23,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from lamella_core.errors import ConfigError
 from lamella_core.kernels.triton.attention.common import (
     LOWEST,
+    Layout,
     finish,
     first_visible_tile,
+    head_cache,
     key_offsets,
     layout_of,
     load_pages,
     narrow_query,
     num_processors,
     result_like,
+    scales_of,
     shape_scores,
     softmax_step,
+    storage,
     widen_pairs,
 )
 from lamella_core.kernels.triton.attention.decode_plan import (
@@ -44,7 +48,10 @@ from lamella_core.kernels.triton.attention.decode_plan import (
     decode_workspace,
     rows_per_program,
 )
-from lamella_core.kernels.triton.launch import float8_storage, launch_options, use_pdl
+from lamella_core.kernels.triton.launch import launch_options, use_pdl
+
+Parking = tuple[Tensor | None, Tensor | None, Tensor | None]
+_NONE: Parking = (None, None, None)
 
 
 @triton.jit
@@ -181,8 +188,8 @@ def _write(  # type: ignore[no-untyped-def]
     """Ends the softmax and stores the results of the group's heads."""
     members = first_member + tl.arange(0, acc.shape[0])
     valid = members < L.group
-    sink_ptrs = None if sinks_ptr is None else sinks_ptr + members
-    out = finish(acc, highest, total, sink_ptrs, valid, v_scale, out_scale_ptr, L)
+    sink_ptrs = None if sinks_ptr is None else sinks_ptr + tl.minimum(members, L.group - 1)
+    out = finish(acc, highest, total, sink_ptrs, v_scale, out_scale_ptr, L)
     cols = tl.arange(0, L.padded_dim)
     mask = valid[:, None] & (cols < L.head_dim)[None, :]
     tl.store(out_ptr + members[:, None] * L.head_dim + cols[None, :], out.to(out_ptr.dtype.element_ty), mask)
@@ -193,40 +200,43 @@ def _park(  # type: ignore[no-untyped-def]
     acc,  # [M, D padded]
     highest,  # [M]
     total,  # [M]
-    partial_ptr,  # [ROWS, D padded] of this part
-    stats_ptr,  # [2, ROWS]
+    part,
+    partial_ptr,  # [parts, ROWS, D padded]
+    stats_ptr,  # [parts, 2, ROWS]
     counter_ptr,
     ROWS: tl.constexpr,
 ):
     """Stores the first ROWS rows of a part; returns how many parts were stored before it."""
     rows, cols = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
     kept = rows < ROWS
-    tl.store(partial_ptr + rows[:, None] * acc.shape[1] + cols[None, :], acc, kept[:, None])
+    stats_ptr += part * (2 * ROWS)
+    tl.store(partial_ptr + (part * ROWS + rows)[:, None] * acc.shape[1] + cols[None, :], acc, kept[:, None])
     tl.store(stats_ptr + rows, highest, kept)
     tl.store(stats_ptr + ROWS + rows, total, kept)
     tl.debug_barrier()  # all threads have stored before the counter says so
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel")
 
 
+@triton.jit
+def _divide(length, parts, least_steps, L: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns where a sequence's window begins and how many tiles of sinks are before it, its steps, and a part's."""
+    first = first_visible_tile(length - 1, L, BLOCK_N)
+    sink_tiles = tl.minimum((L.sinks + BLOCK_N - 1) // BLOCK_N, first)
+    steps = (length + BLOCK_N - 1) // BLOCK_N - first + sink_tiles
+    return first, sink_tiles, steps, tl.maximum((steps + parts - 1) // parts, least_steps)
+
+
+# fmt: off
 @triton.jit(do_not_specialize=["parts", "least_steps", "table_stride", "scale"])
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    out_ptr,  # [S, Hq, D]
-    q_ptr,  # [S, Hq, D]
-    k_ptr,  # [N, Hkv, P, D]
-    v_ptr,
+    out_ptr, q_ptr,  # [S, Hq, D]
+    k_ptr, v_ptr,  # [N, Hkv, P, D]
     tables_ptr,  # [*, B] int32
-    rows_ptr,  # [S] int32
-    lengths_ptr,  # [S] int32
-    alibi_ptr,  # [Hq], or None
-    sinks_ptr,  # [Hq], or None
-    kv_scales_ptr,  # [2] float32, or None
-    out_scale_ptr,  # [] float32, or None
-    partial_ptr,  # see `Workspace`; None: no sequence is split
-    stats_ptr,
-    counters_ptr,
-    table_stride,
-    scale,
-    parts,
+    rows_ptr, lengths_ptr,  # [S] int32
+    alibi_ptr, sinks_ptr,  # [Hq], or None
+    kv_scales_ptr, out_scale_ptr,  # [2] and [] float32, or None
+    partial_ptr, stats_ptr, counters_ptr,  # see `Workspace`; None: no sequence is split
+    table_stride, scale, parts,
     least_steps,  # of a part
     L: tl.constexpr,
     ROWS: tl.constexpr,  # least power of two that holds the heads of this program
@@ -241,12 +251,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     if USE_PDL:
         gdc_wait()
         gdc_launch_dependents()
-    length = tl.load(lengths_ptr + seq)
-    table_ptr = tables_ptr + tl.load(rows_ptr + seq).to(tl.int64) * table_stride
-    first = first_visible_tile(length - 1, L, BLOCK_N)
-    sink_tiles = tl.minimum((L.sinks + BLOCK_N - 1) // BLOCK_N, first)
-    steps = (length + BLOCK_N - 1) // BLOCK_N - first + sink_tiles
-    per_part = tl.maximum((steps + parts - 1) // parts, least_steps)
+    length, row = tl.load(lengths_ptr + seq), tl.load(rows_ptr + seq).to(tl.int64)
+    first, sink_tiles, steps, per_part = _divide(length, parts, least_steps, L, BLOCK_N)
     used = tl.maximum((steps + per_part - 1) // per_part, 1)
     if part >= used:
         return
@@ -254,42 +260,40 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     first_head = kv_head * L.group
     heads = first_head + first_member + tl.arange(0, BLOCK_M)
     valid = heads < first_head + L.group
-    factor, v_scale = scale, 1.0
-    if kv_scales_ptr is not None:
-        factor, v_scale = scale * tl.load(kv_scales_ptr), tl.load(kv_scales_ptr + 1)
+    factor, v_scale = scales_of(kv_scales_ptr, scale)
     slopes = None if alibi_ptr is None else tl.load(alibi_ptr + heads, valid, other=0.0).to(tl.float32)
-    sinks_ptr = None if sinks_ptr is None else sinks_ptr + first_head
-    if L.float8:
-        k_ptr = k_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-        v_ptr = v_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     q_ptr += seq * L.q_token_stride
-    k_ptr += kv_head * (L.head_stride // STEP)
-    v_ptr += kv_head * (L.head_stride // STEP)
-    out_ptr += seq * (L.heads * L.head_dim) + first_head * L.head_dim
     acc, odd, highest, total = _attend_part(
         _load_query(q_ptr, heads, valid, 0, STEP, L), _load_query(q_ptr, heads, valid, STEP - 1, STEP, L),
-        k_ptr, v_ptr, table_ptr, length, first, sink_tiles,
-        part * per_part, tl.minimum((part + 1) * per_part, steps), factor, slopes, L, BLOCK_N,
-    )  # fmt: skip
+        head_cache(k_ptr, kv_head, STEP, L), head_cache(v_ptr, kv_head, STEP, L), tables_ptr + row * table_stride,
+        length, first, sink_tiles, part * per_part, tl.minimum((part + 1) * per_part, steps), factor, slopes,
+        L, BLOCK_N,
+    )
     if L.float8:
         acc = tl.interleave(acc, odd)
+    out_ptr += seq * (L.heads * L.head_dim) + first_head * L.head_dim
+    sinks_ptr = None if sinks_ptr is None else sinks_ptr + first_head
     if partial_ptr is None:
         _write(acc, highest, total, first_member, out_ptr, sinks_ptr, v_scale, out_scale_ptr, L)
     elif used == 1:
         _write(acc, highest, total, first_member, out_ptr, sinks_ptr, v_scale, out_scale_ptr, L)
     else:
-        counter_ptr = counters_ptr + seq * tl.num_programs(1) + chunk
-        slot = (seq * tl.num_programs(1) + chunk) * parts
-        partial_ptr += slot * (ROWS * L.padded_dim)
-        stats_ptr += slot * (2 * ROWS)
-        before = _park(
-            acc, highest, total, partial_ptr + part * (ROWS * L.padded_dim), stats_ptr + part * (2 * ROWS),
-            counter_ptr, ROWS,
-        )  # fmt: skip
-        if before == used - 1:
-            tl.store(counter_ptr, 0)
+        index = seq * tl.num_programs(1) + chunk
+        partial_ptr += index * parts * (ROWS * L.padded_dim)
+        stats_ptr += index * parts * (2 * ROWS)
+        if _park(acc, highest, total, part, partial_ptr, stats_ptr, counters_ptr + index, ROWS) == used - 1:
+            tl.store(counters_ptr + index, 0)
             joined, most, whole = _join_parts(partial_ptr, stats_ptr, used, ROWS, L.padded_dim)
             _write(joined, most, whole, first_member, out_ptr, sinks_ptr, v_scale, out_scale_ptr, L)
+# fmt: on
+
+
+def _parking(workspace: Workspace | None, programs: int, rows: int, layout: Layout, device: torch.device) -> Parking:
+    """Returns the pointers of a workspace in which ``programs`` parts of ``rows`` heads have room."""
+    space = workspace or decode_workspace(layout.heads, layout.heads // layout.group, layout.head_dim, device)
+    if programs > space.counters.numel() or programs * rows * layout.padded_dim > space.partial.numel():
+        raise ConfigError(f"the workspace is too small for {programs} parts; make it by decode_workspace, or larger")
+    return space.partial, space.stats, space.counters
 
 
 def decode_attention(
@@ -314,59 +318,28 @@ def decode_attention(
     tile: Tile | None = None,
     split: Split | None = None,
 ) -> Tensor:
-    """Attention of one query per sequence over all its keys; see `reference.paged_attention` for what is computed.
+    """Attention of one query per sequence over all its keys: [S, Hq, D]. Other keywords: see `common`.
 
     Nothing is read back; a captured launch serves other lengths up to ``max_context_len``, tables and rows.
 
-    Args:
-        q: [S, Hq, D], float32, bfloat16 or float16.
-        k_cache: [N, Hkv, P, D] in q's dtype or float8_e4m3fn; the query's own key is in it. P a power of two.
-        v_cache: like ``k_cache``, with the same strides.
-        block_tables: [*, B] int32, cache blocks of each row's tokens; negative where evicted behind the window.
-        table_rows: [S] int32, the sequences' rows of ``block_tables``.
-        context_lens: [S] int32, keys of each sequence; where 0 the result is zero.
-        scale: multiplies products of queries and keys; positive.
-        max_context_len: upper bound of ``context_lens``; only speed depends on it.
-        sliding_window: a query sees so many last keys, its own included; 0: all.
-        num_sinks: first keys that are seen beside the window.
-        softcap: scores become softcap * tanh(scores / softcap); 0: they stay.
-        alibi_slopes: [Hq] float32, times the key's position less the query's added to scores.
-        sink_logits: [Hq], one more softmax column per head, without a value.
-        kv_scales: [2] float32, what cached keys and values are multiplied by.
-        out_scale: [] float32; the result is then float8_e4m3fn, divided by it.
-        workspace: see `decode_workspace`; made for this call if it is needed and missing.
-        out: contiguous [S, Hq, D] for the result.
-        tile: other than the one for this layer.
-        split: other than the one for this batch; needs a workspace large enough.
-
-    Returns:
-        [S, Hq, D], ``out`` if given.
-
-    Raises:
-        ConfigError: tensors do not fit each other or the kernel, or the workspace is too small.
+    * q [S, Hq, D]: the query's own key is in the cache.
+    * context_lens [S] int32: keys of each sequence; where 0 the result is zero.
+    * max_context_len: upper bound of ``context_lens``; only speed depends on it.
+    * workspace: see `decode_workspace`; made for this call if it is needed and missing.
+    * tile: other than the one for this layer.
+    * split: other than the one for this batch; needs a workspace large enough.
     """
     layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap)
-    out = result_like(q, out_scale, out)
-    num_seqs = q.shape[0]
+    out, num_seqs = result_like(q, out_scale, out), q.shape[0]
     if num_seqs == 0:
         return out
     rows = rows_per_program(layout.group)
     chunks = layout.heads // layout.group * -(-layout.group // rows)
     tile = tile or choose_tile(layout.padded_dim, k_cache.element_size(), layout.page)
     split = split or choose_split(num_seqs, chunks, max_context_len, num_processors(q.device))
-    parking: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if split.parts > 1:
-        space = workspace or decode_workspace(layout.heads, k_cache.shape[1], layout.head_dim, q.device)
-        programs = num_seqs * chunks * split.parts
-        if programs > space.counters.numel() or programs * rows * layout.padded_dim > space.partial.numel():
-            raise ConfigError(
-                f"the workspace is too small for {programs} parts; make it by decode_workspace, or larger"
-            )
-        parking = (space.partial, space.stats, space.counters)
-    if layout.float8 and not layout.native:
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    parking = _parking(workspace, num_seqs * chunks * split.parts, rows, layout, q.device) if split.parts > 1 else _NONE
     _decode_kernel[split.parts, chunks, num_seqs](
-        out if out_scale is None else float8_storage(out), q, k_cache, v_cache, block_tables, table_rows, context_lens,
+        storage(out), q, storage(k_cache), storage(v_cache), block_tables, table_rows, context_lens,
         alibi_slopes, sink_logits, kv_scales, out_scale, *parking, block_tables.stride(0), scale,
         split.parts, -(-split.least_keys // tile.block_n), L=layout, ROWS=rows, BLOCK_N=tile.block_n, USE_PDL=use_pdl(),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(),

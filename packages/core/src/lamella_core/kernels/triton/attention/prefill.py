@@ -25,16 +25,19 @@ from lamella_core.kernels.triton.attention.common import (
     LOWEST,
     finish,
     first_visible_tile,
+    head_cache,
     key_offsets,
     layout_of,
     load_pages,
     narrow_query,
     result_like,
+    scales_of,
     shape_scores,
     softmax_step,
+    storage,
     widen_float8,
 )
-from lamella_core.kernels.triton.launch import float8_storage, launch_options, next_power_of_2, use_pdl
+from lamella_core.kernels.triton.launch import launch_options, next_power_of_2, use_pdl
 
 _SEQUENCES_AT_ONCE = tl.constexpr(256)
 
@@ -142,23 +145,54 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     return acc, highest, total
 
 
+@triton.jit
+def _attend_rows(  # type: ignore[no-untyped-def]
+    q,  # [M, D padded]
+    positions,  # [M]
+    first_position,
+    last_position,
+    k_ptr,  # as for _attend_tiles
+    v_ptr,
+    table_ptr,
+    last_page,
+    factor,
+    slopes,
+    L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Returns the softmax of M rows over all keys they see: acc [M, D padded], maximum and sum [M]."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    WIDTH: tl.constexpr = q.shape[1]
+    first = first_visible_tile(first_position, L, BLOCK_N)
+    sink_tiles = tl.minimum((L.sinks + BLOCK_N - 1) // BLOCK_N, first)
+    skipped = first - sink_tiles
+    steps = last_position // BLOCK_N + 1 - skipped
+    highest = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    plain = 0  # steps without masks
+    if L.window == 0:
+        plain = (first_position + 1) // BLOCK_N
+        acc, highest, total = _attend_tiles(
+            acc, highest, total, q, positions, k_ptr, v_ptr, table_ptr, last_page, 0, plain, skipped, sink_tiles,
+            factor, slopes, L, BLOCK_N, False,
+        )  # fmt: skip
+    return _attend_tiles(
+        acc, highest, total, q, positions, k_ptr, v_ptr, table_ptr, last_page, plain, steps, skipped, sink_tiles,
+        factor, slopes, L, BLOCK_N, True,
+    )  # fmt: skip
+
+
+# fmt: off
 @triton.jit(do_not_specialize=["num_seqs", "table_stride", "scale"])
 def _prefill_kernel(  # type: ignore[no-untyped-def]
-    out_ptr,  # [T, Hq, D]
-    q_ptr,  # [T, Hq, D]
-    k_ptr,  # [N, Hkv, P, D]
-    v_ptr,
+    out_ptr, q_ptr,  # [T, Hq, D]
+    k_ptr, v_ptr,  # [N, Hkv, P, D]
     tables_ptr,  # [*, B] int32
-    rows_ptr,  # [S] int32
-    starts_ptr,  # [S + 1] int32
-    lengths_ptr,  # [S] int32
-    alibi_ptr,  # [Hq], or None
-    sinks_ptr,  # [Hq], or None
-    kv_scales_ptr,  # [2] float32, or None
-    out_scale_ptr,  # [] float32, or None
-    num_seqs,
-    table_stride,
-    scale,
+    rows_ptr, starts_ptr, lengths_ptr,  # [S], [S + 1], [S] int32
+    alibi_ptr, sinks_ptr,  # [Hq], or None
+    kv_scales_ptr, out_scale_ptr,  # [2] and [] float32, or None
+    num_seqs, table_stride, scale,
     L: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -178,51 +212,28 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     num_rows = (stop - start) * L.group
     if first_row >= num_rows:
         return
-    length = tl.load(lengths_ptr + seq)
-    table_ptr = tables_ptr + tl.load(rows_ptr + seq).to(tl.int64) * table_stride
-    rows = first_row + tl.arange(0, BLOCK_M)
-    valid = rows < num_rows
-    tokens = (start + tl.minimum(rows, num_rows - 1) // L.group).to(tl.int64)
+    length, table_row = tl.load(lengths_ptr + seq), tl.load(rows_ptr + seq).to(tl.int64)
+    rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), num_rows - 1)  # what is beyond the last row equals it
+    tokens = (start + rows // L.group).to(tl.int64)
     heads = kv_head * L.group + rows % L.group
-    positions = length - stop + tokens.to(tl.int32)
-    first_position = length - (stop - start) + first_row // L.group
-    last_position = length - (stop - start) + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // L.group
-    factor, v_scale = scale, 1.0
-    if kv_scales_ptr is not None:
-        factor, v_scale = scale * tl.load(kv_scales_ptr), tl.load(kv_scales_ptr + 1)
-    slopes = None if alibi_ptr is None else tl.load(alibi_ptr + heads).to(tl.float32)
+    past = length - (stop - start)  # keys before the first query
     cols = tl.arange(0, WIDTH)[None, :]
-    mask = valid[:, None] & (cols < L.head_dim)
+    mask = cols < L.head_dim
     q_at = q_ptr + (tokens * L.q_token_stride + heads * L.q_head_stride)[:, None] + cols
-    q = narrow_query(tl.load(q_at, mask, other=0.0), L)
-    if L.float8:
-        k_ptr = k_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
-        v_ptr = v_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
-    k_ptr += kv_head * L.head_stride
-    v_ptr += kv_head * L.head_stride
-    last_page = (length - 1) // L.page
-    first = first_visible_tile(first_position, L, BLOCK_N)
-    sink_tiles = tl.minimum((L.sinks + BLOCK_N - 1) // BLOCK_N, first)
-    skipped = first - sink_tiles
-    steps = last_position // BLOCK_N + 1 - skipped
-    highest = tl.full([BLOCK_M], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    plain = 0  # steps without masks
-    if L.window == 0:
-        plain = (first_position + 1) // BLOCK_N
-        acc, highest, total = _attend_tiles(
-            acc, highest, total, q, positions, k_ptr, v_ptr, table_ptr, last_page, 0, plain, skipped, sink_tiles,
-            factor, slopes, L, BLOCK_N, False,
-        )  # fmt: skip
-    acc, highest, total = _attend_tiles(
-        acc, highest, total, q, positions, k_ptr, v_ptr, table_ptr, last_page, plain, steps, skipped, sink_tiles,
-        factor, slopes, L, BLOCK_N, True,
-    )  # fmt: skip
+    factor, v_scale = scales_of(kv_scales_ptr, scale)
+    slopes = None if alibi_ptr is None else tl.load(alibi_ptr + heads).to(tl.float32)
+    acc, highest, total = _attend_rows(
+        narrow_query(tl.load(q_at, mask, other=0.0), L), past + rows // L.group,
+        past + first_row // L.group, past + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // L.group,
+        head_cache(k_ptr, kv_head, 1, L), head_cache(v_ptr, kv_head, 1, L), tables_ptr + table_row * table_stride,
+        (length - 1) // L.page, factor, slopes, L, BLOCK_N,
+    )
     sink_ptrs = None if sinks_ptr is None else sinks_ptr + heads
-    out = finish(acc, highest, total, sink_ptrs, valid, v_scale, out_scale_ptr, L)
-    out_at = out_ptr + (tokens * (L.heads * L.head_dim) + heads * L.head_dim)[:, None] + cols
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask)
+    out = finish(acc, highest, total, sink_ptrs, v_scale, out_scale_ptr, L)
+    out_at = out_ptr + ((tokens * L.heads + heads) * L.head_dim)[:, None] + cols
+    valid = first_row + tl.arange(0, BLOCK_M) < num_rows
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask & valid[:, None])
+# fmt: on
 
 
 def prefill_attention(
@@ -246,35 +257,16 @@ def prefill_attention(
     out: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Attention of each sequence's last queries over its keys, causal; see `reference.paged_attention`.
+    """Attention of each sequence's last tokens over its keys, causal: [T, Hq, D]. Other keywords: see `common`.
 
     Nothing is read back from the device.
 
-    Args:
-        q: [T, Hq, D], packed: the last tokens of sequence i are rows ``query_start[i]`` to ``query_start[i + 1]``.
-        k_cache: [N, Hkv, P, D] in q's dtype or float8_e4m3fn; the queries' own keys are in it. P a power of two.
-        v_cache: like ``k_cache``, with the same strides.
-        block_tables: [*, B] int32, cache blocks of each row's tokens; negative where evicted behind the window.
-        table_rows: [S] int32, the sequences' rows of ``block_tables``.
-        query_start: [S + 1] int32, rising; rows of q before the first or from the last on are left as they are in out.
-        context_lens: [S] int32, keys of each sequence, the queries' own included.
-        max_query_len: of any sequence, or more; only speed depends on it.
-        scale: multiplies products of queries and keys; positive.
-        sliding_window: a query sees so many last keys, its own included; 0: all.
-        num_sinks: first keys that are seen beside the window.
-        softcap: scores become softcap * tanh(scores / softcap); 0: they stay.
-        alibi_slopes: [Hq] float32, times the key's position less the query's added to scores.
-        sink_logits: [Hq], one more softmax column per head, without a value.
-        kv_scales: [2] float32, what cached keys and values are multiplied by.
-        out_scale: [] float32; the result is then float8_e4m3fn, divided by it.
-        out: contiguous [T, Hq, D] for the result.
-        tile: other than the one for this layer and chunk length.
-
-    Returns:
-        [T, Hq, D], ``out`` if given.
-
-    Raises:
-        ConfigError: tensors do not fit each other or the kernel.
+    * q [T, Hq, D], packed: the last tokens of sequence i are rows ``query_start[i]`` to ``query_start[i + 1]``; their
+      own keys are in the cache.
+    * query_start [S + 1] int32, rising; rows before the first or from the last on are left as they are in ``out``.
+    * context_lens [S] int32: keys of each sequence, the queries' own included.
+    * max_query_len: of any sequence, or more; only speed depends on it.
+    * tile: other than the one for this layer and chunk length.
     """
     layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap)
     out = result_like(q, out_scale, out)
@@ -283,12 +275,10 @@ def prefill_attention(
         return out
     most_rows = next_power_of_2(max_query_len * layout.group)
     tile = tile or choose_tile(layout.padded_dim, q.element_size(), k_cache.element_size(), most_rows)
-    if layout.float8:
-        k_cache, v_cache = float8_storage(k_cache), float8_storage(v_cache)
     num_tiles = q.shape[0] * layout.group // tile.block_m + num_seqs
     _prefill_kernel[layout.heads // layout.group, num_tiles](
-        out if out_scale is None else float8_storage(out), q, k_cache, v_cache, block_tables, table_rows, query_start,
-        context_lens, alibi_slopes, sink_logits, kv_scales, out_scale, num_seqs, block_tables.stride(0), scale,
+        storage(out), q, storage(k_cache), storage(v_cache), block_tables, table_rows, query_start, context_lens,
+        alibi_slopes, sink_logits, kv_scales, out_scale, num_seqs, block_tables.stride(0), scale,
         L=layout, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, USE_PDL=use_pdl(),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(),
     )  # fmt: skip
