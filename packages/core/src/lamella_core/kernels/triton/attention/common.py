@@ -44,6 +44,8 @@ from lamella_core.kernels.triton.quantize import to_float8
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)  # below every score
+# Small tensors that may be slices: their addresses shall not choose between compiled kernels.
+UNALIGNED = ["rows_ptr", "starts_ptr", "lengths_ptr", "alibi_ptr", "sinks_ptr", "kv_scales_ptr", "out_scale_ptr"]
 FLOAT8 = torch.float8_e4m3fn
 _PRODUCTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _LEAST_COLUMNS = 16  # of a head, padded: what a matrix unit takes

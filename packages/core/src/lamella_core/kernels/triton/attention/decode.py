@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from lamella_core.errors import ConfigError
 from lamella_core.kernels.triton.attention.common import (
     LOWEST,
+    UNALIGNED,
     Layout,
     finish,
     first_visible_tile,
@@ -227,7 +228,9 @@ def _divide(length, parts, least_steps, L: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["parts", "least_steps", "table_stride", "scale"])
+@triton.jit(
+    do_not_specialize=["parts", "least_steps", "table_stride", "scale"], do_not_specialize_on_alignment=UNALIGNED,
+)
 def _decode_kernel(  # type: ignore[no-untyped-def]
     out_ptr, q_ptr,  # [S, Hq, D]
     k_ptr, v_ptr,  # [N, Hkv, P, D]

@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lamella_core.kernels.triton.attention.common import (
     LOWEST,
+    UNALIGNED,
     finish,
     first_visible_tile,
     head_cache,
@@ -184,7 +185,7 @@ def _attend_rows(  # type: ignore[no-untyped-def]
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["num_seqs", "table_stride", "scale"])
+@triton.jit(do_not_specialize=["num_seqs", "table_stride", "scale"], do_not_specialize_on_alignment=UNALIGNED)
 def _prefill_kernel(  # type: ignore[no-untyped-def]
     out_ptr, q_ptr,  # [T, Hq, D]
     k_ptr, v_ptr,  # [N, Hkv, P, D]
