@@ -112,6 +112,8 @@ def measure(options: argparse.Namespace, num_running: int, profile: cProfile.Pro
         profile.disable()
     spent = time.thread_time() - started - runner.seconds
     num_tokens = num_requests * options.osl
+    for result in results:
+        result.result(0)  # raises what it failed with
     if any(result.outputs[0].token_ids != [TOKEN] * options.osl for result in results):
         raise RuntimeError("a request has the wrong tokens")
     return {

@@ -299,3 +299,32 @@ def test_the_window_gives_blocks_back(sinks: int) -> None:
     assert sequence.blocks[num_sink_blocks:8].count(EVICTED_BLOCK) == 8 - num_sink_blocks
     kv.free(sequence)
     assert kv.stats().num_live == 0
+
+
+def test_the_next_token_goes_to_a_block_of_its_own() -> None:
+    kv = KvCacheManager(8, 4)
+    compute(kv, source := make_sequence([1, 2, 3, 4, 5]))
+    sequence = make_sequence([1, 2, 3, 9])
+    assert kv.share_prefix(source, sequence, 3)
+    kv.free(source)
+    (cached,) = sequence.blocks  # held by this sequence alone, but still findable
+    assert kv.allocate_next(sequence)
+    assert kv.take_copies() == [(cached, sequence.blocks[0])]
+    sequence.num_computed_tokens = 4
+    sequence.token_ids.append(8)
+    assert kv.allocate_next(sequence) and len(sequence.blocks) == 2
+    held = list(sequence.blocks)
+    sequence.num_computed_tokens = 5
+    assert kv.allocate_next(sequence) and sequence.blocks == held and kv.take_copies() == []
+
+
+def test_only_the_given_tokens_are_committed() -> None:
+    kv = KvCacheManager(8, 2)
+    sequence = make_sequence([1, 2, 3, 4, 5, -1])  # the last one is not known yet
+    assert kv.allocate(sequence, 6)
+    sequence.num_computed_tokens = 6
+    kv.commit(sequence, 0, 5)
+    assert kv.match_prefix(make_sequence([1, 2, 3, 4, 5, 6, 7])).num_tokens == 4
+    sequence.token_ids[5] = 6
+    kv.commit(sequence, 5, 6)
+    assert kv.match_prefix(make_sequence([1, 2, 3, 4, 5, 6, 7])).num_tokens == 6
