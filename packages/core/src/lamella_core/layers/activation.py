@@ -27,6 +27,11 @@ class GatedActivation(Protocol):
         ...
 
 
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """1 / (1 + e^-x)."""
+    return (-x.float()).exp_().add_(1.0).reciprocal_().to(x.dtype)
+
+
 def silu(x: torch.Tensor) -> torch.Tensor:
     """X times its sigmoid."""
     wide = x.float()

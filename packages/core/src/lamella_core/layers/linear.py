@@ -120,13 +120,20 @@ class QKVParallelLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """Each rank multiplies its part of the inputs; the sum over the ranks is the result. Bias is added once."""
+    """Each rank multiplies its part of the inputs; the sum over the ranks is the result. Bias is added once.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, *, config: ModelConfig, name: str) -> None:
+    Without ``reduce`` the result is this rank's summand: whoever calls it adds it to others and sums once.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, *, config: ModelConfig, name: str, reduce: bool = True
+    ) -> None:
         mapping = config.mapping
         section = split(in_features, mapping.tp_size, mapping.tp_rank, what=f"the input size of {name}")
         super().__init__(section, (whole(out_features),), bias, config=config, name=name)
         self.adds_bias = mapping.tp_rank == 0
+        self.reduce = reduce
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        return ctx.tp.all_reduce(self.method.apply(self, x, self.bias if self.adds_bias else None))
+        out = self.method.apply(self, x, self.bias if self.adds_bias else None)
+        return ctx.tp.all_reduce(out) if self.reduce else out

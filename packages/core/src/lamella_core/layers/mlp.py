@@ -21,16 +21,23 @@ class FeedForward(nn.Module):
 
 
 class GatedMLP(FeedForward):
-    """down(activation(gate(x)) * up(x)) (Shazeer 2020), gate and up in one product."""
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020), gate and up in one product.
 
-    def __init__(self, config: ModelConfig, *, name: str, bias: bool = False) -> None:
+    ``inner`` is by default the config's intermediate_size. For ``reduce`` see `RowParallelLinear`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, name: str, bias: bool = False, inner: int | None = None, reduce: bool = True
+    ) -> None:
         super().__init__()
-        inner = config.intermediate_size
+        inner = config.intermediate_size if inner is None else inner
         self.gate_up_proj = MergedColumnParallelLinear(
             config.hidden_size, {"gate": inner, "up": inner}, bias, config=config, name=f"{name}.gate_up_proj"
         )
         self.activation = gated(config.hidden_act)
-        self.down_proj = RowParallelLinear(inner, config.hidden_size, bias, config=config, name=f"{name}.down_proj")
+        self.down_proj = RowParallelLinear(
+            inner, config.hidden_size, bias, config=config, name=f"{name}.down_proj", reduce=reduce
+        )
 
     @property
     def input_scale(self) -> torch.Tensor | None:
