@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.support.reference_context import ReferenceCache, forward_step, greedy, run_ranks
-from tests.support.tiny_models import TINY, hf_model, tiny_cases
+from tests.support.tiny_models import TINY, has_experts, hf_model, tiny_cases
 
 from lamella_core.mapping import Mapping
 from lamella_core.models.registry import get_model_class, registered_architectures
@@ -131,7 +131,7 @@ def test_two_tensor_ranks_equal_one(hf_dir: Path, model: Any, prompts: list[list
     check_ranks(hf_dir, model, prompts, world_size=2, tp_size=2)
 
 
-@pytest.mark.parametrize("case", [c for c in tiny_cases() if "num_local_experts" in TINY[c[0]][c[1]]], ids="-".join)
+@pytest.mark.parametrize("case", [c for c in tiny_cases() if has_experts(*c)], ids="-".join)
 @pytest.mark.parametrize(("tp_size", "moe_ep_size"), [(2, 2), (4, 2), (4, 4)])
 def test_expert_ranks_equal_one(
     hf_dir: Path, model: Any, prompts: list[list[int]], tp_size: int, moe_ep_size: int

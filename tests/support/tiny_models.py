@@ -36,6 +36,8 @@ GPT2_BASE = {
 _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20, "factor": 4.0,
          "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}  # fmt: skip
 
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
 
 def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
     return {**BASE, "rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
@@ -76,7 +78,19 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
         "top1_window": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 6,
                         "num_key_value_heads": 1},
     },
+    "Qwen2MoeForCausalLM": {
+        "shared": {**BASE, **_EXPERTS, "shared_expert_intermediate_size": 40},
+        "some_dense": {**BASE, **_EXPERTS, "shared_expert_intermediate_size": 24, "num_experts_per_tok": 3,
+                       "norm_topk_prob": True, "mlp_only_layers": [0], "qkv_bias": False},
+        "stepped_window": {**BASE, **_EXPERTS, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 2,
+                           "use_sliding_window": True, "sliding_window": 6, "tie_word_embeddings": True},
+    },
 }  # fmt: skip
+
+
+def has_experts(architecture: str, variant: str) -> bool:
+    """Whether some layer of the tiny model is a mixture of experts."""
+    return not {"num_local_experts", "num_experts"}.isdisjoint(TINY[architecture][variant])
 
 
 def tiny_cases() -> list[tuple[str, str]]:

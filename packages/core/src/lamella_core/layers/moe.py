@@ -14,38 +14,56 @@ from torch import nn
 from lamella_core.checks import check_integer
 from lamella_core.config import ModelConfig
 from lamella_core.context import ForwardContext
-from lamella_core.layers.activation import gated
+from lamella_core.layers.activation import gated, sigmoid
 from lamella_core.layers.linear import Linear, ReplicatedLinear
-from lamella_core.layers.mlp import FeedForward
+from lamella_core.layers.mlp import FeedForward, GatedMLP
 from lamella_core.layers.sharding import Section, fused, split, whole
 from lamella_core.quantization.config import QuantConfig
 
 MOST_EXPERTS = 10_000
 
 
-class TopKRouter(nn.Module):
-    """Softmax over all experts in float32, the ``top_k`` largest, optionally rescaled to sum to one.
+class Router(nn.Module):
+    """Scores every expert for a token and chooses ``top_k`` of them; subclasses say how in `choose`.
 
     It is never quantized: it is small, and another choice of experts changes more than any rounding.
     """
 
-    def __init__(
-        self, config: ModelConfig, num_experts: int, top_k: int, *, name: str, renormalize: bool = True
-    ) -> None:
+    def __init__(self, config: ModelConfig, num_experts: int, top_k: int, *, name: str) -> None:
         super().__init__()
         check_integer("num_local_experts", num_experts, 1, MOST_EXPERTS)
         check_integer("num_experts_per_tok", top_k, 1, num_experts, " (the number of experts)")
         self.top_k = top_k
-        self.renormalize = renormalize
-        plain = replace(config, quantization=QuantConfig())
-        self.gate = ReplicatedLinear(config.hidden_size, num_experts, False, config=plain, name=f"{name}.gate")
+        self.gate = _unquantized_gate(config, num_experts, name)
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns expert numbers [T, top_k] int64 and their float32 weights [T, top_k]."""
-        weights, experts = torch.softmax(self.gate(x, ctx).float(), dim=-1).topk(self.top_k, dim=-1)
+        return self.choose(self.gate(x, ctx).float())
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what `forward` returns, from scores [T, experts] float32."""
+        raise NotImplementedError
+
+
+class TopKRouter(Router):
+    """Softmax over all experts, the ``top_k`` largest, optionally rescaled to sum to one."""
+
+    def __init__(
+        self, config: ModelConfig, num_experts: int, top_k: int, *, name: str, renormalize: bool = True
+    ) -> None:
+        super().__init__(config, num_experts, top_k, name=name)
+        self.renormalize = renormalize
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, experts = torch.softmax(scores, dim=-1).topk(self.top_k, dim=-1)
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return experts, weights
+
+
+def _unquantized_gate(config: ModelConfig, outputs: int, name: str) -> ReplicatedLinear:
+    plain = replace(config, quantization=QuantConfig())
+    return ReplicatedLinear(config.hidden_size, outputs, False, config=plain, name=f"{name}.gate")
 
 
 class GatedExperts(nn.Module):
@@ -91,15 +109,44 @@ class GatedExperts(nn.Module):
         return out
 
 
-class MoE(FeedForward):
-    """Router and experts; the ranks' parts are summed: [T, H] -> [T, H]."""
+class SharedExpert(GatedMLP):
+    """An expert that every token goes to; returns this rank's summand [T, H], for `MoE` to add to the others'.
 
-    def __init__(
-        self, config: ModelConfig, *, num_experts: int, top_k: int, inner: int, name: str, renormalize: bool = True
-    ) -> None:
-        super().__init__()
-        self.router = TopKRouter(config, num_experts, top_k, name=f"{name}.router", renormalize=renormalize)
-        self.experts = GatedExperts(config, num_experts, inner, name=f"{name}.experts")
+    With ``is_gated`` its result is multiplied by the sigmoid of a learned score of the token.
+    """
+
+    def __init__(self, config: ModelConfig, *, inner: int, name: str, is_gated: bool = False) -> None:
+        super().__init__(config, name=name, inner=inner, reduce=False)
+        self.gate = _unquantized_gate(config, 1, name) if is_gated else None
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        return ctx.tp.all_reduce(self.experts(x, *self.router(x, ctx)))
+        out = super().forward(x, ctx)
+        return out if self.gate is None else sigmoid(self.gate(x, ctx)) * out
+
+
+class MoE(FeedForward):
+    """Router, experts and perhaps a shared one; the ranks' parts are summed: [T, H] -> [T, H].
+
+    ``router`` is by default a `TopKRouter`, to which ``renormalize`` goes.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_experts: int,
+        top_k: int,
+        inner: int,
+        name: str,
+        renormalize: bool = True,
+        router: Router | None = None,
+        shared: SharedExpert | None = None,
+    ) -> None:
+        super().__init__()
+        self.router = router or TopKRouter(config, num_experts, top_k, name=f"{name}.router", renormalize=renormalize)
+        self.experts = GatedExperts(config, num_experts, inner, name=f"{name}.experts")
+        self.shared = shared
+
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        out = self.experts(x, *self.router(x, ctx))
+        return ctx.tp.all_reduce(out if self.shared is None else out + self.shared(x, ctx))

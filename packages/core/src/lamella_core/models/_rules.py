@@ -44,5 +44,25 @@ def gated_mlp_rules() -> list[WeightRule]:
     return [*fused, *_both(f"{_LAYER}.mlp.down_proj", "layers.{i}.mlp.down_proj")]
 
 
+def expert_rules(
+    module: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"), router: str = "gate"
+) -> list[WeightRule]:
+    """Router and experts: one tensor per expert and projection, as on the hub, or all in one, as transformers has them.
+
+    ``module`` is where the hub has them, ``names`` are its gate, up and down projections.
+    """
+    hub, held, target = f"{_LAYER}.{module}", f"{_LAYER}.mlp", "layers.{i}.mlp"
+    gate_up, down = f"{target}.experts.gate_up_proj.weight", f"{target}.experts.down_proj.weight"
+    sources = dict.fromkeys((f"{hub}.gate.weight", f"{held}.{router}.weight"))
+    return [
+        *(WeightRule(source, f"{target}.router.gate.weight") for source in sources),
+        WeightRule(f"{hub}.experts.{{e}}.{names[0]}.weight", gate_up, section="gate"),
+        WeightRule(f"{hub}.experts.{{e}}.{names[1]}.weight", gate_up, section="up"),
+        WeightRule(f"{held}.experts.gate_up_proj", gate_up),
+        WeightRule(f"{hub}.experts.{{e}}.{names[2]}.weight", down),
+        WeightRule(f"{held}.experts.down_proj", down),
+    ]
+
+
 def _both(source: str, target: str) -> list[WeightRule]:
     return [WeightRule(f"{source}.{leaf}", f"{target}.{leaf}") for leaf in ("weight", "bias")]

@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lamella_core.checkpoint.rules import WeightRule
 from lamella_core.config import ModelConfig
 from lamella_core.hf_config import HfConfig
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.decoder import DecoderLayer
 from lamella_core.layers.moe import MoE
 from lamella_core.layers.norm import RMSNorm
-from lamella_core.models._rules import attention_rules, norm_rules, vocabulary_rules
+from lamella_core.models._rules import attention_rules, expert_rules, norm_rules, vocabulary_rules
 from lamella_core.models.base import CausalLM
 from lamella_core.models.registry import register
 
@@ -42,21 +41,6 @@ class MixtralConfig(ModelConfig):
         }
 
 
-def _expert_rules() -> list[WeightRule]:
-    """One tensor per expert and projection, as on the hub, or all experts in one, as transformers holds them."""
-    hub, fused, target = "model.layers.{i}.block_sparse_moe", "model.layers.{i}.mlp", "layers.{i}.mlp"
-    gate_up, down = f"{target}.experts.gate_up_proj.weight", f"{target}.experts.down_proj.weight"
-    return [
-        WeightRule(f"{hub}.gate.weight", f"{target}.router.gate.weight"),
-        WeightRule(f"{fused}.gate.weight", f"{target}.router.gate.weight"),
-        WeightRule(f"{hub}.experts.{{e}}.w1.weight", gate_up, section="gate"),
-        WeightRule(f"{hub}.experts.{{e}}.w3.weight", gate_up, section="up"),
-        WeightRule(f"{fused}.experts.gate_up_proj", gate_up),
-        WeightRule(f"{hub}.experts.{{e}}.w2.weight", down),
-        WeightRule(f"{fused}.experts.down_proj", down),
-    ]
-
-
 @register("MixtralForCausalLM")
 class MixtralForCausalLM(CausalLM):
     """Pre-norm decoder: RMSNorm, grouped-query attention with rotary positions, mixture of gated experts."""
@@ -64,7 +48,12 @@ class MixtralForCausalLM(CausalLM):
     config: MixtralConfig
     config_class = MixtralConfig
     IGNORED = ("*.rotary_emb.inv_freq",)
-    WEIGHTS = (*vocabulary_rules(), *norm_rules(), *attention_rules(), *_expert_rules())
+    WEIGHTS = (
+        *vocabulary_rules(),
+        *norm_rules(),
+        *attention_rules(),
+        *expert_rules("block_sparse_moe", ("w1", "w3", "w2")),
+    )
 
     def make_layer(self, index: int) -> nn.Module:
         config, name = self.config, f"layers.{index}"
