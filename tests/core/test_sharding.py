@@ -37,7 +37,10 @@ def numbered(*shape):
 
 
 def qkv(rank, tp, heads=8, kv_heads=2, head_dim=4, hidden=6):
-    sections = [split_heads(n, head_dim, tp, rank, name=s) for s, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))]
+    sections = [
+        split_heads(n, head_dim, tp, rank, name=s, groups=kv_heads)
+        for s, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+    ]
     return ShardSpec(dims=(fused(sections), (whole(hidden),)))
 
 
@@ -68,6 +71,25 @@ def test_fused_heads(tp):
         )
         expected = [sources["q"][rank * 32 // tp : (rank + 1) * 32 // tp], sources["k"][kv], sources["v"][kv]]
         assert torch.equal(out, torch.cat(expected))
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_interleaved_source_equals_separate_ones(tp, kv_heads, transpose):
+    sources = {"q": numbered(32, 6), "k": numbered(4 * kv_heads, 6) + 1000, "v": numbered(4 * kv_heads, 6) + 2000}
+    groups = torch.cat([source.view(kv_heads, -1, 6) for source in sources.values()], dim=1).reshape(-1, 6)
+    together = groups.T.contiguous() if transpose else groups
+    for rank in range(tp):
+        spec = qkv(rank, tp, kv_heads=kv_heads)
+        separate = torch.full(spec.shape, float("nan"))
+        for name, source in sources.items():
+            copy_into(separate, spec, source, name)
+        out = torch.full(spec.shape, float("nan"))
+        for piece in spec.pieces(transpose=transpose, interleaved=True):
+            part = together[piece.source]
+            out[piece.target] = part.transpose(-1, -2) if transpose else part
+        assert torch.equal(out, separate)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 8])

@@ -107,7 +107,7 @@ def _row_scales(rows: ShardSpec, fills: Sequence[Fill], source: WeightSource, *,
             scales = _stored_scales(scale_name(fill.source, "weight_scale"), shape, source, per_row=per_row)
         else:
             scales = _largest(fill, shape, source, per_row=per_row).clamp_min_(LEAST_AMAX) / FLOAT8_MAX
-        for piece in rows.pieces(fill.rule.section, expert=fill.expert):
+        for piece in rows.pieces(fill.rule.section, expert=fill.expert, interleaved=fill.rule.interleaved):
             target = out[piece.target]
             (target[0] if fill.expert is not None else target).copy_(scales[piece.source])
     return out

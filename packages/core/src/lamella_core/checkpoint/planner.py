@@ -47,7 +47,8 @@ class Fill:
 
     def pieces(self, spec: ShardSpec) -> tuple[Piece, ...]:
         """Returns the copies into a parameter of this spec."""
-        return spec.pieces(self.rule.section, expert=self.expert, transpose=self.rule.transpose)
+        rule = self.rule
+        return spec.pieces(rule.section, expert=self.expert, transpose=rule.transpose, interleaved=rule.interleaved)
 
     def source_shape(self, spec: ShardSpec) -> tuple[int, ...]:
         """Returns the shape that the source must have."""

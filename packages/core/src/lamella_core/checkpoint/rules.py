@@ -40,6 +40,8 @@ class WeightRule:
         section: the section of a fused parameter that the source fills (a name of its `ShardSpec`), or several names
             when the source is itself fused in that order; None: the source covers the whole parameter, in its order.
         transpose: the source is stored ``[in, out]``; the parameter is ``[out, in]``.
+        interleaved: the sections are stored head group by head group: the queries of a key/value head, its key and its
+            value, then the next one's.
         optional: the source may be missing; what it would have filled is then zero (a bias, for example). A tied output
             layer needs no such mark: its parameter is the embedding's, and its source is then left unread.
 
@@ -51,6 +53,7 @@ class WeightRule:
     target: str
     section: str | tuple[str, ...] | None = None
     transpose: bool = False
+    interleaved: bool = False
     optional: bool = False
 
     def source_name(self, index: int | None = None, expert: int | None = None) -> str:

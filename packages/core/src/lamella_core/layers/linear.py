@@ -111,7 +111,7 @@ class QKVParallelLinear(Linear):
         kv_heads = config.num_key_value_heads
         sections = fused(
             [
-                split_heads(config.num_attention_heads, head_dim, tp, rank, name="q"),
+                split_heads(config.num_attention_heads, head_dim, tp, rank, name="q", groups=kv_heads),
                 split_heads(kv_heads, head_dim, tp, rank, name="k"),
                 split_heads(kv_heads, head_dim, tp, rank, name="v"),
             ]

@@ -26,6 +26,7 @@ class Section:
     padded_length: int  # elements that the section occupies in the parameter; those past ``length`` are zero
     offset: int = 0  # where the section begins in the parameter
     name: str | None = None
+    group: int = 0  # elements of one head group, by which sources may interleave the sections; 0: they cannot
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,18 @@ class ShardSpec:
         return (*shape[:-2], shape[-1], shape[-2]) if transpose else shape
 
     def pieces(
-        self, section: str | Sequence[str] | None = None, *, expert: int | None = None, transpose: bool = False
+        self,
+        section: str | Sequence[str] | None = None,
+        *,
+        expert: int | None = None,
+        transpose: bool = False,
+        interleaved: bool = False,
     ) -> tuple[Piece, ...]:
         """Returns the copies that bring this rank's part of one source tensor into the parameter.
 
-        Arguments are those of `source_shape`. Empty when this rank holds nothing of the source (another rank's expert,
-        rows beyond the end of a padded vocabulary).
+        Arguments are those of `source_shape`; with ``interleaved`` the source holds each head group's part of all the
+        sections, then the next group's. Empty when this rank holds nothing of the source (another rank's expert, rows
+        beyond the end of a padded vocabulary).
 
         Raises:
             ConfigError: an unknown section, or an expert given for a parameter that stacks none.
@@ -95,7 +102,12 @@ class ShardSpec:
         sources: list[Slices] = [()]
         targets: list[Slices] = [()]
         for index, sections in enumerate(dims):
-            cuts = _expert_cut(sections[0], expert) if index == 0 and expert is not None else _cuts(sections)
+            if index == 0 and expert is not None:
+                cuts = _expert_cut(sections[0], expert)
+            elif interleaved and all(s.group for s in sections):
+                cuts = _interleaved_cuts(sections)
+            else:
+                cuts = _cuts(sections)
             sources = [done + ((cut[0],) if cut[0] else ()) for done in sources for cut in cuts]
             targets = [done + (cut[1],) for done in targets for cut in cuts]
         if transpose:
@@ -124,6 +136,22 @@ def _cuts(sections: Sequence[Section]) -> list[tuple[slice | None, slice]]:
             source = slice(first, first + section.length)
             found.append((source, slice(section.offset, section.offset + section.length)))
         base += section.size
+    return found
+
+
+def _interleaved_cuts(sections: Sequence[Section]) -> list[tuple[slice | None, slice]]:
+    """Returns what `_cuts` does for a source that holds group after group, each the sections' parts end to end."""
+    found: list[tuple[slice | None, slice]] = []
+    stride, base = sum(section.group for section in sections), 0
+    for section in sections:
+        done, end = section.start, section.start + section.length
+        while done < end:
+            group, within = divmod(done, section.group)
+            count = min(section.group - within, end - done)
+            first, target = group * stride + base + within, section.offset + done - section.start
+            found.append((slice(first, first + count), slice(target, target + count)))
+            done += count
+        base += section.group
     return found
 
 
@@ -159,8 +187,10 @@ def split_padded(size: int, parts: int, index: int) -> Section:
     return Section(size=size, start=start, length=min(padded, size - start), padded_length=padded)
 
 
-def split_heads(heads: int, head_dim: int, parts: int, index: int, *, name: str) -> Section:
+def split_heads(heads: int, head_dim: int, parts: int, index: int, *, name: str, groups: int | None = None) -> Section:
     """Returns part ``index`` of ``heads`` heads; with more parts than heads, ``parts / heads`` ranks share each head.
+
+    ``groups`` is in how many groups of heads a source may hold them; by default each head is one.
 
     Raises:
         ConfigError: neither number is a multiple of the other.
@@ -169,7 +199,9 @@ def split_heads(heads: int, head_dim: int, parts: int, index: int, *, name: str)
         raise ConfigError(f"{heads} heads and {parts} ranks: one must be a multiple of the other")
     first, count = (index * heads // parts, 1) if parts > heads else (index * (heads // parts), heads // parts)
     length = count * head_dim
-    return Section(size=heads * head_dim, start=first * head_dim, length=length, padded_length=length, name=name)
+    group = heads // (groups or heads) * head_dim
+    size, start = heads * head_dim, first * head_dim
+    return Section(size=size, start=start, length=length, padded_length=length, name=name, group=group)
 
 
 def fused(sections: Sequence[Section]) -> tuple[Section, ...]:
