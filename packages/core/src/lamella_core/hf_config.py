@@ -157,8 +157,17 @@ class HfConfig:
         get_activation(value)
         return value
 
-    def rope(self, head_dim: int, default_theta: float = 10000.0) -> RopeConfig:
+    def rope(
+        self,
+        head_dim: int,
+        default_theta: float = 10000.0,
+        *,
+        default_partial: float = 1.0,
+        interleaved: bool = False,
+    ) -> RopeConfig:
         """Returns the rotary embedding, from ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``.
+
+        ``default_partial`` is the rotating part of a head where the file does not say, see ``partial_rotary_factor``.
 
         Raises:
             ConfigError: an unknown rope type, or one whose parameters are incomplete or impossible.
@@ -176,13 +185,14 @@ class HfConfig:
         kind = given.get("rope_type") or given.get("type") or "default"
         kind = _ROPE_ALIASES.get(kind, kind) if isinstance(kind, str) else str(kind)
         partial = given.get("partial_rotary_factor", self.get("partial_rotary_factor", default=None))
-        partial = _first_given(partial, 1.0)
+        partial = _first_given(partial, default_partial)
         check_number(f"{self.where}: partial_rotary_factor", partial, positive=True)
         return RopeConfig(
             rotary_dim=int(head_dim * partial),
             theta=theta,
             rope_type=kind,
             scaling=self._rope_scaling(kind, given),
+            interleaved=interleaved,
         )
 
     def _rope_scaling(self, kind: str, given: dict[str, Any]) -> dict[str, Any]:

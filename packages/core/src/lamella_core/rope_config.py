@@ -18,7 +18,7 @@ ROPE_PARAMETERS: dict[str, dict[str, bool]] = {
     "yarn": {"factor": False, "original_max_position_embeddings": False, "attention_factor": False, "beta_fast": False,
              "beta_slow": False, "mscale": False, "mscale_all_dim": False, "truncate": False},
     "longrope": {"short_factor": True, "long_factor": True, "factor": False, "attention_factor": False,
-                 "original_max_position_embeddings": False},
+                 "original_max_position_embeddings": False, "short_mscale": False, "long_mscale": False},
 }  # fmt: skip
 _LISTS = ("short_factor", "long_factor")  # one number per pair of rotating elements
 _MAY_BE_ZERO = ("mscale", "mscale_all_dim")  # 0 turns them off

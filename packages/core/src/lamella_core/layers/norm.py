@@ -53,3 +53,13 @@ class LayerNorm(Norm):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = x if residual is None else x + residual
         return F.layer_norm(total, (total.shape[-1],), self.weight, self.bias, self.eps), total
+
+
+class LayerNorm1P(LayerNorm):
+    """`LayerNorm` whose stored weights are one less than what they multiply by."""
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, out_scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x if residual is None else x + residual
+        return F.layer_norm(total, (total.shape[-1],), self.weight + 1.0, self.bias, self.eps), total

@@ -98,7 +98,8 @@ def _exponents(rope: RopeConfig) -> torch.Tensor:
     return torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
 
 
-Frequencies = tuple[torch.Tensor, float]  # radians per position, [rotary_dim / 2] or one row per position; amplitude
+# Radians per position [rotary_dim / 2], or one row per position; amplitude, or a column with one per position.
+Frequencies = tuple[torch.Tensor, float | torch.Tensor]
 
 
 def _default(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
@@ -169,17 +170,20 @@ def _yarn_amplitude(s: dict[str, Any], factor: float) -> float:
 
 
 def _longrope(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
+    """LongRoPE (Ding et al. 2024); amplitudes follow from the factor, or are given for short and long sequences."""
     s = rope.scaling
     factor, original = s["factor"], s["original_max_position_embeddings"]
     amplitude = s.get("attention_factor")
     if amplitude is None:
         amplitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    short_amplitude, long_amplitude = (float(s.get(f"{key}_mscale") or amplitude) for key in ("short", "long"))
     periods = rope.theta ** _exponents(rope)
     short = 1.0 / (torch.tensor(s["short_factor"], dtype=torch.float32) * periods)
     long = 1.0 / (torch.tensor(s["long_factor"], dtype=torch.float32) * periods)
     if max_len is not None and max_len > original:
-        return long, float(amplitude)
-    return torch.where((positions >= original)[:, None], long, short), float(amplitude)
+        return long, long_amplitude
+    is_long = (positions >= original)[:, None]
+    return torch.where(is_long, long, short), torch.where(is_long, long_amplitude, short_amplitude)
 
 
 _FREQUENCIES: dict[str, Callable[[RopeConfig, torch.Tensor, int, int | None], Frequencies]] = {

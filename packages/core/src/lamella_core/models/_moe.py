@@ -1,4 +1,4 @@
-"""SparseConfig: fields that Qwen's mixtures of experts share, and how their config.json says which layers have experts."""
+"""SparseConfig: fields that Qwen's mixtures of experts share, and which layers of a config.json have experts."""
 
 from __future__ import annotations
 
