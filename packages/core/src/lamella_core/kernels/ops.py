@@ -7,6 +7,7 @@ and errors are those of `lamella_core.kernels.cpu.ops`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lamella_core.kernels import triton as triton_kernels
@@ -15,14 +16,28 @@ from lamella_core.kernels.cpu import reference
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out_scale: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    unit_offset: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Root-mean-square norm of x [T, H] (plus residual); with ``out_scale`` [] float32 the result may be float8."""
     if x.is_cuda and triton_kernels.is_available():
         from lamella_core.kernels.triton.norm import rms_norm as rms_norm_kernel
 
-        return rms_norm_kernel(x, weight, eps, residual, out_scale)
-    return cpu_ops.rms_norm(x, weight, eps, residual)
+        return rms_norm_kernel(x, weight, eps, residual, out_scale, unit_offset)
+    return cpu_ops.rms_norm(x, weight, eps, residual, unit_offset)
+
+
+def head_rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """Root-mean-square norm of each head of x [T, heads, D] by itself, weight [D] for all heads; new memory."""
+    if x.is_cuda and triton_kernels.is_available():
+        from lamella_core.kernels.triton.norm import head_rms_norm as head_rms_norm_kernel
+
+        return head_rms_norm_kernel(x, weight, eps, unit_offset)
+    return cpu_ops.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, None, unit_offset)[0].view(x.shape)
 
 
 def silu_and_mul(gate_up: Tensor, out_scale: Tensor | None = None) -> Tensor:
@@ -38,3 +53,10 @@ def rope_inplace(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int
     """Rotates the first ``rotary_dim`` values of every head of q [T, Hq, D] and k [T, Hkv, D] in place."""
     rope = reference.rope_inplace if q.is_cuda else cpu_ops.rope_inplace
     rope(q, k, cos, sin, rotary_dim, interleaved)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Returns the rows [R] int64 of x [T, N]: [R, N]; also of float8, which `torch.index_select` does not take."""
+    if x.element_size() == 1:
+        return x.view(torch.uint8).index_select(0, rows).view(x.dtype)
+    return x.index_select(0, rows)

@@ -7,6 +7,7 @@ from torch import nn
 
 from lamella_core.config import ModelConfig
 from lamella_core.context import AttentionSpec, ForwardContext
+from lamella_core.kernels import ops
 from lamella_core.layers.linear import QKVParallelLinear, RowParallelLinear
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.rotary import Rotation
@@ -66,9 +67,19 @@ class Attention(nn.Module):
         """Scale with which x may also come as float8, see `Linear.input_scale`."""
         return self.qkv_proj.input_scale
 
-    def forward(self, x: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext) -> torch.Tensor:
-        """Returns [T, H]; ``rotation`` is None where positions enter in another way."""
+    def forward(
+        self, x: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns [T, H], or [R, H] of the tokens ``rows`` [R] alone.
+
+        ``rotation`` is None where positions enter in another way.
+        """
         spec, tokens = self.spec, x.shape[0]
         q, k, v = self.qkv_proj(x, ctx).view(tokens, sum(self.heads), spec.head_dim).split_with_sizes(self.heads, dim=1)
         out = ctx.attend(spec, q, k, v, rotation=rotation, kv_scales=self.kv_scales, out_scale=self.o_proj.input_scale)
-        return self.o_proj(out.reshape(tokens, spec.num_heads * spec.head_dim), ctx)
+        out = out.reshape(tokens, spec.num_heads * spec.head_dim)
+        if rows is not None:
+            out = ops.take_rows(out, rows)
+            if not out.shape[0]:
+                return x.new_empty(0, self.o_proj.out_features_local, dtype=self.o_proj.dtype)
+        return self.o_proj(out, ctx)

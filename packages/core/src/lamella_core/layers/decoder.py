@@ -13,7 +13,12 @@ from lamella_core.layers.rotary import Rotation
 
 
 class DecoderLayer(nn.Module):
-    """Takes and returns (hidden [T, H], residual [T, H] or None): their sum is the stream, added by the next norm."""
+    """Takes and returns (hidden [T, H], residual [T, H] or None): their sum is the stream, added by the next norm.
+
+    With ``rows`` [R] only those tokens go on after the attention, which sees all; the results are [R, H].
+    """
+
+    selects_rows = True  # takes ``rows``
 
     def __init__(self, *, input_norm: Norm, attention: Attention, mlp_norm: Norm, mlp: FeedForward) -> None:
         super().__init__()
@@ -23,9 +28,18 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, rotation: Rotation | None, ctx: ForwardContext
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: Rotation | None,
+        ctx: ForwardContext,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normed, residual = self.input_norm(hidden, residual, self.attention.input_scale)
-        attended = self.attention(normed, rotation, ctx)
+        attended = self.attention(normed, rotation, ctx, rows)
+        if rows is not None:
+            residual = residual.index_select(0, rows)
+            if not residual.shape[0]:
+                return attended, residual
         normed, residual = self.mlp_norm(attended, residual, self.mlp.input_scale)
         return self.mlp(normed, ctx), residual

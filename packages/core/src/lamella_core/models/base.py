@@ -104,18 +104,32 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         positions: torch.Tensor,  # [T] int64, each token's place in its request
         ctx: ForwardContext,
         hidden: torch.Tensor | None = None,  # [T, H], the previous pipeline stage's result
+        rows: torch.Tensor | None = None,  # [R] int64: tokens whose results are wanted; last stage only; None: all
     ) -> torch.Tensor:
-        """Returns hidden states [T, H]: the next stage's input, or what `compute_logits` takes on the last stage."""
+        """Returns hidden states: [T, H], the next stage's input; on the last stage [R, H], what `compute_logits` takes.
+
+        The last layer computes no more than ``rows`` once it has attended.
+        """
         if hidden is None:
             hidden = self.embed(input_ids, positions, ctx)
-        return self.run_layers(hidden, self.rotary(positions) if self.rotary is not None else None, ctx)
+        return self.run_layers(hidden, self.rotary(positions) if self.rotary is not None else None, ctx, rows)
 
-    def run_layers(self, hidden: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext) -> torch.Tensor:
+    def run_layers(
+        self, hidden: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Returns what `forward` returns, from the first layer's input [T, H] and the tokens' rotations."""
         residual: torch.Tensor | None = None
-        for layer in self.layers.values():
+        *others, last = self.layers.values()
+        for layer in others:
             hidden, residual = layer(hidden, residual, rotation, ctx)
-        if self.norm is not None:
+        if rows is not None and getattr(last, "selects_rows", False):
+            hidden, residual = last(hidden, residual, rotation, ctx, rows)
+        else:
+            hidden, residual = last(hidden, residual, rotation, ctx)
+            if rows is not None:
+                hidden = hidden.index_select(0, rows)
+                residual = residual.index_select(0, rows) if residual is not None else None
+        if self.norm is not None and hidden.shape[0]:
             return self.norm(hidden, residual)[0]
         return hidden if residual is None else hidden + residual
 

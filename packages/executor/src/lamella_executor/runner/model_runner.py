@@ -43,9 +43,7 @@ class ModelRunner:
         ctx = PagedAttentionContext(self._cache, batch, self._windows, self._tp)
         hidden = self._decode.run(batch) if all(item.num_tokens == 1 for item in plan.items) else None
         if hidden is None:
-            hidden = self._model(batch.input_ids, batch.positions, ctx)  # [T, H]
-        if batch.logit_rows is not None:
-            if batch.logit_rows.numel() == 0:
-                return torch.empty(0, self._model.config.vocab_size)
-            hidden = hidden.index_select(0, batch.logit_rows)
+            hidden = self._model(batch.input_ids, batch.positions, ctx, rows=batch.logit_rows)  # [R, H]
+        if not hidden.shape[0]:
+            return torch.empty(0, self._model.config.vocab_size)
         return self._model.compute_logits(hidden, ctx)

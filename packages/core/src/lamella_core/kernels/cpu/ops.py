@@ -117,7 +117,9 @@ def gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return _call_matmul(library.lamella_gemv_rows, x, w, n, bias, x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, unit_offset: bool = False
+) -> tuple[Tensor, Tensor]:
     """Root-mean-square norm of x (plus residual), as Hugging Face models compute it.
 
     Args:
@@ -125,6 +127,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         weight: [H]; multiplied after the cast back to x's dtype.
         eps: added to the mean square.
         residual: [T, H], added first and rounded to x's dtype.
+        unit_offset: multiply by 1 + weight instead, before the cast.
 
     Returns:
         The normed rows, and the sum that was normed (x itself without a residual): both [T, H].
@@ -136,6 +139,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ")
     if not (residual is None or residual.shape == x.shape):
         raise ValueError("residual and x differ in shape")
+    if unit_offset:
+        total = x if residual is None else x + residual
+        return rms_norm(total.float(), weight.float() + 1.0, eps)[0].to(x.dtype), total
     library, dtype = kernels(), x.dtype
     same = weight.dtype == dtype and (residual is None or residual.dtype == dtype)
     if library is None or not same or dtype not in DTYPE_CODES or not (x.is_cpu and weight.is_cpu):

@@ -87,8 +87,12 @@ def gemv_rows(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear_tiled(x, w, bias) if x.dtype == torch.float32 else linear_upcast(x, w, bias)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, unit_offset: bool = False
+) -> tuple[Tensor, Tensor]:
     """Root-mean-square norm of x [T, H] (plus residual [T, H]) in float32, cast to x's dtype, times weight [H].
+
+    With ``unit_offset`` it is multiplied by 1 + weight, in float32, before the cast.
 
     Returns:
         The normed rows, and the sum that was normed (x itself without a residual): both [T, H].
@@ -97,6 +101,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         x = x + residual
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if unit_offset:
+        return (wide * (weight.float() + 1.0)).to(x.dtype), x
     return wide.to(x.dtype) * weight, x
 
 

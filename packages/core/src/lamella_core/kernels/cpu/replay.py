@@ -54,7 +54,7 @@ class Tape:
         self._count = len(calls)
         self._words = (ctypes.c_uint64 * (len(calls) * (1 + _WIDTH)))()
         for i, (code, arguments) in enumerate(calls):
-            words = [code, *_words(RECORDABLE[code], arguments)]
+            words: list[Any] = [code, *_words(RECORDABLE[code], arguments)]
             self._words[i * (1 + _WIDTH) : i * (1 + _WIDTH) + len(words)] = words
         self._failed = ctypes.c_int64()
         self._replay = kernels().lamella_replay

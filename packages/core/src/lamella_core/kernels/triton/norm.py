@@ -34,17 +34,23 @@ def _rms_norm_kernel(
     out_scale_ptr: tl.tensor,
     num_rows: tl.tensor,
     x_stride: tl.tensor,
+    x_head_stride: tl.tensor,
     residual_stride: tl.tensor,
     eps: tl.tensor,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
     QUANTIZE: tl.constexpr,
     NATIVE_FLOAT8: tl.constexpr,
     USE_PDL: tl.constexpr,
 ) -> None:
-    """ROWS rows of H values per program; statistics in float32, the normed value rounded before the weight."""
+    """ROWS rows of H values per program, HEADS rows to a token; statistics in float32.
+
+    The normed value is rounded before the weight, but not before 1 + weight.
+    """
     cols = tl.arange(0, BLOCK)[None, :]
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     in_row = cols < H
@@ -54,7 +60,8 @@ def _rms_norm_kernel(
         gdc_wait()
         gdc_launch_dependents()
     rows = rows.to(tl.int64)
-    x = tl.load(x_ptr + rows * x_stride + cols, mask, other=0.0)
+    starts = rows * x_stride if HEADS == 1 else rows // HEADS * x_stride + rows % HEADS * x_head_stride
+    x = tl.load(x_ptr + starts + cols, mask, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + rows * residual_stride + cols, mask, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
@@ -62,8 +69,11 @@ def _rms_norm_kernel(
     wide = x.to(tl.float32)
     mean = tl.sum(wide * wide, axis=1) / H
     factor = tl.rsqrt(mean + eps)[:, None]
-    normed = (wide * factor).to(x.dtype).to(tl.float32)
-    normed = (normed * weight.to(tl.float32)).to(x.dtype)
+    if UNIT_OFFSET:
+        normed = (wide * factor * (weight.to(tl.float32) + 1.0)).to(x.dtype)
+    else:
+        normed = (wide * factor).to(x.dtype).to(tl.float32)
+        normed = (normed * weight.to(tl.float32)).to(x.dtype)
     if QUANTIZE:
         scaled = tl.div_rn(normed.to(tl.float32), tl.load(out_scale_ptr).to(tl.float32))
         tl.store(out_ptr + rows * H + cols, to_float8(scaled, NATIVE_FLOAT8), mask)
@@ -72,7 +82,12 @@ def _rms_norm_kernel(
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out_scale: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    unit_offset: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Root-mean-square norm of x (plus residual), rounded where Hugging Face models round.
 
@@ -82,39 +97,75 @@ def rms_norm(
         eps: added to the mean square.
         residual: [T, H] of x's dtype, added first and rounded to it.
         out_scale: [] float32; if given the normed rows come as float8_e4m3fn, divided by it.
+        unit_offset: multiply by 1 + weight instead, in float32, before the cast.
 
     Returns:
         The normed rows, and the sum that was normed (x itself without a residual): both [T, H].
     """
     if weight.dtype is not x.dtype or x.dtype not in DTYPES or x.stride(1) != 1:
-        return reference.rms_norm(x, weight, eps, residual)  # rare; the offer of a scale is left
-    num_rows, width = x.shape
-    quantize = out_scale is not None
-    out = torch.empty((num_rows, width), dtype=torch.float8_e4m3fn if quantize else x.dtype, device=x.device)
-    total = x if residual is None else torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
+        return reference.rms_norm(x, weight, eps, residual, unit_offset)  # rare; the offer of a scale is left
+    dtype = x.dtype if out_scale is None else torch.float8_e4m3fn
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x.unsqueeze(1), weight, eps, out, residual, total, out_scale, unit_offset)
+    return out, total
+
+
+def head_rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """Root-mean-square norm of each head of x [T, heads, D] by itself, e.g. of a view of the fused projection.
+
+    Args:
+        x: float32, bfloat16 or float16; tokens and heads may be apart, values of a head are side by side.
+        weight: [D], contiguous; the same for all heads.
+        eps: added to the mean square.
+        unit_offset: as for `rms_norm`.
+
+    Returns:
+        The normed heads [T, heads, D], contiguous.
+    """
+    if weight.dtype is not x.dtype or x.dtype not in DTYPES or x.stride(2) != 1:
+        return reference.rms_norm(x, weight, eps, None, unit_offset)[0].contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, weight, eps, out, None, out, None, unit_offset)
+    return out
+
+
+def _launch(
+    x: Tensor,  # [T, heads, H], each head normed by itself
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    residual: Tensor | None,
+    total: Tensor,
+    out_scale: Tensor | None,
+    unit_offset: bool,
+) -> None:
+    num_rows, width = x.shape[0] * x.shape[1], x.shape[2]
     if num_rows == 0:
-        return out, total
+        return
     block = next_power_of_2(width)
     rows = max(1, SMALL_TILE // block)
     _rms_norm_kernel[(-(-num_rows // rows),)](
         x,
         x if residual is None else residual,
         weight,
-        float8_storage(out) if quantize else out,
+        out if out_scale is None else float8_storage(out),
         total,
         out_scale,
         num_rows,
         x.stride(0),
+        x.stride(1),
         0 if residual is None else residual.stride(0),
         eps,
         H=width,
+        HEADS=x.shape[1],
         BLOCK=block,
         ROWS=rows,
         HAS_RESIDUAL=residual is not None,
-        QUANTIZE=quantize,
+        UNIT_OFFSET=unit_offset,
+        QUANTIZE=out_scale is not None,
         NATIVE_FLOAT8=has_float8(),
         USE_PDL=use_pdl(),
         num_warps=min(MOST_WARPS, max(1, block * rows // VALUES_PER_WARP)),
         **launch_options(),
     )
-    return out, total

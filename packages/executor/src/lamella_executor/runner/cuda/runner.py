@@ -185,9 +185,7 @@ class CudaRunner:
             self._cache.copy_blocks(*ends)
 
     def _logits(self, hidden: Tensor, inputs: StepInputs) -> Tensor:
-        """Returns logits [L, vocab_size] in the model's dtype from hidden states [T, H]."""
-        if inputs.logit_rows is not None:
-            hidden = hidden.index_select(0, inputs.logit_rows)
+        """Returns logits [L, vocab_size] in the model's dtype from hidden states [L, H]."""
         return self._model.compute_logits(hidden, self._outputs, dtype=hidden.dtype)
 
     def _draw(self, logits: Tensor, inputs: StepInputs, *, is_greedy: bool) -> None:
@@ -216,7 +214,7 @@ class CudaRunner:
         return reserve_decode(self._state.inbox, self._state.block_tables, size, self._limits.max_seq_len)
 
     def forward(self, inputs: StepInputs) -> Tensor:
-        """Enqueues a forward pass; returns hidden states [T, H]."""
+        """Enqueues a forward pass; returns hidden states [L, H] of the rows whose logits are wanted."""
         state, parts = self._state, self._parts
         parts.ops.prepare(state, inputs)
         step = inputs.attention
@@ -225,10 +223,10 @@ class CudaRunner:
             self._cache, state.kv_slots[:count], step.num_decode, parts.attention.begin(step),
             parts.ops.rope_and_cache, self._windows, self._tp,
         )  # fmt: skip
-        return self._model(state.input_ids[:count], state.positions[:count], ctx)
+        return self._model(state.input_ids[:count], state.positions[:count], ctx, rows=inputs.logit_rows)
 
     def sample(self, hidden: Tensor, inputs: StepInputs, *, is_greedy: bool) -> None:
-        """Enqueues logits and sampling of hidden states [T, H]; the tokens go to the outbox."""
+        """Enqueues logits and sampling of hidden states [L, H]; the tokens go to the outbox."""
         if inputs.num_logits:
             self._draw(self._logits(hidden, inputs), inputs, is_greedy=is_greedy)
 
