@@ -14,6 +14,8 @@ def calls() -> None:
     norm.rms_norm(x, weight, 1e-5, x)
     norm.rms_norm(x, weight, 1e-5, x, scale)
     norm.rms_norm(x.view(-1, 128), weight[:128], 1e-5)
+    norm.rms_norm(x, weight, 1e-5, x, unit_offset=True)
+    norm.head_rms_norm(x.view(16, 32, 128)[:, :24], weight[:128], 1e-5)
     activation.silu_and_mul(x)
     activation.silu_and_mul(x, scale)
     quantize.quantize_fp8(x, scale)

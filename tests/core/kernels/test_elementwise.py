@@ -34,6 +34,19 @@ def test_rms_norm(shape, dtype, with_residual):
     assert not alone or torch.equal(torch.cat(alone), y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_with_unit_offset(dtype):
+    """1 + weight is multiplied in float32, before the cast."""
+    x, residual, weight = (random(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(5, 48), (5, 48), (48,)]))
+    y, total = ops.rms_norm(x, weight, 1e-5, residual, unit_offset=True)
+    wide = (x + residual).float()
+    expected = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * (1 + weight.float())
+    torch.testing.assert_close(y, expected.to(dtype), **TOLERANCE[dtype])
+    assert (y == expected.to(dtype)).float().mean() > 0.9 or dtype == torch.float32
+    assert torch.equal(total, x + residual)
+    assert torch.equal(reference.rms_norm(x, weight, 1e-5, residual, unit_offset=True)[1], total)
+
+
 def test_rms_norm_leaves_its_inputs_alone_and_takes_mixed_dtypes():
     x, residual, weight = random(4, 32, dtype=torch.bfloat16), random(4, 32, dtype=torch.bfloat16, seed=1), random(32)
     before = x.clone(), residual.clone()

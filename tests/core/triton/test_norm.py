@@ -48,6 +48,27 @@ def test_rounds_before_the_weight(device):
     assert (ours == reference.rms_norm(x, weight, EPS)[0]).float().mean() > 0.995
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unit_offset_multiplies_before_rounding(device, dtype):
+    x, residual, weight = make([(5, 640), (5, 640), (640,)], dtype, device)
+    ours, total = norm.rms_norm(x, weight, EPS, residual, unit_offset=True)
+    expected, expected_total = reference.rms_norm(x, weight, EPS, residual, unit_offset=True)
+    assert_same(ours, expected, dtype)
+    assert torch.equal(total, expected_total)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 4, 128), (9, 3, 80), (0, 2, 16)])
+def test_heads_of_a_fused_projection(device, dtype, unit_offset, tokens, heads, width):
+    fused, weight = make([(tokens, 7, width), (width,)], dtype, device)
+    for x in (fused[:, 2 : 2 + heads], fused.transpose(0, 1)[:, :tokens]):
+        ours = norm.head_rms_norm(x, weight, EPS, unit_offset)
+        assert ours.is_contiguous() and ours.dtype == dtype and ours.shape == x.shape
+        if tokens:
+            assert_same(ours, reference.rms_norm(x, weight, EPS, None, unit_offset)[0], dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(1, 4096), (6, 1536), (9, 64)])
 def test_float8_output(device, dtype, rows, width):
