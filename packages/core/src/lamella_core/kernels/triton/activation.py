@@ -16,6 +16,13 @@ NUM_WARPS = 4  # 8 outputs a thread: one 16-byte load of gate and of up
 
 
 @triton.jit
+def gated_silu(gate: tl.tensor, up: tl.tensor) -> tl.tensor:
+    """silu(gate) * up in gate's dtype; float32 inside, rounded once."""
+    wide = gate.to(tl.float32)
+    return (wide / (1.0 + tl.exp(-wide)) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def _silu_and_mul_kernel(
     gate_up_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -36,9 +43,7 @@ def _silu_and_mul_kernel(
         gdc_launch_dependents()
     source = gate_up_ptr + row * row_stride + cols
     gate = tl.load(source, mask, other=0.0)
-    up = tl.load(source + WIDTH, mask, other=0.0).to(tl.float32)
-    wide = gate.to(tl.float32)
-    y = (wide / (1.0 + tl.exp(-wide)) * up).to(gate.dtype)
+    y = gated_silu(gate, tl.load(source + WIDTH, mask, other=0.0))
     if QUANTIZE:
         scaled = tl.div_rn(y.to(tl.float32), tl.load(out_scale_ptr).to(tl.float32))
         tl.store(out_ptr + row * WIDTH + cols, to_float8(scaled, NATIVE_FLOAT8), mask)

@@ -21,11 +21,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lamella_core.kernels.fused import SiluGateAfter
 from lamella_core.kernels.matmul import Scales
-from lamella_core.kernels.triton.launch import is_interpreted, launch_options, next_power_of_2, use_pdl
+from lamella_core.kernels.triton.activation import gated_silu
+from lamella_core.kernels.triton.launch import (
+    float8_storage,
+    has_float8,
+    is_interpreted,
+    launch_options,
+    next_power_of_2,
+    use_pdl,
+)
+from lamella_core.kernels.triton.quantize import to_float8
 
 MOST_ROWS = 16
 MOST_VECTOR_ROWS = 4
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _LINE_BYTES = tl.constexpr(128)
 
 
@@ -72,24 +83,51 @@ def _prefetch(pointers):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store(  # type: ignore[no-untyped-def]
-    acc,  # [ROWS, BLOCK_N] float32
-    rows,  # [ROWS]
-    cols,  # [BLOCK_N]
+def weight_rows(block, n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns the first weight row of a block, the block's rows relative to it, and which of them exist.
+
+    GATED: n rows are [gate, up], and a block alternates rows of both halves.
+    """
+    row = tl.arange(0, BLOCK_N)
+    if GATED:
+        half = n // 2
+        first = block * (BLOCK_N // 2)
+        inside = first + row // 2 < half
+        row = (row // 2).to(tl.int64) + (row % 2).to(tl.int64) * half
+    else:
+        first = block * BLOCK_N
+        inside = first + row < n
+    return first, row, inside
+
+
+@triton.jit
+def finish(  # type: ignore[no-untyped-def]
+    acc,  # [ROWS, BLOCK_N] float32, of the weight rows first + row
+    first,
+    row,
+    inside,
     out_ptr,
     bias_ptr,
     x_scale_ptr,
     w_scale_ptr,
+    out_scale_ptr,
     m,
     n,
+    DTYPE: tl.constexpr,  # of the product, before it is quantized
     SCALED: tl.constexpr,
     SCALE_PER_ROW: tl.constexpr,
     SCALE_PER_COL: tl.constexpr,
+    GATED: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    NATIVE_FLOAT8: tl.constexpr,
 ):
-    inside = (rows < m)[:, None] & (cols < n)[None, :]
+    """Scales sums, adds the bias, and stores them, or what the gate makes of them, in `out_ptr`."""
+    ROWS: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    rows = tl.arange(0, ROWS)
     if SCALED:
         if SCALE_PER_COL:
-            acc *= tl.load(w_scale_ptr + cols, mask=cols < n, other=0.0)[None, :]
+            acc *= tl.load(w_scale_ptr + first + row, mask=inside, other=0.0)[None, :]
         else:
             acc *= tl.load(w_scale_ptr)
         if SCALE_PER_ROW:
@@ -97,19 +135,31 @@ def _store(  # type: ignore[no-untyped-def]
         else:
             acc *= tl.load(x_scale_ptr)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
-    at = out_ptr + rows.to(tl.int64)[:, None] * n + cols[None, :]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        acc += tl.load(bias_ptr + first + row, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        gate, up = tl.split(tl.reshape(acc.to(DTYPE), (ROWS, BLOCK_N // 2, 2)))
+        result = gated_silu(gate, up)
+        if QUANTIZE:
+            result = to_float8(tl.div_rn(result.to(tl.float32), tl.load(out_scale_ptr).to(tl.float32)), NATIVE_FLOAT8)
+        width = n // 2
+        cols = first + tl.arange(0, BLOCK_N // 2)
+    else:
+        result = acc.to(DTYPE)
+        width = n
+        cols = first + tl.arange(0, BLOCK_N)
+    at = out_ptr + rows.to(tl.int64)[:, None] * width + cols[None, :]
+    tl.store(at, result, mask=(rows < m)[:, None] & (cols < width)[None, :])
 
 
 @triton.jit(do_not_specialize=["m"])
 def _vector_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [M, K], rows stride_x apart
     w_ptr,  # [N, K]
-    out_ptr,  # [M, N]
+    out_ptr,  # [M, N], or [M, N / 2] if GATED
     bias_ptr,  # [N] or None
     x_scale_ptr,  # [] or [M] float32, or None
     w_scale_ptr,  # [] or [N] float32, or None
+    out_scale_ptr,  # [] float32, or None
     m,
     n,
     stride_x,
@@ -119,21 +169,24 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr,  # threads of the program
     VEC: tl.constexpr,  # weight elements in 16 bytes
     AHEAD: tl.constexpr,  # 128-byte lines of each weight row to prefetch, a power of two, or 0
+    DTYPE: tl.constexpr,  # from here on as in `finish`
     SCALED: tl.constexpr,
     SCALE_PER_ROW: tl.constexpr,
     SCALE_PER_COL: tl.constexpr,
+    GATED: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    NATIVE_FLOAT8: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     BLOCK_K: tl.constexpr = LANES * VEC
     EVEN: tl.constexpr = K % BLOCK_K == 0
-    first = tl.program_id(0) * BLOCK_N
+    first, w_row, w_row_inside = weight_rows(tl.program_id(0), n, BLOCK_N, GATED)
     base = w_ptr + first.to(tl.int64) * K
     # Lanes come first, so that each gets a thread, and a thread holds its part of all outputs and rows.
     k = tl.arange(0, LANES)[:, None, None, None] * VEC + tl.arange(0, VEC)[None, None, None, :]
-    col = tl.arange(0, BLOCK_N)[None, :, None, None]
     row = tl.arange(0, ROWS)[None, None, :, None]
-    w_at = base + col * K + k  # [LANES, BLOCK_N, 1, VEC]
-    w_inside = first + col < n
+    w_at = base + w_row[None, :, None, None] * K + k  # [LANES, BLOCK_N, 1, VEC]
+    w_inside = w_row_inside[None, :, None, None]
     x_at = x_ptr + row * stride_x + k  # [LANES, 1, ROWS, VEC]
     x_inside = row < m
 
@@ -142,7 +195,7 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
         tl.extra.cuda.gdc_launch_dependents()
         if AHEAD > 0:
             line = tl.arange(0, AHEAD)[None, :] * _LINE_BYTES
-            rows_at = (base + tl.minimum(tl.arange(0, BLOCK_N), n - 1 - first) * K)[:, None]
+            rows_at = (base + tl.where(w_row_inside, w_row, 0) * K)[:, None]
             skipped: tl.constexpr = BLOCK_K * 16 // VEC
             _prefetch(rows_at.to(tl.int64) + tl.minimum(line + skipped, (K - 1) * 16 // VEC))
         tl.extra.cuda.gdc_wait()
@@ -157,9 +210,10 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
         x = next_x
     acc += tl.sum(w.to(tl.float32) * x.to(tl.float32), axis=3)
     total = tl.trans(tl.sum(acc, axis=0))
-    rows = tl.arange(0, ROWS)
-    cols = first + tl.arange(0, BLOCK_N)
-    _store(total, rows, cols, out_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, m, n, SCALED, SCALE_PER_ROW, SCALE_PER_COL)
+    finish(
+        total, first, w_row, w_row_inside, out_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, out_scale_ptr, m, n,
+        DTYPE, SCALED, SCALE_PER_ROW, SCALE_PER_COL, GATED, QUANTIZE, NATIVE_FLOAT8,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -180,6 +234,7 @@ def _matrix_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,  # inputs of one part per turn
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,  # 128-byte lines of each weight row to prefetch, a power of two, or 0
+    DTYPE: tl.constexpr,
     SCALED: tl.constexpr,
     SCALE_PER_ROW: tl.constexpr,
     SCALE_PER_COL: tl.constexpr,
@@ -189,20 +244,19 @@ def _matrix_kernel(  # type: ignore[no-untyped-def]
     TURN: tl.constexpr = SPLITS * BLOCK_K
     EVEN: tl.constexpr = K % TURN == 0
     BYTES: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
-    first = tl.program_id(0) * BLOCK_N
+    first, w_row, w_row_inside = weight_rows(tl.program_id(0), n, BLOCK_N, False)
     base = w_ptr + first.to(tl.int64) * K
     k = tl.arange(0, SPLITS)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
-    col = tl.arange(0, BLOCK_N)[None, :, None]
     row = tl.arange(0, ROWS)[None, :, None]
-    w_at = base + col * K + k  # [SPLITS, BLOCK_N, BLOCK_K]
+    w_at = base + w_row[None, :, None] * K + k  # [SPLITS, BLOCK_N, BLOCK_K]
     x_at = x_ptr + row * stride_x + k  # [SPLITS, ROWS, BLOCK_K]
-    w_inside = first + col < n
+    w_inside = w_row_inside[None, :, None]
     x_inside = row < m
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if AHEAD > 0:
             line = tl.arange(0, AHEAD)[None, :] * _LINE_BYTES
-            rows_at = (base + tl.minimum(tl.arange(0, BLOCK_N), n - 1 - first) * K)[:, None]
+            rows_at = (base + tl.where(w_row_inside, w_row, 0) * K)[:, None]
             _prefetch(rows_at.to(tl.int64) + tl.minimum(line, (K - 1) * BYTES))
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([SPLITS, BLOCK_N, ROWS], tl.float32)
@@ -218,9 +272,10 @@ def _matrix_kernel(  # type: ignore[no-untyped-def]
             x = x.to(tl.float32)
         acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc)
     total = tl.trans(tl.sum(acc, axis=0))
-    rows = tl.arange(0, ROWS)
-    cols = first + tl.arange(0, BLOCK_N)
-    _store(total, rows, cols, out_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, m, n, SCALED, SCALE_PER_ROW, SCALE_PER_COL)
+    finish(
+        total, first, w_row, w_row_inside, out_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, None, m, n,
+        DTYPE, SCALED, SCALE_PER_ROW, SCALE_PER_COL, GATED=False, QUANTIZE=False, NATIVE_FLOAT8=False,
+    )  # fmt: skip
 
 
 def few_rows_matmul(
@@ -229,6 +284,7 @@ def few_rows_matmul(
     bias: Tensor | None = None,
     scales: Scales | None = None,
     *,
+    gate: SiluGateAfter | None = None,
     tile: VectorTile | MatrixTile | None = None,
 ) -> Tensor:
     """Returns x [M, K] times w [N, K] transposed plus bias [N]: [M, N] in x's dtype, or in that of ``scales``.
@@ -238,24 +294,30 @@ def few_rows_matmul(
         w: of x's dtype, contiguous.
         bias: of the result's dtype.
         scales: of a float8 product.
+        gate: the result is silu(gate) * up of the product's halves: [M, N / 2]. Needs a `VectorTile`, N even.
         tile: how to divide the work; None: `default_tile`. A `VectorTile` takes up to `MOST_VECTOR_ROWS`.
 
     Raises:
-        ValueError: more rows than that.
+        ValueError: more rows than that, or a gate with another tile.
     """
     m, k = x.shape
     n = w.shape[0]
-    if m > (MOST_VECTOR_ROWS if isinstance(tile, VectorTile) else MOST_ROWS):
+    tile = tile or default_tile(m, n, k, w.element_size())
+    vectors = isinstance(tile, VectorTile)
+    if m > (MOST_VECTOR_ROWS if vectors or gate is not None else MOST_ROWS):
         raise ValueError(
             f"{m} rows are more than this kernel takes ({MOST_VECTOR_ROWS} by vectors, {MOST_ROWS} at all)"
         )
-    out = torch.empty((m, n), dtype=x.dtype if scales is None else scales.out_dtype, device=x.device)
+    if gate is not None and (not vectors or tile.block_n < 2 or n % 2):
+        raise ValueError(f"a gate needs a VectorTile of 2 outputs or more and an even N; they are {tile} and {n}")
+    dtype = x.dtype if scales is None else scales.out_dtype
+    out = empty_output(m, n, dtype, gate, x.device)
     if m == 0:
         return out
-    tile = tile or default_tile(m, n, k, w.element_size())
     common = {
         "K": k,
         "BLOCK_N": tile.block_n,
+        "DTYPE": TRITON_DTYPES[dtype],
         "SCALED": scales is not None,
         "SCALE_PER_ROW": scales is not None and scales.x.numel() > 1,
         "SCALE_PER_COL": scales is not None and scales.w.numel() > 1,
@@ -265,12 +327,28 @@ def few_rows_matmul(
         **launch_options(),
     }
     x_scale, w_scale = (None, None) if scales is None else (scales.x, scales.w)
-    arguments = (x, w, out, bias, x_scale, w_scale, m, n, x.stride(0))
-    grid = (-(-n // tile.block_n),)
     if isinstance(tile, VectorTile):
-        rows = 1 if m == 1 else 2 if m == 2 else 4
         vec = 16 // w.element_size()
-        _vector_kernel[grid](*arguments, ROWS=rows, LANES=32 * tile.num_warps, VEC=vec, **common)
+        quantize = gate is not None and gate.out_scale is not None
+        _vector_kernel[(-(-n // tile.block_n),)](
+            x,
+            w,
+            float8_storage(out) if quantize else out,
+            bias,
+            x_scale,
+            w_scale,
+            None if gate is None else gate.out_scale,
+            m,
+            n,
+            x.stride(0),
+            ROWS=next_power_of_2(m),
+            LANES=32 * tile.num_warps,
+            VEC=vec,
+            GATED=gate is not None,
+            QUANTIZE=quantize,
+            NATIVE_FLOAT8=has_float8(),
+            **common,
+        )
     else:
         split = {
             "SPLITS": tile.num_warps,
@@ -278,19 +356,37 @@ def few_rows_matmul(
             "STAGES": tile.num_stages,
             "INTERPRETED": is_interpreted(),
         }
-        _matrix_kernel[grid](*arguments, ROWS=MOST_ROWS, **split, **common)
+        arguments = (x, w, out, bias, x_scale, w_scale, m, n, x.stride(0))
+        _matrix_kernel[(-(-n // tile.block_n),)](*arguments, ROWS=MOST_ROWS, **split, **common)
     return out
+
+
+def empty_output(m: int, n: int, dtype: torch.dtype, gate: SiluGateAfter | None, device: torch.device) -> Tensor:
+    """Returns room for the result of a product [m, n] in ``dtype``, or for what ``gate`` makes of it."""
+    if gate is None:
+        return torch.empty((m, n), dtype=dtype, device=device)
+    gated_dtype = dtype if gate.out_scale is None else torch.float8_e4m3fn
+    return torch.empty((m, n // 2), dtype=gated_dtype, device=device)
 
 
 @functools.lru_cache(maxsize=1024)
 def default_tile(m: int, n: int, k: int, itemsize: int) -> VectorTile | MatrixTile:
     """Returns the tile for a product of m rows by a weight [n, k] of ``itemsize`` bytes per number.
 
-    Narrow weights get few outputs per program, so that every multiprocessor has several programs to hide latency with.
+    The fastest in sum over the products of Llama-3.1-8B on an H100 (``benchmarks/gpu_matmul.py``). Float8 numbers cost
+    more to convert than to read, which from three rows on only the matrix units keep up with.
     """
-    if m > MOST_VECTOR_ROWS:
-        return MatrixTile(block_n=16 if n <= 8192 else 32, block_k=128 // itemsize, num_warps=4, num_stages=4)
-    return VectorTile(block_n=8 if m == 1 and n > 8192 else 4 if m <= 2 or itemsize == 2 else 2, num_warps=4)
+    deep = k > 8192
+    if itemsize == 1:
+        if m == 1:
+            return VectorTile(block_n=4, num_warps=4) if deep else VectorTile(block_n=2, num_warps=8)
+        if m == 2 and not deep:
+            return VectorTile(block_n=4, num_warps=4)
+    elif m <= 2:
+        return VectorTile(block_n=8 if deep else 4, num_warps=8)
+    elif m <= MOST_VECTOR_ROWS:
+        return VectorTile(block_n=4, num_warps=2) if n > 16384 else VectorTile(block_n=2, num_warps=4)
+    return MatrixTile(block_n=16, block_k=256 // itemsize, num_warps=2, num_stages=4)
 
 
 @functools.lru_cache(maxsize=1024)
