@@ -23,6 +23,7 @@ if not ON_GPU:
     repair_interpreter()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks this folder's tests as GPU tests where they run on one."""
     for item in items:
