@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.text_models import live_blocks
 
 import lamella
 from lamella import LLM, RequestError, SamplingParams
@@ -25,7 +26,7 @@ def still_serving(llm: LLM):
     yield
     assert len(neighbour.result(60).token_ids) == 12
     assert llm.generate("The fox", params).text == expected
-    assert llm.get_stats()[-1].num_live_blocks == 0
+    assert live_blocks(llm) == 0
 
 
 BAD_PROMPTS = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.text_models import live_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lamella import LLM, BatchError, KvCacheConfig, RequestError, RequestOutput, SamplingParams
@@ -212,7 +213,7 @@ def test_result_timeout_and_abort(llm: LLM):
 def test_stats(llm: LLM):
     llm.generate("The fox", SamplingParams(max_tokens=3))
     stats = llm.get_stats()
-    assert stats and stats[-1].num_live_blocks == 0
+    assert stats and live_blocks(llm) == 0
 
     async def next_stats() -> int:
         stream = llm.get_stats_async()

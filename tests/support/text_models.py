@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,11 @@ def text_model_dir() -> Path:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def live_blocks(llm: Any) -> int:
+    """Returns the KV blocks that are live once the engine has recorded the iteration of what was just answered."""
+    deadline = time.monotonic() + 5
+    while llm.get_stats()[-1].num_live_blocks and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return llm.get_stats()[-1].num_live_blocks

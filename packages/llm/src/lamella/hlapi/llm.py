@@ -13,7 +13,7 @@ from lamella.llm import LLM as _LLM
 from lamella.outputs import RequestOutput
 from lamella.prompts import PromptInput
 from lamella_core.errors import ConfigError, nearest_name
-from lamella_executor import CapacitySchedulerPolicy, SamplingParams, SchedulerConfig
+from lamella_executor import SamplingParams, SchedulerConfig
 
 DEFAULT_MAX_NEW_TOKENS = 32
 
@@ -68,8 +68,7 @@ class LLM:
             dtype=dtype,
             kv_cache_config=cache.to_lamella(_streaming(streaming_llm)),
             scheduler_config=SchedulerConfig(
-                capacity_scheduler_policy=options.get("capacity_scheduling_policy")
-                or CapacitySchedulerPolicy.GUARANTEED_NO_EVICT,
+                capacity_scheduler_policy=options.get("capacity_scheduling_policy"),
                 enable_chunked_prefill=options.get("enable_chunked_context", True),
             ),
             **_model_arguments(config),
