@@ -1,0 +1,32 @@
+"""Runs a tiny model's engines through every kernel; started under compute-sanitizer by test_equalities."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.support.engines import engine_of, executor_of
+
+from lamella_core.quantization.config import QuantConfig
+from lamella_executor import SamplingParams
+
+PROMPTS = [[5, 6, 7], [9], list(range(3, 43)), [11] * 17]
+PARAMS = [
+    SamplingParams(max_tokens=6, ignore_eos=True),
+    SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.8, seed=1),
+    SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=2),
+    SamplingParams(max_tokens=6, ignore_eos=True, logprobs=1),
+]
+
+
+def main(directory: Path) -> None:
+    for quantization in (QuantConfig(), QuantConfig(quant_algo="FP8", kv_cache_quant_algo="FP8")):
+        engine = engine_of(directory, "cuda", "bfloat16", load={"quant_config": quantization}, tokens_per_block=16)
+        with executor_of(engine) as executor:
+            for count in (len(PROMPTS), 1):
+                executor.generate(PROMPTS[:count], PARAMS[:count])
+
+
+main(Path(sys.argv[1]))
