@@ -13,30 +13,14 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-BASE = {
-    "vocab_size": 131,  # odd: padded when split over two ranks
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2_BASE = {
-    "vocab_size": 131,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from tests.support.renamed_models import RENAMED
+from tests.support.tiny_base import BASE
+from tests.support.tiny_experts import EXPERTS
+from tests.support.tiny_gpt import GPT_LINE
+from tests.support.tiny_others import NORMS_AROUND_ZERO, OTHERS
+
 _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20, "factor": 4.0,
          "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}  # fmt: skip
-
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
@@ -67,24 +51,8 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
         "layer_types": {**BASE, "use_sliding_window": True, "sliding_window": 5,
                         "layer_types": ["sliding_attention", "full_attention"]},
     },
-    "GPT2LMHeadModel": {
-        "tied": GPT2_BASE,
-        "layer_scaled": {**GPT2_BASE, "scale_attn_by_inverse_layer_idx": True, "n_inner": 40,
-                         "tie_word_embeddings": False, "activation_function": "gelu"},
-        "unscaled": {**GPT2_BASE, "scale_attn_weights": False, "activation_function": "relu"},
-    },
-    "MixtralForCausalLM": {
-        "top2": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
-        "top1_window": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 6,
-                        "num_key_value_heads": 1},
-    },
-    "Qwen2MoeForCausalLM": {
-        "shared": {**BASE, **_EXPERTS, "shared_expert_intermediate_size": 40},
-        "some_dense": {**BASE, **_EXPERTS, "shared_expert_intermediate_size": 24, "num_experts_per_tok": 3,
-                       "norm_topk_prob": True, "mlp_only_layers": [0], "qkv_bias": False},
-        "stepped_window": {**BASE, **_EXPERTS, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 2,
-                           "use_sliding_window": True, "sliding_window": 6, "tie_word_embeddings": True},
-    },
+    **EXPERTS,
+    **OTHERS,
 }  # fmt: skip
 
 
@@ -120,7 +88,8 @@ def hf_dir(architecture: str, variant: str) -> Path:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                parameter.copy_(0.1 * noise + (0.0 if name.endswith("bias") else 1.0))
+                around_zero = name.endswith("bias") or architecture in NORMS_AROUND_ZERO
+                parameter.copy_(0.1 * noise + (0.0 if around_zero else 1.0))
             else:
                 parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
     model.save_pretrained(directory)

@@ -78,6 +78,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
+    lm_head_bias: bool = False
     rope: RopeConfig | None = None  # None: no rotary embedding
     sliding_window: int | None = None  # tokens a query sees, its own included; None: all
     bos_token_id: int | None = None

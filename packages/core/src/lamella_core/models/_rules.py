@@ -24,6 +24,15 @@ def norm_rules() -> list[WeightRule]:
     ]
 
 
+def norm_bias_rules() -> list[WeightRule]:
+    """Biases of the two norms of a pre-norm layer and of the final norm."""
+    return [
+        WeightRule(f"{_LAYER}.input_layernorm.bias", "layers.{i}.input_norm.bias"),
+        WeightRule(f"{_LAYER}.post_attention_layernorm.bias", "layers.{i}.mlp_norm.bias"),
+        WeightRule("model.norm.bias", "norm.bias"),
+    ]
+
+
 def attention_rules() -> list[WeightRule]:
     """Separate query, key and value projections fused into one; biases where the model has them."""
     fused = [
@@ -42,6 +51,24 @@ def gated_mlp_rules() -> list[WeightRule]:
         for leaf in ("weight", "bias")
     ]
     return [*fused, *_both(f"{_LAYER}.mlp.down_proj", "layers.{i}.mlp.down_proj")]
+
+
+def fused_mlp_rules() -> list[WeightRule]:
+    """Gate and up projections in one tensor; biases where the model has them."""
+    both = [
+        WeightRule(f"{_LAYER}.mlp.gate_up_proj.{leaf}", f"layers.{{i}}.mlp.gate_up_proj.{leaf}", section=("gate", "up"))
+        for leaf in ("weight", "bias")
+    ]
+    return [*both, *_both(f"{_LAYER}.mlp.down_proj", "layers.{i}.mlp.down_proj")]
+
+
+def plain_mlp_rules(up: str = "up_proj", down: str = "down_proj") -> list[WeightRule]:
+    """An MLP without a gate, its projections called ``up`` and ``down``; biases where the model has them."""
+    return [
+        rule
+        for source, target in ((up, "up_proj"), (down, "down_proj"))
+        for rule in _both(f"{_LAYER}.mlp.{source}", f"layers.{{i}}.mlp.{target}")
+    ]
 
 
 def expert_rules(

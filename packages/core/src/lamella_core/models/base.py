@@ -82,7 +82,7 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         )
         self.norm = self.make_norm() if mapping.is_last_pp_rank else None
         tied = self.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = LMHead(config, tied_to=tied) if mapping.is_last_pp_rank else None
+        self.lm_head = LMHead(config, tied, config.lm_head_bias) if mapping.is_last_pp_rank else None
 
     def make_layer(self, index: int) -> nn.Module:
         """Returns layer ``index``: called with (hidden, residual, rotation, ctx), returns (hidden, residual)."""

@@ -1,0 +1,24 @@
+"""Tiny configurations of GLM, Nemotron, InternLM and Baichuan: see `tests.support.tiny_models`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.tiny_base import BASE
+
+NORMS_AROUND_ZERO = ("NemotronForCausalLM",)  # whose stored weights are added to 1
+
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "GlmForCausalLM": {
+        "half_rotary": {**BASE, "head_dim": 12, "pad_token_id": None},
+        "unbiased_tied": {**BASE, "head_dim": 8, "pad_token_id": None, "attention_bias": False,
+                          "tie_word_embeddings": True, "num_key_value_heads": 1},
+        "rope_linear": {**BASE, "head_dim": 16, "pad_token_id": None, "rope_parameters":
+                        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0, "partial_rotary_factor": 0.75}},
+    },
+    "NemotronForCausalLM": {
+        "half_rotary": BASE,
+        "biased": {**BASE, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+        "wide_heads_tied": {**BASE, "head_dim": 24, "tie_word_embeddings": True, "hidden_act": "gelu"},
+    },
+}  # fmt: skip
