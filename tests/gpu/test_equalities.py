@@ -1,4 +1,4 @@
-"""The same request gives the same tokens however the engine gets there, on a GPU as on the CPU; and memory stays clean."""
+"""The same request gives the same tokens however the engine gets there, on a GPU as on the CPU; memory stays clean."""
 
 from __future__ import annotations
 
