@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.support.reference_context import ReferenceCache, forward_step, greedy, run_ranks
-from tests.support.tiny_models import TINY, has_experts, hf_model, tiny_cases
+from tests.support.tiny_models import TINY, has_experts, hf_model, tiny_cases, weight_spellings
 
 from lamella_core.mapping import Mapping
 from lamella_core.models.registry import get_model_class, registered_architectures
@@ -115,12 +115,8 @@ def test_fp8_models_keep_the_rules(case: tuple[str, str], hf_dir: Path, prompts:
 
 def test_other_spellings_of_the_weights_load(case: tuple[str, str], hf_dir: Path, model: Any, tmp_path: Path) -> None:
     """As transformers holds them in memory; as saved from the bare decoder, where the output layer is tied."""
-    oracle = hf_model(*case)
-    sources = [oracle.state_dict()]
-    if model.config.tie_word_embeddings:
-        sources.append({k: v.contiguous() for k, v in oracle.base_model.state_dict().items()})
     shutil.copy(hf_dir / "config.json", tmp_path)
-    for tensors in sources:
+    for tensors in weight_spellings(*case):
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
         again = type(model).from_hugging_face(tmp_path)
         for name, parameter in model.named_parameters():

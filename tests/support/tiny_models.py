@@ -28,6 +28,7 @@ def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
 
 
 TINY: dict[str, dict[str, dict[str, Any]]] = {
+    **GPT_LINE,
     "LlamaForCausalLM": {
         "grouped": BASE,
         "biased_tied": {**BASE, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True,
@@ -71,13 +72,35 @@ def _root() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="tiny-models-")
 
 
+def _oracle_class(architecture: str) -> Any:
+    import transformers
+
+    return getattr(transformers, RENAMED[architecture].oracle if architecture in RENAMED else architecture)
+
+
 @functools.cache
 def hf_dir(architecture: str, variant: str) -> Path:
     """Returns a directory with config.json and model.safetensors in float32; the same one all session."""
-    import torch
-    import transformers
+    from safetensors.torch import load_file, save_file
 
-    model_class = getattr(transformers, architecture)
+    source = _oracle_dir(architecture, variant)
+    if architecture not in RENAMED:
+        return source
+    renamed, directory = RENAMED[architecture], source.with_name(f"{source.name}-renamed")
+    directory.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    save_file(renamed.tensors(config, load_file(source / "model.safetensors")), directory / "model.safetensors")
+    config = {**renamed.config(config), "architectures": [architecture]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@functools.cache
+def _oracle_dir(architecture: str, variant: str) -> Path:
+    """Returns the directory as transformers saves it."""
+    import torch
+
+    model_class = _oracle_class(architecture)
     config = model_class.config_class(**TINY[architecture][variant])
     directory = Path(_root().name) / f"{architecture}-{variant}"
     torch_state = torch.get_rng_state()
@@ -100,13 +123,25 @@ def hf_dir(architecture: str, variant: str) -> Path:
 def hf_model(architecture: str, variant: str) -> Any:
     """Returns transformers' own float32 model of `hf_dir`: the oracle."""
     import torch
-    import transformers
 
-    directory = hf_dir(architecture, variant)
-    model = getattr(transformers, architecture).from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    )
+    directory = _oracle_dir(architecture, variant)
+    model = _oracle_class(architecture).from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
+
+
+def weight_spellings(architecture: str, variant: str) -> list[dict[str, Any]]:
+    """Returns the weights as transformers holds them in memory and, where the output layer is tied, without it.
+
+    Those of a renamed architecture are in its published form.
+    """
+    oracle = hf_model(architecture, variant)
+    sources = [oracle.state_dict()]
+    if oracle.config.tie_word_embeddings:
+        sources.append({name: tensor.contiguous() for name, tensor in oracle.base_model.state_dict().items()})
+    if architecture not in RENAMED:
+        return sources
+    config = json.loads((_oracle_dir(architecture, variant) / "config.json").read_text())
+    return [RENAMED[architecture].tensors(config, tensors) for tensors in sources]
 
 
 def write_config(directory: Path, **changes: Any) -> Path:

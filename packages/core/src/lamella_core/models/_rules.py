@@ -91,5 +91,13 @@ def expert_rules(
     ]
 
 
+def module_rules(names: dict[str, str], source: str = "", target: str = "") -> list[WeightRule]:
+    """Weights and biases, where the model has them, of modules whose checkpoints call them otherwise.
+
+    ``source`` and ``target`` are put before the names of checkpoint and model.
+    """
+    return [rule for old, new in names.items() for rule in _both(f"{source}{old}", f"{target}{new}")]
+
+
 def _both(source: str, target: str) -> list[WeightRule]:
     return [WeightRule(f"{source}.{leaf}", f"{target}.{leaf}") for leaf in ("weight", "bias")]

@@ -1,0 +1,51 @@
+"""Architectures whose published checkpoints have other names and layouts than transformers gives the same network.
+
+The oracle is transformers' class; its config.json and tensors are rewritten into the published form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Config = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """How the published form is made from transformers' own."""
+
+    oracle: str  # transformers' class
+    config: Callable[[Config], Config]
+    tensors: Callable[[Config, Tensors], Tensors] = lambda config, tensors: tensors
+
+
+def _santacoder_config(config: Config) -> Config:
+    kind = "multiquery" if config.pop("multi_query") else "multihead"
+    return {**config, "model_type": "gpt2", "attention_head_type": kind}
+
+
+def _santacoder_tensors(config: Config, tensors: Tensors) -> Tensors:
+    """Queries apart from the shared key and value, or all three side by side; weights [in, out]."""
+    heads, hidden, out = config["n_head"], config["n_embd"], {}
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if path.endswith("c_attn") and config["multi_query"]:
+            q, kv = tensor.split([hidden, tensor.shape[0] - hidden])
+            parts = {f"{path[:-6]}q_attn.{leaf}": q, f"{path[:-6]}kv_attn.{leaf}": kv}
+        elif path.endswith("c_attn"):
+            parts = {name: tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)}
+        else:
+            parts = {name: tensor}
+        is_linear = leaf == "weight" and (".attn." in path or ".mlp." in path)
+        out.update({k: (v.T.contiguous() if is_linear else v.contiguous()) for k, v in parts.items()})
+    return out
+
+
+RENAMED: dict[str, Renamed] = {
+    "GPT2LMHeadCustomModel": Renamed("GPTBigCodeForCausalLM", _santacoder_config, _santacoder_tensors),
+}
