@@ -125,6 +125,12 @@ def num_processors(device: torch.device) -> int:
     return 4 if is_interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a GPU's shared memory that one program may have; in the interpreter an H100's."""
+    return 227 << 10 if is_interpreted() else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def result_like(q: Tensor, out_scale: Tensor | None, out: Tensor | None) -> Tensor:
     """Returns ``out`` if there is one that fits, else a new tensor [T, Hq, D]: float8 if there is a scale for it.
 

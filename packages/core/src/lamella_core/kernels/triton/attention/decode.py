@@ -41,17 +41,20 @@ from lamella_core.kernels.triton.attention.common import (
     widen_pairs,
 )
 from lamella_core.kernels.triton.attention.decode_plan import (
+    WORTH_SPLITTING,
     Split,
     Tile,
     Workspace,
     choose_split,
     choose_tile,
     decode_workspace,
+    fitting,
     rows_per_program,
 )
 from lamella_core.kernels.triton.launch import launch_options, use_pdl
 
 Parking = tuple[Tensor | None, Tensor | None, Tensor | None]
+WORTH = tl.constexpr(WORTH_SPLITTING)
 _NONE: Parking = (None, None, None)
 
 
@@ -220,11 +223,15 @@ def _park(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _divide(length, parts, least_steps, L: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Returns where a sequence's window begins and how many tiles of sinks are before it, its steps, and a part's."""
+    """Returns where a sequence's window begins and how many tiles of sinks are before it, its steps, and a part's.
+
+    Short sequences stay whole: joining would take longer.
+    """
     first = first_visible_tile(length - 1, L, BLOCK_N)
     sink_tiles = tl.minimum((L.sinks + BLOCK_N - 1) // BLOCK_N, first)
     steps = (length + BLOCK_N - 1) // BLOCK_N - first + sink_tiles
-    return first, sink_tiles, steps, tl.maximum((steps + parts - 1) // parts, least_steps)
+    per_part = tl.maximum((steps + parts - 1) // parts, least_steps)
+    return first, sink_tiles, steps, tl.where(steps < WORTH * least_steps, tl.maximum(steps, 1), per_part)
 
 
 # fmt: off
@@ -338,8 +345,12 @@ def decode_attention(
         return out
     rows = rows_per_program(layout.group)
     chunks = layout.heads // layout.group * -(-layout.group // rows)
-    tile = tile or choose_tile(layout.padded_dim, k_cache.element_size(), layout.page)
-    split = split or choose_split(num_seqs, chunks, max_context_len, num_processors(q.device))
+    processors = num_processors(q.device)
+    if tile is None:
+        itemsize = k_cache.element_size()
+        tile = choose_tile(layout.padded_dim, itemsize, num_seqs * chunks, max_context_len, processors)
+        tile = fitting(tile, layout.padded_dim * itemsize, q.device)
+    split = split or choose_split(num_seqs, chunks, max_context_len, processors)
     parking = _parking(workspace, num_seqs * chunks * split.parts, rows, layout, q.device) if split.parts > 1 else _NONE
     _decode_kernel[split.parts, chunks, num_seqs](
         storage(out), q, storage(k_cache), storage(v_cache), block_tables, table_rows, context_lens,
