@@ -57,9 +57,9 @@ def test_default_plans_on_a_gpu(hopper: None) -> None:
     def plan(dtype: torch.dtype, n: int = 4096, k: int = 4096) -> MatmulPlan:
         return matmul.default_plan(dtype, n, k, batch_invariant=False, device="cuda")
 
-    assert plan(torch.bfloat16).steps == ((4, "triton_gemv"), (None, "cublas"))
+    assert plan(torch.bfloat16).steps == ((16, "triton_gemv"), (None, "cublas"))
     assert plan(torch.float32).steps == ((None, "cublas"),)
-    assert plan(FP8).steps == ((4, "triton_gemv"), (None, "cublas_fp8"))
+    assert plan(FP8).steps == ((16, "triton_gemv"), (None, "cublas_fp8"))
     assert plan(FP8, n=40).steps[-1] == (None, "torch_fp8_upcast")
     assert plan(torch.bfloat16, k=40).steps == ((None, "cublas"),)
 

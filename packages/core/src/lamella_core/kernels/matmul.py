@@ -28,7 +28,8 @@ from lamella_core.kernels.cpu import ops, reference
 from lamella_core.kernels.cpu.build import native_status
 from lamella_core.kernels.cpu.host import host
 from lamella_core.kernels.fp8 import Fp8Upcast
-from lamella_core.kernels.gpu_matmul import gpu_kernels
+from lamella_core.kernels.fused import FusedFunction
+from lamella_core.kernels.gpu_matmul import GpuMatmul, gpu_kernels
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -203,6 +204,11 @@ class MatmulPlan:
                 return name
         raise ConfigError(f"plan {self.steps} has no step for {rows} rows")
 
+    def fused(self, rows: int) -> FusedFunction | None:
+        """The same product with what is around it, where the kernel for so many rows offers that."""
+        kernel = KERNELS[self.kernel_name(rows)]
+        return kernel.fused if isinstance(kernel, GpuMatmul) else None
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form: ``{"layout": str, "steps": [[max_m or null, kernel], ...]}``."""
         return {"layout": self.layout, "steps": [[limit, name] for limit, name in self.steps]}
@@ -322,7 +328,7 @@ def _gpu_plans(dtype: torch.dtype) -> list[MatmulPlan]:
     few = [
         MatmulPlan("rows", ((rows, "triton_gemv"), (None, many)))
         for many in libraries
-        for rows in (FEWEST_ROWS, FEW_ROWS, 1)
+        for rows in (FEW_ROWS, FEWEST_ROWS, 1)
     ]
     return [*few, *map(_single, libraries)]
 

@@ -15,6 +15,7 @@ import torch
 
 from lamella_core.errors import ConfigError, nearest_name
 from lamella_core.kernels import ops
+from lamella_core.kernels.fused import SiluGateAfter
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -98,3 +99,8 @@ def gated(name: str) -> GatedActivation:
         return activation(gate) * up
 
     return ops.silu_and_mul if activation is silu else apply
+
+
+def fusible_gate(activation: GatedActivation, out_scale: torch.Tensor | None) -> SiluGateAfter | None:
+    """Returns a gated activation as matmul kernels take it; None if none does."""
+    return SiluGateAfter(out_scale) if activation is ops.silu_and_mul else None

@@ -8,7 +8,9 @@ from torch import nn
 from lamella_core.config import ModelConfig
 from lamella_core.context import AttentionSpec, ForwardContext
 from lamella_core.kernels import ops
+from lamella_core.layers.head_norm import HeadNorm
 from lamella_core.layers.linear import QKVParallelLinear, RowParallelLinear
+from lamella_core.layers.norm import Norm
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.rotary import Rotation
 from lamella_core.layers.sharding import replicated
@@ -27,6 +29,10 @@ class Attention(nn.Module):
         out_bias: whether the output projection has one.
         scale: multiplies the scores; by default ``head_dim ** -0.5``.
         sliding_window: last keys a query sees, its own included; None: all.
+        softcap: scores become softcap * tanh(scores / softcap); None: they stay.
+        q_norm: of the queries, before they rotate.
+        k_norm: of the keys, likewise.
+        use_rope: False for a layer without positions in a model that rotates in others.
     """
 
     def __init__(
@@ -39,6 +45,10 @@ class Attention(nn.Module):
         out_bias: bool = False,
         scale: float | None = None,
         sliding_window: int | None = None,
+        softcap: float | None = None,
+        q_norm: HeadNorm | None = None,
+        k_norm: HeadNorm | None = None,
+        use_rope: bool = True,
     ) -> None:
         super().__init__()
         tp = config.mapping.tp_size
@@ -49,7 +59,10 @@ class Attention(nn.Module):
             head_dim=config.head_dim,
             scale=config.head_dim**-0.5 if scale is None else scale,
             sliding_window=sliding_window,
+            softcap=softcap,
         )
+        self.q_norm, self.k_norm = q_norm, k_norm
+        self.use_rope = use_rope
         self.heads = (self.spec.num_heads, self.spec.num_kv_heads, self.spec.num_kv_heads)
         self.qkv_proj = QKVParallelLinear(qkv_bias, config=config, name=f"{name}.qkv_proj")
         self.o_proj = RowParallelLinear(
@@ -74,12 +87,42 @@ class Attention(nn.Module):
 
         ``rotation`` is None where positions enter in another way.
         """
-        spec, tokens = self.spec, x.shape[0]
-        q, k, v = self.qkv_proj(x, ctx).view(tokens, sum(self.heads), spec.head_dim).split_with_sizes(self.heads, dim=1)
+        return self._attend(self.qkv_proj(x, ctx), rotation, ctx, rows)
+
+    def after_norm(
+        self,
+        norm: Norm,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: Rotation | None,
+        ctx: ForwardContext,
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns `forward` of the normed sum of x and residual [T, H], and that sum of all tokens [T, H]."""
+        qkv, total = self.qkv_proj.after_norm(norm, x, residual, ctx)
+        return self._attend(qkv, rotation, ctx, rows), total
+
+    def _attend(
+        self, qkv: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        spec, tokens = self.spec, qkv.shape[0]
+        q, k, v = qkv.view(tokens, sum(self.heads), spec.head_dim).split_with_sizes(self.heads, dim=1)
+        if self.q_norm is not None:
+            q = self.q_norm(q, ctx)
+        if self.k_norm is not None:
+            k = self.k_norm(k, ctx)
+        rotation = self._own(rotation)
         out = ctx.attend(spec, q, k, v, rotation=rotation, kv_scales=self.kv_scales, out_scale=self.o_proj.input_scale)
         out = out.reshape(tokens, spec.num_heads * spec.head_dim)
         if rows is not None:
             out = ops.take_rows(out, rows)
             if not out.shape[0]:
-                return x.new_empty(0, self.o_proj.out_features_local, dtype=self.o_proj.dtype)
+                return qkv.new_empty(0, self.o_proj.out_features_local)
         return self.o_proj(out, ctx)
+
+    def _own(self, rotation: Rotation | None) -> Rotation | None:
+        """Returns this layer's rotation among those of the step."""
+        if rotation is None or not self.use_rope:
+            return None
+        is_local = rotation.local is not None and self.spec.sliding_window is not None
+        return rotation.local if is_local else rotation

@@ -1,4 +1,10 @@
-"""DecoderLayer: the pre-norm block that most decoders share: attention, then feed-forward, each added to the stream."""
+"""Decoder layers: attention and feed-forward, each added to the stream.
+
+`DecoderLayer` norms before each (most decoders), and after them too if asked; `PostNormDecoderLayer` only after;
+`ParallelDecoderLayer` computes both from the same stream. Each takes and returns (hidden [T, H], residual [T, H] or
+None): their sum is the stream, added by the next norm. With ``rows`` [R] only those tokens go on after the attention,
+which sees all; the results are [R, H].
+"""
 
 from __future__ import annotations
 
@@ -13,14 +19,104 @@ from lamella_core.layers.rotary import Rotation
 
 
 class DecoderLayer(nn.Module):
-    """Takes and returns (hidden [T, H], residual [T, H] or None): their sum is the stream, added by the next norm.
+    """Pre-norm block.
 
-    With ``rows`` [R] only those tokens go on after the attention, which sees all; the results are [R, H].
+    Args:
+        input_norm: of the stream, for the attention.
+        attention: of this layer.
+        mlp_norm: of the stream, for the feed-forward.
+        mlp: feed-forward of this layer.
+        attention_out_norm: of what the attention adds to the stream.
+        mlp_out_norm: of what the feed-forward adds.
+        residual_scale: multiplies what either adds.
     """
 
     selects_rows = True  # takes ``rows``
 
-    def __init__(self, *, input_norm: Norm, attention: Attention, mlp_norm: Norm, mlp: FeedForward) -> None:
+    def __init__(
+        self,
+        *,
+        input_norm: Norm,
+        attention: Attention,
+        mlp_norm: Norm,
+        mlp: FeedForward,
+        attention_out_norm: Norm | None = None,
+        mlp_out_norm: Norm | None = None,
+        residual_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.input_norm = input_norm
+        self.attention = attention
+        self.attention_out_norm = attention_out_norm
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+        self.mlp_out_norm = mlp_out_norm
+        self.residual_scale = residual_scale
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: Rotation | None,
+        ctx: ForwardContext,
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attended, residual = self.attention.after_norm(self.input_norm, hidden, residual, rotation, ctx, rows)
+        if rows is not None:
+            residual = residual.index_select(0, rows)
+            if not residual.shape[0]:
+                return attended, residual
+        added = self._added(attended, self.attention_out_norm)
+        out, residual = self.mlp.after_norm(self.mlp_norm, added, residual, ctx)
+        return self._added(out, self.mlp_out_norm), residual
+
+    def _added(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        if norm is not None:
+            x = norm(x)[0]
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
+
+
+class PostNormDecoderLayer(nn.Module):
+    """Norms what attention and feed-forward add to the stream, not what they read (OLMo 2, 2024)."""
+
+    selects_rows = True
+
+    def __init__(self, *, attention: Attention, attention_norm: Norm, mlp: FeedForward, mlp_norm: Norm) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attention_norm = attention_norm
+        self.mlp = mlp
+        self.mlp_norm = mlp_norm
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: Rotation | None,
+        ctx: ForwardContext,
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        stream = hidden if residual is None else hidden + residual
+        attended = self.attention(stream, rotation, ctx, rows)
+        if rows is not None:
+            stream = stream.index_select(0, rows)
+            if not stream.shape[0]:
+                return attended, stream
+        stream = stream + self.attention_norm(attended)[0]
+        return self.mlp_norm(self.mlp(stream, ctx))[0], stream
+
+
+class ParallelDecoderLayer(nn.Module):
+    """Attention and feed-forward side by side (Wang and Komatsuzaki 2021), both added to the stream they read.
+
+    ``mlp_norm`` is of the stream for the feed-forward; None: it reads what the attention does.
+    """
+
+    selects_rows = True
+
+    def __init__(
+        self, *, input_norm: Norm, attention: Attention, mlp: FeedForward, mlp_norm: Norm | None = None
+    ) -> None:
         super().__init__()
         self.input_norm = input_norm
         self.attention = attention
@@ -35,11 +131,12 @@ class DecoderLayer(nn.Module):
         ctx: ForwardContext,
         rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, residual = self.input_norm(hidden, residual, self.attention.input_scale)
+        normed, residual = self.input_norm(hidden, residual)
         attended = self.attention(normed, rotation, ctx, rows)
         if rows is not None:
-            residual = residual.index_select(0, rows)
+            normed, residual = normed.index_select(0, rows), residual.index_select(0, rows)
             if not residual.shape[0]:
                 return attended, residual
-        normed, residual = self.mlp_norm(attended, residual, self.mlp.input_scale)
-        return self.mlp(normed, ctx), residual
+        if self.mlp_norm is not None:
+            normed = self.mlp_norm(residual)[0]
+        return attended + self.mlp(normed, ctx), residual

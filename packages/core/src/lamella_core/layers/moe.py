@@ -61,6 +61,29 @@ class TopKRouter(Router):
         return experts, weights
 
 
+class SparseMixerRouter(Router):
+    """SparseMixer (Liu et al. 2024) as it routes without training: the best expert, then the best of the others.
+
+    Each is weighted by its softmax among the experts that are left and whose scores are near its own: whose relative
+    distance is at most twice ``jitter``.
+    """
+
+    def __init__(self, config: ModelConfig, num_experts: int, top_k: int, *, name: str, jitter: float) -> None:
+        super().__init__(config, num_experts, top_k, name=name)
+        self.jitter = jitter
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left, experts, weights = scores, [], []
+        for _ in range(self.top_k):
+            best, expert = left.max(dim=-1, keepdim=True)
+            is_far = (best - scores) / scores.abs().maximum(best) > 2 * self.jitter
+            near = left.masked_fill(is_far, -torch.inf)
+            weights.append(torch.softmax(near, dim=-1).gather(-1, expert))
+            experts.append(expert)
+            left = left.scatter(-1, expert, -torch.inf)
+        return torch.cat(experts, dim=-1), torch.cat(weights, dim=-1)
+
+
 def _unquantized_gate(config: ModelConfig, outputs: int, name: str) -> ReplicatedLinear:
     plain = replace(config, quantization=QuantConfig())
     return ReplicatedLinear(config.hidden_size, outputs, False, config=plain, name=f"{name}.gate")
@@ -122,6 +145,8 @@ class SharedExpert(GatedMLP):
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         out = super().forward(x, ctx)
         return out if self.gate is None else sigmoid(self.gate(x, ctx)) * out
+
+    after_norm = FeedForward.after_norm  # the gate needs the normed rows too
 
 
 class MoE(FeedForward):

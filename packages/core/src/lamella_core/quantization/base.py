@@ -13,6 +13,7 @@ from lamella_core.quantization.modules import is_excluded
 
 if TYPE_CHECKING:
     from lamella_core.config import ModelConfig
+    from lamella_core.kernels.fused import RmsNormBefore, SiluGateAfter
     from lamella_core.layers.linear import Linear
 
 # Where each scheme's LinearMethod lives; imported when a model asks for it.
@@ -43,6 +44,21 @@ class LinearMethod(Protocol):
         """Returns x [T, in on this rank] times the weight, plus bias: [T, out on this rank] in x's dtype.
 
         ``expert`` selects the weight of a layer that stacks several: an index among those of this rank.
+        """
+        ...
+
+    def apply_fused(
+        self,
+        layer: Linear,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: RmsNormBefore | None,
+        gate: SiluGateAfter | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Like `apply`, with a norm before and a gate after the product in its kernel; see `kernels.fused`.
+
+        Returns:
+            The result, and the sum that was normed (x without a norm); None where that is not faster or not possible.
         """
         ...
 

@@ -20,6 +20,7 @@ from lamella_core.layers.sharding import ShardSpec
 from lamella_core.quantization.config import QuantConfig
 
 if TYPE_CHECKING:
+    from lamella_core.kernels.fused import RmsNormBefore, SiluGateAfter
     from lamella_core.layers.linear import Linear
 
 
@@ -52,12 +53,29 @@ class Fp8PerTensor:
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, expert: int | None = None
     ) -> torch.Tensor:
         weight, scale = _of_expert(layer.weight, expert), _of_expert(layer.weight_scale, expert)
-        if self.is_static:
-            x_scale: torch.Tensor = _of_expert(layer.activation_scale, expert)
-            x = x if x.dtype == FLOAT8 else quantize(x, x_scale)
-        else:
-            x, x_scale = quantize_per_token(x)
+        x, x_scale = self._quantized(layer, x, expert)
         return layer.plan.run(x, weight, layer.out_features_local, bias, Scales(x_scale, scale, layer.dtype))
+
+    def apply_fused(
+        self,
+        layer: Linear,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: RmsNormBefore | None,
+        gate: SiluGateAfter | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        fused = layer.plan.fused(x.shape[0])
+        if fused is None or (norm is not None and not self.is_static):
+            return None
+        inputs, x_scale = (x, layer.activation_scale) if norm is not None else self._quantized(layer, x, None)
+        return fused(inputs, layer.weight, bias, Scales(x_scale, layer.weight_scale, layer.dtype), norm, gate)
+
+    def _quantized(self, layer: Linear, x: torch.Tensor, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns x as float8 and its scale or scales."""
+        if not self.is_static:
+            return quantize_per_token(x)
+        scale = _of_expert(layer.activation_scale, expert)
+        return (x if x.dtype == FLOAT8 else quantize(x, scale)), scale
 
     def _scale_shard(self, layer: Linear) -> ShardSpec:
         return self._per_expert(layer)
