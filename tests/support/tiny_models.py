@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.support.renamed_models import RENAMED
 from tests.support.tiny_base import BASE
+from tests.support.tiny_dense import DENSE
 from tests.support.tiny_experts import EXPERTS
 from tests.support.tiny_gpt import GPT_LINE
 from tests.support.tiny_others import NORMS_AROUND_ZERO, OTHERS
@@ -28,6 +29,7 @@ def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
 
 
 TINY: dict[str, dict[str, dict[str, Any]]] = {
+    **DENSE,
     **GPT_LINE,
     "LlamaForCausalLM": {
         "grouped": BASE,

@@ -6,7 +6,8 @@ from typing import Any
 
 from tests.support.tiny_base import BASE
 
-NORMS_AROUND_ZERO = ("NemotronForCausalLM",)  # whose stored weights are added to 1
+# Architectures whose norms add 1 to the stored weights.
+NORMS_AROUND_ZERO = ("NemotronForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
 
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     "GlmForCausalLM": {

@@ -35,6 +35,8 @@ _TYPES: dict[str, tuple[type, str]] = {
     "QuantConfig": (QuantConfig, "a QuantConfig"),
 }
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as Hugging Face configs call them
+
 C = TypeVar("C", bound="ModelConfig")
 
 
@@ -80,7 +82,12 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     lm_head_bias: bool = False
     rope: RopeConfig | None = None  # None: no rotary embedding
+    local_rope: RopeConfig | None = None  # of layers with a window; None: ``rope`` holds for them too
     sliding_window: int | None = None  # tokens a query sees, its own included; None: all
+    layer_types: tuple[str, ...] = ()  # FULL or SLIDING for each layer; empty: ``sliding_window`` holds for all
+    embedding_scale: float = 1.0  # multiplies token embeddings, rounded to ``dtype``
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None  # logits become logit_softcap * tanh(logits / logit_softcap)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -108,6 +115,7 @@ class ModelConfig:
         if self.rope is not None and self.rope.rotary_dim > self.head_dim:
             raise ConfigError(f"rotary_dim {self.rope.rotary_dim} exceeds head_dim {self.head_dim}{_REMEDY}")
         self._check_heads()
+        self._check_layer_types()
 
     def _check_heads(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -121,6 +129,17 @@ class ModelConfig:
         kv = self.num_key_value_heads
         if kv % tp and tp % kv:
             raise ConfigError(f"tp_size {tp} and num_key_value_heads {kv}: one must be a multiple of the other")
+
+    def _check_layer_types(self) -> None:
+        types, layers = self.layer_types, self.num_hidden_layers
+        if types and (len(types) != layers or not all(kind in (FULL, SLIDING) for kind in types)):
+            raise ConfigError(f"layer_types is {types}; it needs {FULL} or {SLIDING} for each of the {layers} layers")
+        if SLIDING in types and self.sliding_window is None:
+            raise ConfigError("layer_types has sliding layers, but use_sliding_window is off or sliding_window null")
+
+    def layer_window(self, index: int) -> int | None:
+        """Returns how many tokens a query of layer ``index`` sees, its own included; None: all."""
+        return None if self.layer_types and self.layer_types[index] == FULL else self.sliding_window
 
     @classmethod
     def from_hf(cls, hf: HfConfig) -> dict[str, Any]:
@@ -165,8 +184,9 @@ class ModelConfig:
         values = dict(data)
         values["mapping"] = Mapping.from_dict({**data.get("mapping", {}), "rank": rank})
         values["quantization"] = QuantConfig.from_dict(data.get("quantization", {}))
-        if values.get("rope") is not None:
-            values["rope"] = RopeConfig(**values["rope"])
+        for name in ("rope", "local_rope"):
+            if values.get(name) is not None:
+                values[name] = RopeConfig(**values[name])
         try:
             return cls(**values)
         except TypeError as error:
@@ -182,8 +202,8 @@ def _check_by_type(name: str, annotation: object, value: object) -> None:
     kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
     if kind == "int" or (kind == "int | None" and value is not None):
         check_integer(name, value, 0 if name.endswith("_token_id") else 1, LARGEST_INTEGER, _REMEDY)
-    elif kind == "float":
-        check_number(name, value, remedy=_REMEDY)
+    elif kind == "float" or (kind == "float | None" and value is not None):
+        check_number(name, value, positive=kind != "float", remedy=_REMEDY)
     elif kind == "bool":
         check_flag(name, value, remedy=_REMEDY)
     for declared, (type_, wanted) in _TYPES.items():

@@ -131,6 +131,17 @@ class HfConfig:
             check_flag(f"{self.where}: {name}", value)
         return bool(value)
 
+    def layer_types(self, default: Sequence[str]) -> Any:
+        """Returns the kind of each layer, `FULL` or `SLIDING`: as given, else ``default``; the config checks them.
+
+        Raises:
+            ConfigError: what is given is no list.
+        """
+        given = self.get("layer_types", default=None)
+        if given is not None and not isinstance(given, list):
+            raise ConfigError(f"{self.where}: layer_types is {given!r}; it must be a list")
+        return list(default) if given is None else given
+
     def head_dim(self, hidden_size: int, heads: int) -> int:
         """Returns head_dim: as given, else hidden_size / heads.
 
@@ -164,10 +175,12 @@ class HfConfig:
         *,
         default_partial: float = 1.0,
         interleaved: bool = False,
+        layer_type: str | None = None,
     ) -> RopeConfig:
         """Returns the rotary embedding, from ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``.
 
         ``default_partial`` is the rotating part of a head where the file does not say, see ``partial_rotary_factor``.
+        ``layer_type`` chooses where rope_parameters has an object for each kind of layer.
 
         Raises:
             ConfigError: an unknown rope type, or one whose parameters are incomplete or impossible.
@@ -176,7 +189,9 @@ class HfConfig:
         if not isinstance(given, dict):
             raise ConfigError(f"{self.where}: rope_parameters is {given!r}; it must be an object")
         nested = [name for name, value in given.items() if isinstance(value, dict)]
-        if nested:
+        if layer_type in nested:
+            given = given[layer_type]
+        elif nested:
             raise ConfigError(
                 f"{self.where}: rope_parameters differ per kind of layer ({', '.join(nested)}), which "
                 f"{self.architecture} does not support"

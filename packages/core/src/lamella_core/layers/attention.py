@@ -35,7 +35,7 @@ class Attention(nn.Module):
         use_rope: False for a layer without positions in a model that rotates in others.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by keyword, most models leave most out
         self,
         config: ModelConfig,
         index: int,

@@ -40,7 +40,15 @@ class VocabMatrix(nn.Module):
 class VocabParallelEmbedding(VocabMatrix):
     """Token ids [T] -> rows [T, H]; each rank looks up the ids it holds and the ranks' results are summed."""
 
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.scale = torch.tensor(config.embedding_scale, dtype=config.torch_dtype, device="cpu").item()
+
     def forward(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        rows = self._embed(ids, ctx)
+        return rows if self.scale == 1.0 else rows * self.scale
+
+    def _embed(self, ids: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         if self.rows.length == self.rows.size:
             return self._lookup(ids)
         local = ids - self.rows.start
@@ -55,7 +63,7 @@ class VocabParallelEmbedding(VocabMatrix):
 
 
 class LMHead(nn.Module):
-    """Hidden states [R, H] -> logits [R, vocab_size], gathered from all ranks.
+    """Hidden states [R, H] -> logits [R, vocab_size], scaled and capped by the config, gathered from all ranks.
 
     With ``tied_to`` it owns nothing and multiplies by the embedding's weight.
     """
@@ -63,6 +71,7 @@ class LMHead(nn.Module):
     def __init__(self, config: ModelConfig, tied_to: VocabMatrix | None = None, bias: bool = False) -> None:
         super().__init__()
         self.vocab_size = config.vocab_size
+        self.scale, self.softcap = config.logit_scale, config.logit_softcap
         self.bias: Parameter | None = None
         if tied_to is None:
             own = VocabMatrix(config)
@@ -75,8 +84,12 @@ class LMHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, ctx: ForwardContext, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         holder = self._tied[0] if self._tied else self
-        logits = holder.plan.run(hidden, holder.weight, self.rows.padded_length, self.bias)
-        return ctx.tp.all_gather(logits.to(dtype), dim=-1)[:, : self.vocab_size]
+        logits = holder.plan.run(hidden, holder.weight, self.rows.padded_length, self.bias).to(dtype)
+        if self.scale != 1.0:
+            logits = logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return ctx.tp.all_gather(logits, dim=-1)[:, : self.vocab_size]
 
 
 class PositionEmbedding(nn.Module):

@@ -34,6 +34,14 @@ class Rotation:
     sin: torch.Tensor  # [T, rotary_dim / 2] float32
     rotary_dim: int
     interleaved: bool
+    local: Rotation | None = None  # of layers with a window, where they rotate otherwise
+
+    def copy_(self, other: Rotation) -> None:
+        """Writes the other's values, of the same shapes, over this one's."""
+        self.cos.copy_(other.cos)
+        self.sin.copy_(other.sin)
+        if self.local is not None and other.local is not None:
+            self.local.copy_(other.local)
 
     def apply_(self, q: torch.Tensor, k: torch.Tensor) -> None:
         """Rotates q [T, Hq, D] and k [T, Hkv, D] in place."""
@@ -44,10 +52,14 @@ Tables = tuple[torch.Tensor, torch.Tensor]  # cos, sin: [positions, rotary_dim /
 
 
 class RotaryEmbedding:
-    """Turns positions into rotations of the first ``rotary_dim`` elements of queries and keys."""
+    """Turns positions into rotations of the first ``rotary_dim`` elements of queries and keys.
 
-    def __init__(self, rope: RopeConfig, max_position_embeddings: int) -> None:
+    ``local`` is the embedding of layers with a window, where that is another.
+    """
+
+    def __init__(self, rope: RopeConfig, max_position_embeddings: int, local: RopeConfig | None = None) -> None:
         self.rope = rope
+        self.local = RotaryEmbedding(local, max_position_embeddings) if local is not None else None
         self.max_position_embeddings = max_position_embeddings
         self.max_seq_len: int | None = None
         self._tables: Tables | None = None
@@ -56,6 +68,8 @@ class RotaryEmbedding:
         """Makes the tables for all positions below ``max_seq_len`` now; with longrope also chooses the factors."""
         self.max_seq_len = max_seq_len
         self._tables = rotary_tables(self.rope, max_seq_len, self.max_position_embeddings, max_seq_len)
+        if self.local is not None:
+            self.local.set_max_seq_len(max_seq_len)
 
     def __call__(self, positions: torch.Tensor) -> Rotation:
         """Returns the rotations of ``positions`` [T] int64.
@@ -63,7 +77,8 @@ class RotaryEmbedding:
         The tables grow as needed; on a GPU only `set_max_seq_len` makes them, so that no value is waited for.
         """
         cos, sin = (table.index_select(0, positions) for table in self._covering(positions))
-        return Rotation(cos, sin, self.rope.rotary_dim, self.rope.interleaved)
+        local = self.local(positions) if self.local is not None else None
+        return Rotation(cos, sin, self.rope.rotary_dim, self.rope.interleaved, local)
 
     def _covering(self, positions: torch.Tensor) -> Tables:
         """Returns tables that reach all positions, on their device."""

@@ -24,6 +24,24 @@ def norm_rules() -> list[WeightRule]:
     ]
 
 
+def sandwich_norm_rules() -> list[WeightRule]:
+    """The four norms of a layer that norms before and after attention and MLP, as Gemma calls them."""
+    names = {
+        "input_layernorm": "input_norm",
+        "post_attention_layernorm": "attention_out_norm",
+        "pre_feedforward_layernorm": "mlp_norm",
+        "post_feedforward_layernorm": "mlp_out_norm",
+    }
+    return [WeightRule(f"{_LAYER}.{a}.weight", f"layers.{{i}}.{b}.weight") for a, b in names.items()]
+
+
+def head_norm_rules() -> list[WeightRule]:
+    """The norms of queries and keys."""
+    return [
+        WeightRule(f"{_LAYER}.self_attn.{s}_norm.weight", f"layers.{{i}}.attention.{s}_norm.weight") for s in ("q", "k")
+    ]
+
+
 def norm_bias_rules() -> list[WeightRule]:
     """Biases of the two norms of a pre-norm layer and of the final norm."""
     return [

@@ -75,7 +75,7 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         self.config = config
         mapping = config.mapping
         rope = config.rope
-        self.rotary = RotaryEmbedding(rope, config.max_position_embeddings) if rope else None
+        self.rotary = RotaryEmbedding(rope, config.max_position_embeddings, config.local_rope) if rope else None
         self.embed_tokens = VocabParallelEmbedding(config) if mapping.is_first_pp_rank else None
         self.layers = nn.ModuleDict(
             {str(index): self.make_layer(index) for index in mapping.pp_layers(config.num_hidden_layers)}

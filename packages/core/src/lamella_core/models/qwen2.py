@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lamella_core.config import ModelConfig
-from lamella_core.errors import ConfigError
+from lamella_core.config import FULL, SLIDING, ModelConfig
 from lamella_core.hf_config import HfConfig
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.decoder import DecoderLayer
@@ -18,26 +17,11 @@ from lamella_core.models._rules import attention_rules, gated_mlp_rules, norm_ru
 from lamella_core.models.base import CausalLM
 from lamella_core.models.registry import register
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Qwen2Config(ModelConfig):
-    """Qwen2's own fields."""
-
-    layer_types: tuple[str, ...] = ()  # FULL or SLIDING for each layer; sliding ones see ``sliding_window`` tokens
+    """No fields of its own."""
 
     hf_model_types: ClassVar[tuple[str, ...]] = ("qwen2",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        types = self.layer_types
-        if len(types) != self.num_hidden_layers or not all(kind in (FULL, SLIDING) for kind in types):
-            raise ConfigError(
-                f"layer_types is {types}; it needs {FULL} or {SLIDING} for each of the {self.num_hidden_layers} layers"
-            )
-        if SLIDING in self.layer_types and self.sliding_window is None:
-            raise ConfigError("layer_types has sliding layers, but use_sliding_window is off or sliding_window null")
 
     @classmethod
     def from_hf(cls, hf: HfConfig) -> dict[str, Any]:
@@ -47,15 +31,13 @@ class Qwen2Config(ModelConfig):
         window = hf.integer("sliding_window", default=4096, nullable=True)
         window = window if hf.flag("use_sliding_window", default=False) else None
         first = hf.integer("max_window_layers", default=28, least=0)  # layers from this one on are windowed
-        types = hf.get("layer_types", default=None)
-        if types is None:
-            types = [SLIDING if window is not None and i >= first else FULL for i in range(layers)]
+        types = [SLIDING if window is not None and i >= first else FULL for i in range(layers)]
         return {
             **common,
             "norm_eps": hf.get("rms_norm_eps", default=1e-6),
             "rope": hf.rope(common["head_dim"]),
             "sliding_window": window,
-            "layer_types": types,
+            "layer_types": hf.layer_types(types),
         }
 
 
@@ -77,7 +59,7 @@ class Qwen2ForCausalLM(CausalLM):
                 index,
                 name=f"{name}.attention",
                 qkv_bias=True,
-                sliding_window=config.sliding_window if config.layer_types[index] == SLIDING else None,
+                sliding_window=config.layer_window(index),
             ),
             mlp_norm=self.make_norm(),
             mlp=GatedMLP(config, name=f"{name}.mlp"),

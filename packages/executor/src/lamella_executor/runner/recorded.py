@@ -117,8 +117,7 @@ class _RecordedStep:
         hidden, rotation = self._inputs(batch)
         self._hidden.copy_(hidden)
         if rotation is not None and self._rotation is not None:
-            self._rotation.cos.copy_(rotation.cos)
-            self._rotation.sin.copy_(rotation.sin)
+            self._rotation.copy_(rotation)
         self._fill(batch)
         return self._tape.replay()
 

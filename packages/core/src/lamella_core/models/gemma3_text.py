@@ -1,0 +1,90 @@
+"""Gemma 3's text model (Gemma team 2025): five windowed layers to a full one, each kind with its own rotary base.
+
+Compared with Gemma 2, normed queries and keys take the place of capped scores. Checkpoints with a vision tower are of
+model_type "gemma3" and another architecture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lamella_core.hf_config import HfConfig
+from lamella_core.layers.attention import Attention
+from lamella_core.layers.decoder import DecoderLayer
+from lamella_core.layers.head_norm import HeadRMSNorm
+from lamella_core.layers.mlp import GatedMLP
+from lamella_core.models._gemma import AlternatingGemmaConfig, GemmaBase
+from lamella_core.models._rules import (
+    attention_rules,
+    gated_mlp_rules,
+    head_norm_rules,
+    sandwich_norm_rules,
+    vocabulary_rules,
+)
+from lamella_core.models.registry import register
+from lamella_core.rope_config import RopeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemma3TextConfig(AlternatingGemmaConfig):
+    """No fields of its own; ``local_rope`` is that of the windowed layers."""
+
+    hf_model_types: ClassVar[tuple[str, ...]] = ("gemma3_text",)
+
+    @classmethod
+    def from_hf(cls, hf: HfConfig) -> dict[str, Any]:
+        """Returns the fields read from a Hugging Face config, rotary bases in the older or the newer form."""
+        common = super().from_hf(hf)
+        head_dim = common["head_dim"]
+        hf.require("attn_logit_softcapping", (None,), None)
+        local_theta = hf.get("rope_local_base_freq", default=10000.0)
+        has_kinds = "sliding_attention" in (hf.get("rope_parameters", default=None) or {})
+        local = hf.rope(head_dim, local_theta, layer_type="sliding_attention") if has_kinds else None
+        period = hf.integer("sliding_window_pattern", default=6)
+        return {
+            **common,
+            **cls.alternating_fields(hf, common["num_hidden_layers"], period),
+            "rope": hf.rope(head_dim, 1e6, layer_type="full_attention"),
+            "local_rope": local or RopeConfig(rotary_dim=head_dim, theta=local_theta),
+            "logit_softcap": hf.get("final_logit_softcapping", default=None),
+        }
+
+
+@register("Gemma3ForCausalLM")
+class Gemma3ForCausalLM(GemmaBase):
+    """Decoder with norms before and after each block: windowed or full attention of normed heads, gated MLP."""
+
+    config: Gemma3TextConfig
+    config_class = Gemma3TextConfig
+    IGNORED = ("*.rotary_emb.inv_freq", "*.rotary_emb_local.inv_freq")
+    WEIGHTS = (
+        *vocabulary_rules(),
+        *sandwich_norm_rules(),
+        *attention_rules(),
+        *head_norm_rules(),
+        *gated_mlp_rules(),
+    )
+
+    def make_layer(self, index: int) -> nn.Module:
+        config, name = self.config, f"layers.{index}"
+        return DecoderLayer(
+            input_norm=self.make_norm(),
+            attention=Attention(
+                config,
+                index,
+                name=f"{name}.attention",
+                qkv_bias=config.attention_bias,
+                out_bias=config.attention_bias,
+                scale=config.query_pre_attn_scalar**-0.5,
+                sliding_window=config.layer_window(index),
+                q_norm=HeadRMSNorm(config, unit_offset=True),
+                k_norm=HeadRMSNorm(config, unit_offset=True),
+            ),
+            attention_out_norm=self.make_norm(),
+            mlp_norm=self.make_norm(),
+            mlp=GatedMLP(config, name=f"{name}.mlp"),
+            mlp_out_norm=self.make_norm(),
+        )

@@ -1,0 +1,38 @@
+"""Tiny configurations of Gemma and of other dense decoders: see `tests.support.tiny_models`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.tiny_base import BASE
+
+Variants = dict[str, dict[str, Any]]
+_SLIDING_FIRST = ["sliding_attention", "full_attention"]
+_PAD = {"pad_token_id": None}
+
+_OWN: dict[str, Variants] = {
+    "GemmaForCausalLM": {
+        "tied": {**_PAD, "head_dim": 16},
+        "one_kv_head": {**_PAD, "head_dim": 8, "num_key_value_heads": 1, "hidden_act": "gelu"},
+        "biased_untied": {**_PAD, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": False},
+    },
+    "Gemma2ForCausalLM": {
+        "window": {**_PAD, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24},
+        "low_caps": {**_PAD, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0,
+                     "final_logit_softcapping": 3.0, "tie_word_embeddings": False},
+        "uncapped": {**_PAD, "head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": None,
+                     "final_logit_softcapping": None, "layer_types": _SLIDING_FIRST[::-1]},
+    },
+    "Gemma3ForCausalLM": {
+        "two_bases": {**_PAD, "head_dim": 16, "sliding_window": 6, "layer_types": _SLIDING_FIRST,
+                      "query_pre_attn_scalar": 24},
+        "scaled_full": {**_PAD, "head_dim": 8, "sliding_window": 5, "layer_types": _SLIDING_FIRST[::-1],
+                        "rope_parameters": {
+                            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+                            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}},
+        "capped_untied": {**_PAD, "head_dim": 8, "sliding_window": 4, "num_key_value_heads": 1,
+                          "final_logit_softcapping": 3.0, "tie_word_embeddings": False},
+    },
+}  # fmt: skip
+
+DENSE = {name: {key: {**BASE, **own} for key, own in variants.items()} for name, variants in _OWN.items()}
