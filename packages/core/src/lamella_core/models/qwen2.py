@@ -17,6 +17,7 @@ from lamella_core.models._rules import attention_rules, gated_mlp_rules, norm_ru
 from lamella_core.models.base import CausalLM
 from lamella_core.models.registry import register
 
+
 @dataclass(frozen=True, kw_only=True)
 class Qwen2Config(ModelConfig):
     """No fields of its own."""
