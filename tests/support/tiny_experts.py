@@ -7,6 +7,11 @@ from typing import Any
 from tests.support.tiny_base import BASE
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# Both lists are the same: transformers' PhiMoE keeps the short factors beyond the original length.
+_LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20, "factor": 4.0,
+         "short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.0, 1.1, 1.5, 2.0],
+         "short_mscale": 1.1, "long_mscale": 1.3}  # fmt: skip
 
 EXPERTS: dict[str, dict[str, dict[str, Any]]] = {
     "MixtralForCausalLM": {
@@ -20,5 +25,11 @@ EXPERTS: dict[str, dict[str, dict[str, Any]]] = {
                        "norm_topk_prob": True, "mlp_only_layers": [0], "qkv_bias": False},
         "stepped_window": {**BASE, **_EXPERTS, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 2,
                            "use_sliding_window": True, "sliding_window": 6, "tie_word_embeddings": True},
+    },
+    "PhimoeForCausalLM": {
+        "jitter": {**BASE, **_LOCAL, "router_jitter_noise": 0.3},
+        "longrope_biased": {**BASE, **_LOCAL, "attention_bias": True, "lm_head_bias": True, "sliding_window": 12,
+                            "router_jitter_noise": 0.1, "max_position_embeddings": 80, "rope_parameters": _LONG},
+        "tied_all_heads": {**BASE, **_LOCAL, "tie_word_embeddings": True, "num_key_value_heads": 4},
     },
 }  # fmt: skip
