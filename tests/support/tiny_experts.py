@@ -32,4 +32,11 @@ EXPERTS: dict[str, dict[str, dict[str, Any]]] = {
                             "router_jitter_noise": 0.1, "max_position_embeddings": 80, "rope_parameters": _LONG},
         "tied_all_heads": {**BASE, **_LOCAL, "tie_word_embeddings": True, "num_key_value_heads": 4},
     },
+    "Qwen3MoeForCausalLM": {
+        "wide_heads": {**BASE, **_EXPERTS, "head_dim": 12, "norm_topk_prob": True},
+        "some_dense_biased": {**BASE, **_EXPERTS, "num_experts_per_tok": 3, "mlp_only_layers": [1],
+                              "attention_bias": True},
+        "stepped_window": {**BASE, **_EXPERTS, "decoder_sparse_step": 2, "use_sliding_window": True,
+                           "sliding_window": 6, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    },
 }  # fmt: skip
