@@ -17,6 +17,13 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         "rope_linear": {**BASE, "head_dim": 16, "pad_token_id": None, "rope_parameters":
                         {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0, "partial_rotary_factor": 0.75}},
     },
+    "Glm4ForCausalLM": {
+        "half_rotary": {**BASE, "head_dim": 12, "pad_token_id": None},
+        "unbiased_tied": {**BASE, "head_dim": 8, "pad_token_id": None, "attention_bias": False,
+                          "tie_word_embeddings": True},
+        "all_heads": {**BASE, "head_dim": 16, "pad_token_id": None, "num_key_value_heads": 4, "rope_parameters":
+                      {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
+    },
     "NemotronForCausalLM": {
         "half_rotary": BASE,
         "biased": {**BASE, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
