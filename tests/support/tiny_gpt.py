@@ -8,6 +8,10 @@ from tests.support.tiny_base import BASE
 
 TOKENS = {"vocab_size": 131, "bos_token_id": 1, "eos_token_id": 2}
 GPT2_BASE = {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_NEOX = {name: value for name, value in BASE.items() if name != "num_key_value_heads"}
+_QUARTER = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25}
+_OPT = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
+        "max_position_embeddings": 64}  # fmt: skip
 
 GPT_LINE: dict[str, dict[str, dict[str, Any]]] = {
     "GPT2LMHeadModel": {
@@ -31,5 +35,24 @@ GPT_LINE: dict[str, dict[str, dict[str, Any]]] = {
         "unbiased": {**BASE, "num_key_value_heads": 4, "use_bias": False, "tie_word_embeddings": False},
         "one_kv_head": {**BASE, "num_key_value_heads": 1, "hidden_act": "gelu", "rope_parameters":
                         {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0}},
+    },
+    "GPTJForCausalLM": {
+        "half_rotary": {**GPT2_BASE, "rotary_dim": 4},
+        "all_rotary": {**GPT2_BASE, "rotary_dim": 8, "n_inner": 40, "activation_function": "gelu"},
+        "odd_heads": {**GPT2_BASE, "n_embd": 48, "n_head": 6, "rotary_dim": 2},
+    },
+    "GPTNeoXForCausalLM": {
+        "parallel": {**_NEOX, "rope_parameters": {**_QUARTER, "partial_rotary_factor": 0.5}},
+        "sequential": {**_NEOX, "use_parallel_residual": False, "rope_parameters": _QUARTER},
+        "unbiased_tied": {**_NEOX, "attention_bias": False, "tie_word_embeddings": True, "num_attention_heads": 2},
+        "rope_linear": {**_NEOX, "rope_parameters": {**_QUARTER, "rope_type": "linear", "factor": 2.0,
+                                                     "partial_rotary_factor": 1.0}},
+    },
+    "OPTForCausalLM": {
+        "norm_before": _OPT,
+        "norm_after_narrow": {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 24},
+        "no_final_norm": {**_OPT, "_remove_final_layer_norm": True, "enable_bias": False,
+                          "tie_word_embeddings": False, "activation_function": "gelu"},
+        "bare_norms_wide": {**_OPT, "layer_norm_elementwise_affine": False, "word_embed_proj_dim": 48},
     },
 }  # fmt: skip

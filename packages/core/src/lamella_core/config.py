@@ -81,6 +81,7 @@ class ModelConfig:
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
     lm_head_bias: bool = False
+    embedding_size: int | None = None  # width of token embeddings and output layer; None: hidden_size
     rope: RopeConfig | None = None  # None: no rotary embedding
     local_rope: RopeConfig | None = None  # of layers with a window; None: ``rope`` holds for them too
     sliding_window: int | None = None  # tokens a query sees, its own included; None: all

@@ -49,7 +49,7 @@ def matmul_weights(model: CausalLM) -> list[MatmulWeight]:
         if isinstance(module, Linear) and hasattr(module, "weight"):
             found.append(MatmulWeight(key, module, module.out_features_local, module.in_features_local, False))
         elif isinstance(module, (LMHead, VocabParallelEmbedding)) and _is_output_layer(model, module):
-            found.append(MatmulWeight(key, module, module.rows.padded_length, model.config.hidden_size, True))
+            found.append(MatmulWeight(key, module, module.rows.padded_length, module.weight.shard.shape[1], True))
     return found
 
 

@@ -18,7 +18,7 @@ from lamella_core.layers.sharding import ShardSpec, replicated, split_padded, wh
 
 
 class VocabMatrix(nn.Module):
-    """weight [V on this rank, H]. ``plan`` says in which layout it lies and how hidden states are multiplied by it."""
+    """weight [V on this rank, embedding_size]; ``plan`` says in which layout, and how hidden states are multiplied."""
 
     weight: Parameter
     plan: MatmulPlan
@@ -26,12 +26,13 @@ class VocabMatrix(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         mapping = config.mapping
+        width = config.embedding_size or config.hidden_size
         self.rows = split_padded(config.vocab_size, mapping.tp_size, mapping.tp_rank)
-        self.weight = empty_parameter(ShardSpec(dims=((self.rows,), (whole(config.hidden_size),))), config.torch_dtype)
+        self.weight = empty_parameter(ShardSpec(dims=((self.rows,), (whole(width),))), config.torch_dtype)
         self.plan = default_plan(
             config.torch_dtype,
             self.rows.padded_length,
-            config.hidden_size,
+            width,
             batch_invariant=config.torch_dtype == torch.float32,
             layout="rows",
         )
@@ -93,13 +94,17 @@ class LMHead(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Learned absolute positions [T] -> rows [T, H]; every rank holds the whole table."""
+    """Learned absolute positions [T] -> rows [T, H]; every rank holds the whole table.
+
+    Position p is row p + ``offset``.
+    """
 
     weight: Parameter
 
-    def __init__(self, num_positions: int, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, num_positions: int, hidden_size: int, dtype: torch.dtype, offset: int = 0) -> None:
         super().__init__()
-        self.weight = empty_parameter(replicated(num_positions, hidden_size), dtype)
+        self.offset = offset
+        self.weight = empty_parameter(replicated(num_positions + offset, hidden_size), dtype)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        return F.embedding(positions, self.weight)
+        return F.embedding(positions + self.offset if self.offset else positions, self.weight)

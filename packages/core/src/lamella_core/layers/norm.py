@@ -58,13 +58,17 @@ class UnitOffsetRMSNorm(Norm):
 
 
 class LayerNorm(Norm):
-    """(x - mean) / deviation * weight + bias (Ba et al. 2016)."""
+    """(x - mean) / deviation * weight + bias (Ba et al. 2016); neither weight nor bias unless ``affine``."""
 
     bias: Parameter | None
 
-    def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype, bias: bool = True) -> None:
+    def __init__(
+        self, hidden_size: int, eps: float, dtype: torch.dtype, bias: bool = True, affine: bool = True
+    ) -> None:
         super().__init__(hidden_size, eps, dtype)
-        self.bias = empty_parameter(replicated(hidden_size), dtype) if bias else None
+        if not affine:
+            self.weight = None  # type: ignore[assignment]
+        self.bias = empty_parameter(replicated(hidden_size), dtype) if bias and affine else None
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, out_scale: torch.Tensor | None = None

@@ -109,6 +109,12 @@ def expert_rules(
     ]
 
 
+def interleaved_qkv_rules(source: str) -> list[WeightRule]:
+    """Query, key and value in one tensor, head group by head group; biases where the model has them."""
+    target = "layers.{i}.attention.qkv_proj"
+    return [WeightRule(f"{source}.{leaf}", f"{target}.{leaf}", interleaved=True) for leaf in ("weight", "bias")]
+
+
 def module_rules(names: dict[str, str], source: str = "", target: str = "") -> list[WeightRule]:
     """Weights and biases, where the model has them, of modules whose checkpoints call them otherwise.
 

@@ -88,8 +88,8 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         """Returns layer ``index``: called with (hidden, residual, rotation, ctx), returns (hidden, residual)."""
         raise NotImplementedError
 
-    def make_norm(self) -> Norm:
-        """Returns the norm before the output layer."""
+    def make_norm(self) -> Norm | None:
+        """Returns the norm before the output layer, if there is one."""
         raise NotImplementedError
 
     def embed(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
@@ -176,7 +176,7 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
             rules = [dataclasses.replace(rule, source=rule.source.removeprefix(prefix)) for rule in rules]
         if self.config.tie_word_embeddings:
             ends = ("embed_tokens.weight", "lm_head.weight")
-            sources = [next(rule for rule in rules if rule.target == end) for end in ends]
+            sources = [rule for end in ends for rule in rules if rule.target == end]
             tied = [dataclasses.replace(source, target=end) for source in sources for end in ends]
             rules = [*tied, *(rule for rule in rules if rule.target not in ends)]
         return rules

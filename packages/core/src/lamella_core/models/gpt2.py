@@ -21,6 +21,25 @@ from lamella_core.models.base import CausalLM
 from lamella_core.models.registry import register
 
 
+def gpt2_fields(hf: HfConfig) -> dict[str, Any]:
+    """Returns the `ModelConfig` fields whose keys are GPT-2's in several models."""
+    hidden, heads = hf.integer("n_embd", "hidden_size"), hf.integer("n_head", "num_attention_heads")
+    inner = hf.integer("n_inner", "intermediate_size", default=None, nullable=True)
+    return {
+        "vocab_size": hf.integer("vocab_size"),
+        "hidden_size": hidden,
+        "num_hidden_layers": hf.integer("n_layer", "num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": hf.head_dim(hidden, heads),
+        "intermediate_size": 4 * hidden if inner is None else inner,
+        "max_position_embeddings": hf.integer("n_positions", "max_position_embeddings"),
+        "norm_eps": hf.get("layer_norm_epsilon", default=1e-5),
+        "hidden_act": hf.activation("activation_function", "hidden_act", default="gelu_new"),
+        **hf.token_ids(),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config(ModelConfig):
     """GPT-2's own fields."""
@@ -32,29 +51,17 @@ class GPT2Config(ModelConfig):
 
     @classmethod
     def from_hf(cls, hf: HfConfig) -> dict[str, Any]:
-        """Returns the fields read from a Hugging Face config, whose names are GPT-2's own.
+        """Returns the fields read from a Hugging Face config.
 
         reorder_and_upcast_attn needs nothing here: scores are always computed in float32.
         """
-        hidden, heads = hf.integer("n_embd", "hidden_size"), hf.integer("n_head", "num_attention_heads")
-        inner = hf.integer("n_inner", "intermediate_size", default=None, nullable=True)
         hf.require("add_cross_attention", (False, None), False)
         hf.get("reorder_and_upcast_attn", default=False)
         return {
-            "vocab_size": hf.integer("vocab_size"),
-            "hidden_size": hidden,
-            "num_hidden_layers": hf.integer("n_layer", "num_hidden_layers"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "head_dim": hf.head_dim(hidden, heads),
-            "intermediate_size": 4 * hidden if inner is None else inner,
-            "max_position_embeddings": hf.integer("n_positions", "max_position_embeddings"),
-            "norm_eps": hf.get("layer_norm_epsilon", default=1e-5),
-            "hidden_act": hf.activation("activation_function", "hidden_act", default="gelu_new"),
+            **gpt2_fields(hf),
             "tie_word_embeddings": hf.flag("tie_word_embeddings", default=True),
             "scale_attn_weights": hf.flag("scale_attn_weights", default=True),
             "scale_attn_by_inverse_layer_idx": hf.flag("scale_attn_by_inverse_layer_idx", default=False),
-            **hf.token_ids(),
         }
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from lamella_core.checkpoint.rules import WeightRule
 from lamella_core.hf_config import HfConfig
+from lamella_core.models._rules import interleaved_qkv_rules, module_rules
 from lamella_core.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from lamella_core.models.registry import register
 
@@ -44,27 +45,16 @@ class SantaCoderConfig(GPT2Config):
         return fields
 
 
-_LINEARS = {
-    "attn.c_attn": "attention.qkv_proj",
-    "attn.c_proj": "attention.o_proj",
-    "mlp.c_fc": "mlp.up_proj",
-    "mlp.c_proj": "mlp.down_proj",
-}
-
-
 def _rules() -> list[WeightRule]:
     """GPT-2's rules, with weights that are stored [out, in] and heads that are stored one after the other."""
-    linears = tuple(f"layers.{{i}}.{linear}." for linear in _LINEARS.values())
-    layers = [
-        WeightRule(
-            f"transformer.h.{{i}}.{source}.{leaf}",
-            f"layers.{{i}}.{target}.{leaf}",
-            interleaved=target == "attention.qkv_proj",
-        )
-        for source, target in _LINEARS.items()
-        for leaf in ("weight", "bias")
+    source, target = "transformer.h.{i}.", "layers.{i}."
+    others = {"attn.c_proj": "attention.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
+    linears = (*(f"{target}{name}." for name in others.values()), f"{target}attention.qkv_proj.")
+    return [
+        *(rule for rule in GPT2LMHeadModel.WEIGHTS if not rule.target.startswith(linears)),
+        *interleaved_qkv_rules(f"{source}attn.c_attn"),
+        *module_rules(others, source, target),
     ]
-    return [*(rule for rule in GPT2LMHeadModel.WEIGHTS if not rule.target.startswith(linears)), *layers]
 
 
 def _santacoder_rules() -> list[WeightRule]:
