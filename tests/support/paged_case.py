@@ -72,6 +72,14 @@ class PagedCase:
         tables = torch.where(self.tables[self.rows.long()] == 2**30, 0, self.tables[self.rows.long()])
         return reference.paged_attention(self.q.float(), k, v, tables, self.starts, self.context, SCALE, **self.options)
 
+    def slots(self) -> list[int]:
+        """Where in the cache each key of each sequence is: block * page + place in it."""
+        return [
+            int(self.tables[row, i // self.page]) * self.page + i % self.page
+            for row, length in zip(self.rows.tolist(), self.lengths)
+            for i in range(length)
+        ]
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Queries, caches, tables and rows on the device."""
         return tuple(x.to(self.device) for x in (self.q, self.k, self.v, self.tables, self.rows))

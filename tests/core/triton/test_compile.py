@@ -1,4 +1,4 @@
-"""The glue kernels compile to machine code of the GPUs they are for, also where there is none."""
+"""Glue and attention kernels compile to machine code of the GPUs they are for, also where there is none."""
 
 import pytest
 from tests.support.triton_compiler import compile_in_subprocess
@@ -16,9 +16,16 @@ KERNELS = {
     "masses_kernel",
     "draw_kernel",
 }
+ATTENTION = {"_decode_kernel", "_prefill_kernel"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90], ids=["no_float8_no_pdl", "hopper"])
 def test_glue_compiles(capability, tmp_path):
     assert set(compile_in_subprocess(capability, "tests.support.glue_calls", tmp_path)) == KERNELS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90], ids=["no_float8_no_pdl", "hopper"])
+def test_attention_compiles(capability, tmp_path):
+    assert set(compile_in_subprocess(capability, "tests.support.attention_calls", tmp_path)) == ATTENTION

@@ -14,7 +14,7 @@ from lamella_core.kernels.triton.attention.decode_plan import (
     decode_workspace,
 )
 
-LENGTHS = (64, 97)
+LENGTHS = (64, 200)  # one whole, one in parts
 BASE = PagedCase(lengths=LENGTHS, queries=(1,) * len(LENGTHS))
 PARTS = Split(3, 32)
 HALVES = (torch.bfloat16, torch.float16)
@@ -43,13 +43,13 @@ def test_float8_cache(device, dtype, split):
 @pytest.mark.parametrize("cache", [None, FLOAT8], ids=["own", "float8"])
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_head_sizes(device, dim, cache):
-    case = BASE.but(device=device, dtype=torch.bfloat16, cache=cache, dim=dim, lengths=(40, 70), queries=(1, 1))
+    case = BASE.but(device=device, dtype=torch.bfloat16, cache=cache, dim=dim, lengths=(40, 200), queries=(1, 1))
     case.check(run(case, split=PARTS))
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2), (71, 1)])
 def test_groups(device, heads, kv_heads):
-    case = BASE.but(device=device, heads=heads, kv_heads=kv_heads, lengths=(40, 70), queries=(1, 1))
+    case = BASE.but(device=device, heads=heads, kv_heads=kv_heads, lengths=(40, 200), queries=(1, 1))
     case.check(run(case, split=PARTS))
     case.check(run(case))
 
@@ -91,7 +91,7 @@ def test_no_keys_and_no_sequences(device):
 def test_a_workspace_serves_call_after_call(device):
     """The counters are zero again after each call, whatever lengths and batch it had."""
     workspace = decode_workspace(8, 2, 64, device)
-    for lengths in ((97, 1, 64), (120,), (3, 33)):
+    for lengths in ((197, 1, 64), (220,), (3, 133)):
         case = BASE.but(device=device, lengths=lengths, queries=(1,) * len(lengths))
         result = torch.empty(len(lengths), 8, 64, device=device)
         assert run(case, split=PARTS, workspace=workspace, out=result) is result

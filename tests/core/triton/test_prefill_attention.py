@@ -4,7 +4,9 @@ import pytest
 import torch
 from tests.support.paged_case import FLOAT8, OPTIONS, PagedCase, every_option
 
-from lamella_core.kernels.triton.attention.prefill import Tile, prefill_attention
+from lamella_core.errors import ConfigError
+from lamella_core.kernels.triton.attention import prefill
+from lamella_core.kernels.triton.attention.prefill import Tile, prefill_attention, ragged_attention
 
 BASE = PagedCase(lengths=(5, 97, 130), queries=(5, 33, 1))
 HALVES = (torch.bfloat16, torch.float16)
@@ -110,3 +112,45 @@ def test_a_chunk_at_a_time_is_the_whole(device):
 
 def test_nothing(device):
     assert run(BASE.but(device=device, lengths=(), queries=())).shape == (0, 8, 64)
+
+
+@pytest.mark.parametrize("name", [None, "window and sinks", "all"])
+def test_sequences_over_themselves(device, name):
+    """Without a cache: the same as over one that holds the same keys, also for a part of the rows."""
+    case = BASE.but(
+        device=device, dtype=torch.bfloat16, lengths=(5, 70), queries=(5, 70), dim=16, options=OPTIONS.get(name, {})
+    )
+    q, k_cache, v_cache, *_ = case.tensors()
+    fused = torch.zeros(sum(case.queries), 2 * case.kv_heads, case.dim, dtype=q.dtype, device=device)
+    k, v = fused[:, : case.kv_heads], fused[:, case.kv_heads :]
+    for token, slot in enumerate(case.slots()):
+        k[token], v[token] = (cache[slot // case.page, :, slot % case.page] for cache in (k_cache, v_cache))
+    starts = case.starts.to(device)
+    small = Tile(64, 32, 4, 2)
+    result = ragged_attention(q, k, v, starts, max_query_len=70, tile=small, **case.keywords())
+    case.check(result)
+    rest = torch.full_like(result, 7.0)
+    ragged_attention(q, k, v, starts[1:], max_query_len=70, out=rest, tile=small, **case.keywords())
+    torch.testing.assert_close(rest[5:], result[5:], rtol=2e-2, atol=2e-2)
+    assert (rest[:5] == 7.0).all()
+
+
+def test_a_window_over_whole_blocks(device):
+    case = BASE.but(device=device, page=64, dim=16, dtype=torch.bfloat16, options=OPTIONS["window and sinks"])
+    case.check(run(case, tile=Tile(64, 32, 4, 2)))
+
+
+def test_keys_that_do_not_belong_to_the_queries(device):
+    q, k = torch.zeros(4, 8, 64, device=device), torch.zeros(5, 2, 64, device=device)
+    with pytest.raises(ConfigError, match="differ in dtype, shape or strides"):
+        ragged_attention(q, k, k, torch.tensor([0, 4], dtype=torch.int32, device=device), max_query_len=4, scale=1.0)
+
+
+@pytest.mark.parametrize("shared", [99, 163, 227])
+@pytest.mark.parametrize("dim, key_bytes", [(64, 2), (128, 2), (256, 2), (64, 1), (128, 1), (256, 1)])
+def test_tiles_fit_the_device(monkeypatch, shared, dim, key_bytes):
+    monkeypatch.setattr(prefill, "shared_memory", lambda device: shared << 10)
+    for rows, keys in ((16, 16), (64, 4096), (512, 128), (8192, 2048), (32768, 8192)):
+        tile = prefill.choose_tile(dim, 2, key_bytes, rows, keys)
+        tile = prefill.fitting.__wrapped__(tile, dim * key_bytes, dim * 2, torch.device("cpu"))
+        assert tile.block_m * dim * 2 + 2 * tile.num_stages * tile.block_n * dim * key_bytes <= shared << 10

@@ -59,7 +59,7 @@ class Layout:
     group: int  # G
     head_dim: int  # D
     padded_dim: int  # the next power of two
-    page: int  # P
+    page: int  # P; 0: keys and values are not in a cache, but [T, Hkv, D] beside the queries
     q_token_stride: int
     q_head_stride: int
     block_stride: int  # of the caches
@@ -83,7 +83,7 @@ def _layout(
     if q_dtype not in _PRODUCTS or k_dtype not in (q_dtype, FLOAT8):
         raise ConfigError(f"queries are {q_dtype}, cached keys {k_dtype}: keys must be float8_e4m3fn or as queries are")
     if k_dtype != v_dtype or not same:
-        raise ConfigError("the caches of keys and values differ in dtype, shape or strides; make them alike")
+        raise ConfigError("keys and values differ in dtype, shape or strides; make them alike")
     (heads, dim), (_, kv_heads, page, width) = q, cache
     if dim != width or heads % kv_heads or dim % 2:
         raise ConfigError(
@@ -119,6 +119,20 @@ def layout_of(
     return _layout(tuple(q.shape[1:]), q.stride(), tuple(k_cache.shape), strides, dtypes, same, scale, mask)
 
 
+def ragged_layout_of(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int, num_sinks: int, softcap: float
+) -> Layout:
+    """Returns what a kernel is compiled for whose keys and values are [T, Hkv, D], of the queries' tokens.
+
+    Raises:
+        ConfigError: they do not fit each other or the kernels.
+    """
+    shapes, strides = ((1, k.shape[1], 0, k.shape[2]), (0, k.stride(1), k.stride(0), k.stride(2)))
+    same = k.shape == v.shape and k.stride() == v.stride() and k.shape[0] == q.shape[0] and k.dtype == q.dtype
+    mask = (sliding_window, num_sinks, softcap)
+    return _layout(tuple(q.shape[1:]), q.stride(), shapes, strides, (q.dtype, k.dtype, v.dtype), same, scale, mask)
+
+
 @functools.cache
 def num_processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; in the interpreter a small number, so that small tests split as large batches do."""
@@ -128,7 +142,10 @@ def num_processors(device: torch.device) -> int:
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of a GPU's shared memory that one program may have; in the interpreter an H100's."""
-    return 227 << 10 if is_interpreted() else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if is_interpreted():
+        return 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def result_like(q: Tensor, out_scale: Tensor | None, out: Tensor | None) -> Tensor:
@@ -183,22 +200,30 @@ def first_visible_tile(position, L: tl.constexpr, BLOCK_N: tl.constexpr):  # typ
 @triton.jit
 def load_pages(table_ptr, tile, last_page, L: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns a tile's cache blocks: one id, or [BLOCK_N] ids where a tile spans several. Never reads past the last."""
-    if BLOCK_N <= L.page:
-        index = tile * BLOCK_N // L.page
+    if L.page == 0:
+        pages = tile * 0
     else:
-        index = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) // L.page
-    return tl.load(table_ptr + tl.minimum(index, last_page))
+        if BLOCK_N <= L.page:
+            index = tile * BLOCK_N // L.page
+        else:
+            index = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) // L.page
+        pages = tl.load(table_ptr + tl.minimum(index, last_page))
+    return pages
 
 
 @triton.jit
 def key_offsets(pages, tile, L: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns where in a head's cache [N, P, D] a tile's keys begin: [BLOCK_N, 1] int64, in units of STEP elements.
 
-    An evicted block is read as block 0: in bounds, and to be masked.
+    An evicted block is read as block 0: in bounds, and to be masked. Without pages: where in [*, Hkv, D].
     """
-    within = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) % L.page
-    base = tl.maximum(pages, 0).to(tl.int64) * (L.block_stride // STEP)
-    return (base + within * (L.token_stride // STEP))[:, None]
+    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if L.page == 0:
+        offsets = keys.to(tl.int64) * L.token_stride
+    else:
+        base = tl.maximum(pages, 0).to(tl.int64) * (L.block_stride // STEP)
+        offsets = base + keys % L.page * (L.token_stride // STEP)
+    return offsets[:, None]
 
 
 @triton.jit

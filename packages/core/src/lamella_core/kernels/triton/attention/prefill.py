@@ -1,4 +1,4 @@
-"""Attention of packed prompt chunks over paged keys, causal: bound by multiplying.
+"""Attention of packed prompt chunks over paged keys or over their own, causal: bound by multiplying.
 
 A program owns a tile of rows of one sequence and one key/value head; a row is one query of one of the heads that share
 those keys, rows of a token are next to each other. So keys are read once for the whole group, and short chunks fill a
@@ -14,8 +14,9 @@ Shape legend: see `common`.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from lamella_core.kernels.triton.attention.common import (
     LOWEST,
     UNALIGNED,
+    Layout,
     finish,
     first_visible_tile,
     head_cache,
@@ -31,15 +33,18 @@ from lamella_core.kernels.triton.attention.common import (
     layout_of,
     load_pages,
     narrow_query,
+    ragged_layout_of,
     result_like,
     scales_of,
     shape_scores,
+    shared_memory,
     softmax_step,
     storage,
     widen_float8,
 )
 from lamella_core.kernels.triton.launch import launch_options, next_power_of_2, use_pdl
 
+SHORT_CONTEXT, LONG_CONTEXT = 1024, 4096  # keys: up to which tiles have few keys, and from which on many
 _SEQUENCES_AT_ONCE = tl.constexpr(256)
 
 
@@ -61,15 +66,36 @@ class Tile:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_tile(padded_dim: int, query_bytes: int, key_bytes: int, most_rows: int) -> Tile:
-    """Returns the tile for chunks of at most ``most_rows`` rows (queries times heads of a group)."""
+def choose_tile(padded_dim: int, query_bytes: int, key_bytes: int, most_rows: int, most_keys: int) -> Tile:
+    """Returns the tile for chunks of at most ``most_rows`` rows (queries times heads of a group) over ``most_keys``.
+
+    Measured on an H100 (32 heads over 8 of 128, microseconds; (64, 32, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3)): bf16
+    64 x 128: 82, 103, 146; 8 x 1000: 212, 222, 254; 4 x 2048: 368, 361, 383; 1 x 8192: 1382, 1233, 1161; 512 after
+    7680: 233, 151, 144. Over float8 keys, which are widened in registers, few rows and many keys are best: (64, 128,
+    4, 2) takes 474 for 4 x 2048, 205 for 512 after 7680, 44 for 20 after 2000; (128, 64, 8, 3) 513, 227, 59.
+    """
     if query_bytes == 4:
         return Tile(16, 16 if padded_dim > 128 else 32, 4, 1)
     if most_rows <= 16:
         return Tile(16, 32 if padded_dim > 128 else 64, 4, 3)
-    if most_rows <= 64:
-        return Tile(64, 32 if padded_dim > 128 else 64, 4, 3)
-    return Tile(128, 64, 8, 2 if padded_dim > 128 else 3)
+    if padded_dim > 128:
+        return Tile(64, 32, 4, 3) if most_rows <= 64 else Tile(128, 64, 8, 2)
+    if key_bytes == 1:
+        return Tile(64, 64, 4, 3) if most_rows <= 64 else Tile(64, 128, 4, 2)
+    if most_keys <= SHORT_CONTEXT and most_rows > 64:
+        return Tile(64, 32, 4, 3)
+    return Tile(64, 64, 4, 3) if most_keys <= LONG_CONTEXT or most_rows <= 64 else Tile(128, 128, 8, 3)
+
+
+@functools.cache
+def fitting(tile: Tile, row_bytes: int, query_row_bytes: int, device: torch.device) -> Tile:
+    """Returns the tile, or a smaller one if the device has not the shared memory for its queries and keys."""
+    room, stages = shared_memory(device), 0
+    for tile in (tile, Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)):  # noqa: B020 - ends at the one to take
+        stages = (room - tile.block_m * query_row_bytes) // (2 * tile.block_n * row_bytes)
+        if stages >= min(2, tile.num_stages):
+            break
+    return replace(tile, num_stages=max(1, min(tile.num_stages, stages)))
 
 
 @triton.jit
@@ -137,7 +163,9 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         if MASKED:
             seen = distances <= 0
             if L.window > 0:
-                seen = seen & ((distances > -L.window) | (keys < L.sinks)[None, :]) & (pages >= 0)[None, :]
+                seen = seen & ((distances > -L.window) | (keys < L.sinks)[None, :])
+                if L.page > 0:
+                    seen = seen & (pages >= 0)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
         weights, highest, fade = softmax_step(scores, rest, highest)
         total = total * fade + tl.sum(weights, axis=1)
@@ -188,8 +216,8 @@ def _attend_rows(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["num_seqs", "table_stride", "scale"], do_not_specialize_on_alignment=UNALIGNED)
 def _prefill_kernel(  # type: ignore[no-untyped-def]
     out_ptr, q_ptr,  # [T, Hq, D]
-    k_ptr, v_ptr,  # [N, Hkv, P, D]
-    tables_ptr,  # [*, B] int32
+    k_ptr, v_ptr,  # [N, Hkv, P, D], or without pages [T, Hkv, D]
+    tables_ptr,  # [*, B] int32; without pages None, as are rows and lengths
     rows_ptr, starts_ptr, lengths_ptr,  # [S], [S + 1], [S] int32
     alibi_ptr, sinks_ptr,  # [Hq], or None
     kv_scales_ptr, out_scale_ptr,  # [2] and [] float32, or None
@@ -213,11 +241,18 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     num_rows = (stop - start) * L.group
     if first_row >= num_rows:
         return
-    length, table_row = tl.load(lengths_ptr + seq), tl.load(rows_ptr + seq).to(tl.int64)
+    k_ptr, v_ptr = head_cache(k_ptr, kv_head, 1, L), head_cache(v_ptr, kv_head, 1, L)
+    if L.page == 0:
+        past, last_page, table_ptr = start * 0, start * 0, starts_ptr  # of which nothing is read
+        k_ptr += start.to(tl.int64) * L.token_stride
+        v_ptr += start.to(tl.int64) * L.token_stride
+    else:
+        length = tl.load(lengths_ptr + seq)
+        past, last_page = length - (stop - start), (length - 1) // L.page  # keys before the first query
+        table_ptr = tables_ptr + tl.load(rows_ptr + seq).to(tl.int64) * table_stride
     rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), num_rows - 1)  # what is beyond the last row equals it
     tokens = (start + rows // L.group).to(tl.int64)
     heads = kv_head * L.group + rows % L.group
-    past = length - (stop - start)  # keys before the first query
     cols = tl.arange(0, WIDTH)[None, :]
     mask = cols < L.head_dim
     q_at = q_ptr + (tokens * L.q_token_stride + heads * L.q_head_stride)[:, None] + cols
@@ -226,8 +261,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     acc, highest, total = _attend_rows(
         narrow_query(tl.load(q_at, mask, other=0.0), L), past + rows // L.group,
         past + first_row // L.group, past + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // L.group,
-        head_cache(k_ptr, kv_head, 1, L), head_cache(v_ptr, kv_head, 1, L), tables_ptr + table_row * table_stride,
-        (length - 1) // L.page, factor, slopes, L, BLOCK_N,
+        k_ptr, v_ptr, table_ptr, last_page, factor, slopes, L, BLOCK_N,
     )
     sink_ptrs = None if sinks_ptr is None else sinks_ptr + heads
     out = finish(acc, highest, total, sink_ptrs, v_scale, out_scale_ptr, L)
@@ -248,6 +282,7 @@ def prefill_attention(
     *,
     max_query_len: int,
     scale: float,
+    max_context_len: int = 0,
     sliding_window: int = 0,
     num_sinks: int = 0,
     softcap: float = 0.0,
@@ -267,20 +302,75 @@ def prefill_attention(
     * query_start [S + 1] int32, rising; rows before the first or from the last on are left as they are in ``out``.
     * context_lens [S] int32: keys of each sequence, the queries' own included.
     * max_query_len: of any sequence, or more; only speed depends on it.
+    * max_context_len: like it; 0: no longer than the queries.
     * tile: other than the one for this layer and chunk length.
     """
     layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap)
     out = result_like(q, out_scale, out)
-    num_seqs = table_rows.shape[0]
-    if num_seqs == 0 or q.shape[0] == 0:
-        return out
-    most_rows = next_power_of_2(max_query_len * layout.group)
-    tile = tile or choose_tile(layout.padded_dim, q.element_size(), k_cache.element_size(), most_rows)
-    num_tiles = q.shape[0] * layout.group // tile.block_m + num_seqs
+    keys = max_context_len or max_query_len
+    if table_rows.shape[0]:
+        tile = tile or _tile_for(layout, q, k_cache, max_query_len, keys)
+        paging = (block_tables, table_rows, query_start, context_lens)
+        options = (alibi_slopes, sink_logits, kv_scales, out_scale)
+        _launch(layout, tile, out, (q, storage(k_cache), storage(v_cache)), paging, options, scale)
+    return out
+
+
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_start: Tensor,
+    *,
+    max_query_len: int,
+    scale: float,
+    sliding_window: int = 0,
+    num_sinks: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Attention of whole sequences over themselves, causal: [T, Hq, D]; no cache is read. Other keywords: see `common`.
+
+    * q [T, Hq, D], and k and v [T, Hkv, D] of its dtype, packed: sequence i is rows ``query_start[i]`` to
+      ``query_start[i + 1]``.
+    * query_start [S + 1] int32, rising; rows before the first or from the last on are left as they are in ``out``.
+    * max_query_len: of any sequence, or more; only speed depends on it.
+    * tile: other than the one for this layer and length.
+    """
+    layout = ragged_layout_of(q, k, v, scale, sliding_window, num_sinks, softcap)
+    out = result_like(q, out_scale, out)
+    tile = tile or _tile_for(layout, q, k, max_query_len, max_query_len)
+    options = (alibi_slopes, sink_logits, None, out_scale)
+    _launch(layout, tile, out, (q, k, v), (None, None, query_start, None), options, scale)
+    return out
+
+
+def _tile_for(layout: Layout, q: Tensor, k: Tensor, max_query_len: int, most_keys: int) -> Tile:
+    rows, sizes = next_power_of_2(max_query_len * layout.group), (q.element_size(), k.element_size())
+    tile = choose_tile(layout.padded_dim, *sizes, rows, next_power_of_2(most_keys))
+    return fitting(tile, layout.padded_dim * sizes[1], layout.padded_dim * sizes[0], q.device)
+
+
+def _launch(
+    layout: Layout,
+    tile: Tile,
+    out: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],  # queries, keys and values
+    paging: tuple[Tensor | None, Tensor | None, Tensor, Tensor | None],  # tables, their rows, query starts, lengths
+    options: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],  # as the kernel takes them
+    scale: float,
+) -> None:
+    """Launches `_prefill_kernel` for S >= 0 sequences."""
+    num_seqs, num_tokens = paging[2].shape[0] - 1, out.shape[0]
+    if num_seqs <= 0 or num_tokens == 0:
+        return
+    num_tiles = num_tokens * layout.group // tile.block_m + num_seqs
     _prefill_kernel[layout.heads // layout.group, num_tiles](
-        storage(out), q, storage(k_cache), storage(v_cache), block_tables, table_rows, query_start, context_lens,
-        alibi_slopes, sink_logits, kv_scales, out_scale, num_seqs, block_tables.stride(0), scale,
+        storage(out), *inputs, *paging, *options, num_seqs, 0 if paging[0] is None else paging[0].stride(0), scale,
         L=layout, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, USE_PDL=use_pdl(),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(),
     )  # fmt: skip
-    return out

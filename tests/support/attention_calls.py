@@ -1,0 +1,57 @@
+"""Calls of the attention kernels in the variants that a Llama and a Gemma need, for `tests.support.triton_compiler`."""
+
+from __future__ import annotations
+
+import torch
+
+from lamella_core.kernels.triton.attention import common, decode, decode_plan, prefill
+
+BF16, FLOAT8 = torch.bfloat16, torch.float8_e4m3fn
+PAGE = 32
+
+
+def calls() -> None:
+    common.num_processors = decode.num_processors = decode_plan.num_processors = lambda device: 132
+    common.shared_memory = prefill.shared_memory = decode_plan.shared_memory = lambda device: 227 << 10
+    for cache in (BF16, FLOAT8):
+        for count, longest in ((1, 8192), (64, 8192), (1024, 256)):
+            decoded(cache, count, longest)
+        for count, keys in ((1, 128), (128, 128), (2048, 2048), (2048, 8192)):
+            prompts(cache, count, keys)
+    for count in (128, 2048, 8192):
+        whole(count)
+    whole(128, sliding_window=64, softcap=30.0)
+    whole(128, out_scale=torch.ones(()))
+
+
+def _layer(cache: torch.dtype, tokens: int) -> tuple[torch.Tensor, ...]:
+    q = torch.zeros(tokens, 32, 128, dtype=BF16)
+    k, v = (torch.zeros(3, 8, PAGE, 128, dtype=torch.uint8 if cache.itemsize == 1 else cache) for _ in "kv")
+    return q, k.view(cache), v.view(cache), torch.zeros(4, 8, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+
+
+def _scales(cache: torch.dtype) -> torch.Tensor | None:
+    return torch.ones(2) if cache.itemsize == 1 else None
+
+
+def decoded(cache: torch.dtype, count: int, longest: int) -> None:
+    q, k, v, tables, rows = _layer(cache, count)
+    lengths = torch.ones(count, dtype=torch.int32)
+    decode.decode_attention(
+        q, k, v, tables, rows.expand(count), lengths, scale=1.0, max_context_len=longest, kv_scales=_scales(cache)
+    )
+
+
+def prompts(cache: torch.dtype, count: int, keys: int) -> None:
+    q, k, v, tables, rows = _layer(cache, count)
+    starts = torch.tensor([0, count], dtype=torch.int32)
+    prefill.prefill_attention(
+        q, k, v, tables, rows, starts, rows, scale=1.0, max_query_len=count, max_context_len=keys,
+        kv_scales=_scales(cache),
+    )  # fmt: skip
+
+
+def whole(count: int, **options: object) -> None:
+    q, k, v = torch.zeros(count, 48, 128, dtype=BF16).split([32, 8, 8], dim=1)
+    starts = torch.tensor([0, count], dtype=torch.int32)
+    prefill.ragged_attention(q, k, v, starts, scale=1.0, max_query_len=count, **options)  # type: ignore[arg-type]
