@@ -56,6 +56,10 @@ class UnitOffsetRMSNorm(Norm):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return ops.rms_norm(x, self.weight, self.eps, residual, out_scale, unit_offset=True)
 
+    def fusible(self, residual: torch.Tensor | None) -> RmsNormBefore | None:
+        is_changed = type(self).forward is not UnitOffsetRMSNorm.forward
+        return None if is_changed else RmsNormBefore(self.weight, self.eps, residual, unit_offset=True)
+
 
 class LayerNorm(Norm):
     """(x - mean) / deviation * weight + bias (Ba et al. 2016); neither weight nor bias unless ``affine``."""
