@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from tests.references.registry import REFERENCES
 from tests.support.renamed_models import RENAMED
 from tests.support.tiny_base import BASE
 from tests.support.tiny_dense import DENSE
@@ -77,6 +78,8 @@ def _root() -> tempfile.TemporaryDirectory[str]:
 def _oracle_class(architecture: str) -> Any:
     import transformers
 
+    if architecture in REFERENCES:
+        return REFERENCES[architecture]
     return getattr(transformers, RENAMED[architecture].oracle if architecture in RENAMED else architecture)
 
 

@@ -9,6 +9,9 @@ from tests.support.tiny_base import BASE
 # Architectures whose norms add 1 to the stored weights.
 NORMS_AROUND_ZERO = ("NemotronForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
 
+_HEADS = {**BASE, "num_key_value_heads": None, "rms_norm_eps": 1e-6}
+_ROPED = {**BASE, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None}
+
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     "GlmForCausalLM": {
         "half_rotary": {**BASE, "head_dim": 12, "pad_token_id": None},
@@ -23,6 +26,24 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
                           "tie_word_embeddings": True},
         "all_heads": {**BASE, "head_dim": 16, "pad_token_id": None, "num_key_value_heads": 4, "rope_parameters":
                       {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
+    },
+    "InternLMForCausalLM": {
+        "biased": {**_HEADS, "bias": True},
+        "unbiased": {**_HEADS, "bias": False, "num_attention_heads": 8},
+        "rotary_dynamic": {**_HEADS, "bias": True, "max_position_embeddings": 20, "rotary":
+                           {"type": "dynamic", "base": 500, "scaling_factor": 2.0}},
+    },
+    "InternLM2ForCausalLM": {
+        "grouped": {**_ROPED, "bias": False},
+        "biased": {**_ROPED, "bias": True, "num_attention_heads": 8, "num_key_value_heads": 2},
+        "one_kv_head_dynamic": {**_ROPED, "bias": True, "num_key_value_heads": 1, "max_position_embeddings": 20,
+                                "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    },
+    "InternLM3ForCausalLM": {
+        "unbiased": {**_ROPED, "qkv_bias": False, "bias": False, "head_dim": 8},
+        "qkv_biased": {**_ROPED, "qkv_bias": True, "bias": False, "head_dim": 12},
+        "biased_dynamic": {**_ROPED, "qkv_bias": True, "bias": True, "head_dim": 16, "max_position_embeddings": 20,
+                           "rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
     },
     "NemotronForCausalLM": {
         "half_rotary": BASE,
