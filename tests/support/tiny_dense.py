@@ -33,6 +33,12 @@ _OWN: dict[str, Variants] = {
         "capped_untied": {**_PAD, "head_dim": 8, "sliding_window": 4, "num_key_value_heads": 1,
                           "final_logit_softcapping": 3.0, "tie_word_embeddings": False},
     },
+    "Qwen3ForCausalLM": {
+        "grouped": {"head_dim": 16},
+        "one_kv_head_tied": {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        "biased_window": {"head_dim": 12, "attention_bias": True, "use_sliding_window": True, "sliding_window": 6,
+                          "max_window_layers": 1},
+    },
 }  # fmt: skip
 
 DENSE = {name: {key: {**BASE, **own} for key, own in variants.items()} for name, variants in _OWN.items()}

@@ -120,6 +120,16 @@ class HfConfig:
             check_integer(f"{self.where}: {names[0]}", value, least, LARGEST_INTEGER)
         return value
 
+    def number(self, *names: str, default: float) -> float:
+        """Returns the number of the first of ``names`` that is present, else the default.
+
+        Raises:
+            ConfigError: it is no finite number above 0.
+        """
+        value = self.get(*names, default=default)
+        check_number(f"{self.where}: {names[0]}", value, positive=True)
+        return float(value)
+
     def flag(self, name: str, *, default: bool) -> bool:
         """Returns the truth value of ``name``; null means false.
 

@@ -35,6 +35,14 @@ def sandwich_norm_rules() -> list[WeightRule]:
     return [WeightRule(f"{_LAYER}.{a}.weight", f"layers.{{i}}.{b}.weight") for a, b in names.items()]
 
 
+def post_norm_rules() -> list[WeightRule]:
+    """The two norms of a layer that norms only after attention and MLP."""
+    return [
+        WeightRule(f"{_LAYER}.post_attention_layernorm.weight", "layers.{i}.attention_norm.weight"),
+        WeightRule(f"{_LAYER}.post_feedforward_layernorm.weight", "layers.{i}.mlp_norm.weight"),
+    ]
+
+
 def head_norm_rules() -> list[WeightRule]:
     """The norms of queries and keys."""
     return [
@@ -51,14 +59,17 @@ def norm_bias_rules() -> list[WeightRule]:
     ]
 
 
-def attention_rules() -> list[WeightRule]:
-    """Separate query, key and value projections fused into one; biases where the model has them."""
+def attention_rules(out: str = "o_proj") -> list[WeightRule]:
+    """Separate query, key and value projections fused into one; biases where the model has them.
+
+    ``out`` is what the output projection is called.
+    """
     fused = [
         WeightRule(f"{_LAYER}.self_attn.{s}_proj.{leaf}", f"layers.{{i}}.attention.qkv_proj.{leaf}", section=s)
         for s in ("q", "k", "v")
         for leaf in ("weight", "bias")
     ]
-    return [*fused, *_both(f"{_LAYER}.self_attn.o_proj", "layers.{i}.attention.o_proj")]
+    return [*fused, *_both(f"{_LAYER}.self_attn.{out}", "layers.{i}.attention.o_proj")]
 
 
 def gated_mlp_rules() -> list[WeightRule]:
