@@ -39,6 +39,13 @@ _OWN: dict[str, Variants] = {
         "biased_window": {"head_dim": 12, "attention_bias": True, "use_sliding_window": True, "sliding_window": 6,
                           "max_window_layers": 1},
     },
+    "PhiForCausalLM": {
+        "half_rotary": {"num_key_value_heads": 4},
+        "grouped": {"hidden_act": "gelu", "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0,
+                                                              "partial_rotary_factor": 0.25}},
+        "one_kv_head": {"num_key_value_heads": 1, "intermediate_size": 40, "rope_parameters":
+                        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 1.0}},
+    },
 }  # fmt: skip
 
 DENSE = {name: {key: {**BASE, **own} for key, own in variants.items()} for name, variants in _OWN.items()}
