@@ -46,6 +46,17 @@ _OWN: dict[str, Variants] = {
         "one_kv_head": {"num_key_value_heads": 1, "intermediate_size": 40, "rope_parameters":
                         {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 1.0}},
     },
+    "Phi3ForCausalLM": {
+        "window": {**_PAD, "sliding_window": 6},
+        "longrope": {**_PAD, "max_position_embeddings": 80, "original_max_position_embeddings": 20,
+                     "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
+                                         "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}},
+        "partial_longrope_tied": {
+            **_PAD, "max_position_embeddings": 80, "original_max_position_embeddings": 20, "num_key_value_heads": 1,
+            "tie_word_embeddings": True, "hidden_act": "gelu", "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.5], "long_factor": [1.0, 3.0]}},
+    },
 }  # fmt: skip
 
 DENSE = {name: {key: {**BASE, **own} for key, own in variants.items()} for name, variants in _OWN.items()}
