@@ -57,6 +57,11 @@ _OWN: dict[str, Variants] = {
                 "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
                 "short_factor": [1.0, 1.5], "long_factor": [1.0, 3.0]}},
     },
+    "Olmo2ForCausalLM": {
+        "grouped": _PAD,
+        "one_kv_head_tied": {**_PAD, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        "biased": {**_PAD, "num_key_value_heads": 4, "attention_bias": True},
+    },
 }  # fmt: skip
 
 DENSE = {name: {key: {**BASE, **own} for key, own in variants.items()} for name, variants in _OWN.items()}
