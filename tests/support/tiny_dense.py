@@ -62,6 +62,13 @@ _OWN: dict[str, Variants] = {
         "one_kv_head_tied": {**_PAD, "num_key_value_heads": 1, "tie_word_embeddings": True},
         "biased": {**_PAD, "num_key_value_heads": 4, "attention_bias": True},
     },
+    "GraniteForCausalLM": {
+        "multiplied": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5,
+                       "logits_scaling": 2.0},
+        "biased_tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+                        "attention_multiplier": 0.35, "embedding_multiplier": 1.5, "logits_scaling": 1.3},
+        "one_kv_head": {"num_key_value_heads": 1, "residual_multiplier": 0.22, "head_dim": 12},
+    },
 }  # fmt: skip
 
 DENSE = {name: {key: {**BASE, **own} for key, own in variants.items()} for name, variants in _OWN.items()}
