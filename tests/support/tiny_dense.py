@@ -69,6 +69,13 @@ _OWN: dict[str, Variants] = {
                         "attention_multiplier": 0.35, "embedding_multiplier": 1.5, "logits_scaling": 1.3},
         "one_kv_head": {"num_key_value_heads": 1, "residual_multiplier": 0.22, "head_dim": 12},
     },
+    "CohereForCausalLM": {
+        "tied": {**_PAD, "logit_scale": 0.5},
+        "normed_heads": {**_PAD, "use_qk_norm": True, "logit_scale": 1.5, "num_key_value_heads": 1},
+        "biased_untied": {**_PAD, "attention_bias": True, "use_qk_norm": True, "logit_scale": 0.75,
+                          "tie_word_embeddings": False, "rope_parameters":
+                          {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    },
 }  # fmt: skip
 
 DENSE = {name: {key: {**BASE, **own} for key, own in variants.items()} for name, variants in _OWN.items()}
