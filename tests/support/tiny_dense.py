@@ -76,6 +76,12 @@ _OWN: dict[str, Variants] = {
                           "tie_word_embeddings": False, "rope_parameters":
                           {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     },
+    "Cohere2ForCausalLM": {
+        "window_first": {**_PAD, "logit_scale": 0.5, "sliding_window": 6, "layer_types": _SLIDING_FIRST},
+        "full_first": {**_PAD, "logit_scale": 0.75, "sliding_window": 4, "layer_types": _SLIDING_FIRST[::-1],
+                       "attention_bias": True, "num_key_value_heads": 1},
+        "all_windows_untied": {**_PAD, "logit_scale": 1.5, "sliding_window": 5, "tie_word_embeddings": False},
+    },
 }  # fmt: skip
 
 DENSE = {name: {key: {**BASE, **own} for key, own in variants.items()} for name, variants in _OWN.items()}
