@@ -82,6 +82,12 @@ _OWN: dict[str, Variants] = {
                        "attention_bias": True, "num_key_value_heads": 1},
         "all_windows_untied": {**_PAD, "logit_scale": 1.5, "sliding_window": 5, "tie_word_embeddings": False},
     },
+    "StableLmForCausalLM": {
+        "quarter_rotary": {},
+        "normed_heads": {"qk_layernorm": True, "use_qkv_bias": True, "num_key_value_heads": 1},
+        "parallel": {"qk_layernorm": True, "use_parallel_residual": True, "tie_word_embeddings": True,
+                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    },
 }  # fmt: skip
 
 DENSE = {name: {key: {**BASE, **own} for key, own in variants.items()} for name, variants in _OWN.items()}
