@@ -88,6 +88,13 @@ _OWN: dict[str, Variants] = {
         "parallel": {"qk_layernorm": True, "use_parallel_residual": True, "tie_word_embeddings": True,
                      "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     },
+    "SmolLM3ForCausalLM": {
+        "last_unrotated": {**_PAD, "no_rope_layer_interval": 2},
+        "first_unrotated": {**_PAD, "no_rope_layers": [0, 1], "attention_bias": True, "mlp_bias": True,
+                            "tie_word_embeddings": False},
+        "window": {**_PAD, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 5,
+                   "num_key_value_heads": 1},
+    },
 }  # fmt: skip
 
 DENSE = {name: {key: {**BASE, **own} for key, own in variants.items()} for name, variants in _OWN.items()}
