@@ -95,6 +95,12 @@ _OWN: dict[str, Variants] = {
         "window": {**_PAD, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 5,
                    "num_key_value_heads": 1},
     },
+    "Exaone4ForCausalLM": {
+        "window_first": {"sliding_window": 6, "sliding_window_pattern": 2},
+        "no_window": {"sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
+        "full_first": {"sliding_window": 4, "layer_types": _SLIDING_FIRST[::-1], "head_dim": 12,
+                       "num_key_value_heads": 1},
+    },
 }  # fmt: skip
 
 DENSE = {name: {key: {**BASE, **own} for key, own in variants.items()} for name, variants in _OWN.items()}
