@@ -33,6 +33,8 @@ def rotate(cache_dtype: torch.dtype, interleaved: bool, rotary: int) -> None:
     scales = torch.ones(2) if cache_dtype is FLOAT8 else None
     slots = torch.zeros(16, dtype=torch.int64)
     rope_cache.rope_and_cache(q, k, v, table, table, rotary, interleaved, *caches, slots, scales)
+    if scales is not None:
+        rope_cache.rope_and_cache(q, k, v, table, table, rotary, interleaved, *caches, slots, scales, rotate_keys=True)
 
 
 def draw(dtype: torch.dtype) -> None:

@@ -41,20 +41,23 @@ class Step:
                     caches[i].view(raw)[slot // BLOCK, :, slot % BLOCK] = x.view(raw)[token]
         return q, *caches
 
-    def check(self, rotary, interleaved, scales=None):
+    def check(self, rotary, interleaved, scales=None, rotate_keys=False):
         q, k_cache, v_cache = self.expected(rotary, interleaved, scales)
         keys = self.k.clone()
+        if rotate_keys:
+            reference.rope_inplace(self.q.clone(), keys, *self.tables(rotary), rotary, interleaved)
         cos, sin = self.tables(rotary) if rotary else (None, None)
         rope_and_cache(
-            self.q, self.k, self.v, cos, sin, rotary, interleaved, self.k_cache, self.v_cache, self.slots, scales
-        )
-        for ours, theirs in ((self.q, q), (self.k_cache, k_cache)):
+            self.q, self.k, self.v, cos, sin, rotary, interleaved, self.k_cache, self.v_cache, self.slots, scales,
+            rotate_keys,
+        )  # fmt: skip
+        for ours, theirs in ((self.q, q), (self.k_cache, k_cache), (self.k, keys)):
             step = 2**-3 if ours.dtype == torch.float8_e4m3fn else 2 * torch.finfo(ours.dtype).eps
             torch.testing.assert_close(ours.float(), theirs.float(), rtol=step, atol=1e-6)
             differs = (ours.float() != theirs.float()).sum()
             assert ours.dtype == torch.float32 or differs <= 0.005 * ours.numel()
         assert torch.equal(self.v_cache.float(), v_cache.float())
-        assert torch.equal(self.k, keys)
+        assert rotate_keys or torch.equal(self.k, keys)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
@@ -82,6 +85,13 @@ def test_float8_cache(device, rotary, scales, interleaved):
     """The second scale makes values saturate."""
     scales = None if scales is None else torch.tensor(scales, device=device)
     Step(device, dim=80, cache=torch.float8_e4m3fn).check(rotary, interleaved, scales)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("rotary", [40, 80])
+def test_keys_in_place(device, rotary, interleaved):
+    scales = torch.tensor((0.31, 0.02), device=device)
+    Step(device, dim=80, cache=torch.float8_e4m3fn).check(rotary, interleaved, scales, rotate_keys=True)
 
 
 def test_without_rotation_queries_stay(device):

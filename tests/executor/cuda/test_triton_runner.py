@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tests.support.attention_steps import make_layer, make_queries, make_step
 from tests.support.device_steps import Drive, request_of, runner_setup
 from tests.support.executors import hf_greedy, prompt
 
@@ -16,6 +19,7 @@ if torch.cuda.is_available():
 
 from tests.support.triton_interpreter import repair_interpreter
 
+from lamella_executor.attention.torch_backend import TorchAttention
 from lamella_executor.attention.triton_backend import TritonAttention
 from lamella_executor.runner.cuda.ops import TritonOps
 from lamella_executor.runner.cuda.runner import DeviceParts
@@ -43,3 +47,23 @@ def test_sampled_rows_beside_rows_for_the_host(runner):
     best = step.logits[0].topk(5).indices.tolist()
     assert step.collect()[0] in best and len(step.collect()) == 1
     assert int(step.logits[1].argmax()) == hf_greedy(prompt(5), 1)[0]
+
+
+@pytest.mark.parametrize("queries", [(1, 4, 6, 12), (1, 4, 3, 5), (6, 12), (1, 1, 12)], ids=str)
+def test_prompts_that_begin_in_a_step_read_no_float8(queries):
+    """The last ones of the step; chunks before them go on over the cache, all in one result."""
+    contexts = [9, 20, 6, 12][-len(queries) :]
+    step = make_step("cpu", contexts, queries)
+    assert step.num_whole == {4: 2 if queries[-1] == 12 else 0, 2: 2, 3: 1}[len(queries)]
+    scales = torch.tensor([0.5, 1.25])
+    layer = make_layer("cpu", cache_dtype=torch.float8_e4m3fn, kv_scales=scales)
+    q, count = make_queries(step, layer)[step.num_decode :], step.num_tokens - step.num_decode
+    own = torch.randn(count, 4, 64, generator=torch.Generator().manual_seed(2)).bfloat16().split(2, dim=1)
+    theirs = TorchAttention().begin(step)
+    for call in (layer, replace(layer, own=own)):
+        out = torch.full_like(q, 7.0).contiguous()
+        result = TritonAttention().begin(step).prefill(q, call, out)
+        assert result is out
+        torch.testing.assert_close(result, theirs.prefill(q, call), atol=2e-2, rtol=2e-2)
+    if step.num_whole:
+        assert not torch.equal(theirs.prefill(q, layer), theirs.prefill(q, replace(layer, own=own)))

@@ -39,6 +39,17 @@ class AttentionStep:
     host: HostLengths | None  # None in a captured step: each replay has other lengths
 
     @property
+    def num_whole(self) -> int:
+        """How many sequences at the end of the step compute all their keys in it: whole prompts, or their beginnings.
+
+        Decoding sequences do not count. In a captured step there are none.
+        """
+        if self.host is None:
+            return 0
+        begun = self.host.query[self.num_decode :] != self.host.context[self.num_decode :]
+        return int(begun[::-1].argmax()) if begun.any() else len(begun)
+
+    @property
     def is_captured(self) -> bool:
         """Whether this is being recorded in a CUDA graph: nothing may wait for a value of the device."""
         return self.host is None
@@ -56,6 +67,9 @@ class LayerCall:
     sink_logits: Tensor | None  # [Hq]
     kv_scales: Tensor | None  # [2] float32, of keys and values of a float8 cache
     out_scale: Tensor | None  # [] float32: the result may come as float8, divided by it
+    # [T - D_, Hkv, D] in the queries' dtype: rotated keys, and values, of the tokens that are not decoding; the last
+    # `num_whole` sequences of the step may be attended over these instead of a float8 cache
+    own: tuple[Tensor, Tensor] | None = None
 
 
 class StepAttention(Protocol):

@@ -80,7 +80,10 @@ class DeviceKvCache:
 
 
 class RopeAndCache(Protocol):
-    """Rotates q [T, Hq, D] and k [T, Hkv, D], and stores k and v at ``slots`` [T] int64; q is rotated in place."""
+    """Rotates q [T, Hq, D] and k [T, Hkv, D], and stores k and v at ``slots`` [T] int64; q is rotated in place.
+
+    So is k if ``rotate_keys``; it may be anyway.
+    """
 
     def __call__(
         self,
@@ -91,6 +94,7 @@ class RopeAndCache(Protocol):
         caches: tuple[Tensor, Tensor],
         slots: Tensor,
         kv_scales: Tensor | None,
+        rotate_keys: bool = False,
     ) -> None: ...
 
 
@@ -106,8 +110,10 @@ class CudaStepContext:
         rope_and_cache: RopeAndCache,
         windows: dict[int, LayerWindow],
         tp: Communicator,
+        num_whole: int = 0,  # see `AttentionStep.num_whole`
     ) -> None:
         self._cache = cache
+        self._has_own = num_whole > 0 and cache.is_float8
         self._slots = slots
         self._num_decode = num_decode
         self._attention = attention
@@ -128,14 +134,19 @@ class CudaStepContext:
         kv_scales: Tensor | None = None,
         out_scale: Tensor | None = None,
     ) -> Tensor:
-        """Rotates, writes this step's keys and values, then attends over the cache; returns [T, Hq, D]."""
+        """Rotates, writes this step's keys and values, then attends over the cache; returns [T, Hq, D].
+
+        Prompts that begin in this step attend over their own keys and values where the cache is float8: they need
+        nothing else, and these are neither rounded nor to be converted.
+        """
         caches = self._cache.layer(spec.layer_idx)
         scales = kv_scales if self._cache.is_float8 else None
-        self._rope_and_cache(q, k, v, rotation, caches, self._slots, scales)
-        call = LayerCall(
-            spec, self._windows[spec.layer_idx], *caches, alibi_slopes, sink_logits, scales, out_scale
-        )  # fmt: skip
+        self._rope_and_cache(q, k, v, rotation, caches, self._slots, scales, self._has_own)
         num_decode = self._num_decode
+        own = (k[num_decode:], v[num_decode:]) if self._has_own else None
+        call = LayerCall(
+            spec, self._windows[spec.layer_idx], *caches, alibi_slopes, sink_logits, scales, out_scale, own
+        )  # fmt: skip
         if num_decode == q.shape[0]:
             return self._attention.decode(q, call)
         if num_decode == 0:
@@ -156,6 +167,7 @@ def torch_rope_and_cache(
     caches: tuple[Tensor, Tensor],
     slots: Tensor,
     kv_scales: Tensor | None,
+    rotate_keys: bool = False,
 ) -> None:
     """`RopeAndCache` through PyTorch, for devices without triton."""
     if rotation is not None:
@@ -179,6 +191,7 @@ def triton_rope_and_cache(
     caches: tuple[Tensor, Tensor],
     slots: Tensor,
     kv_scales: Tensor | None,
+    rotate_keys: bool = False,
 ) -> None:
     """`RopeAndCache` in one kernel."""
     from lamella_core.kernels.triton.rope_cache import rope_and_cache
@@ -187,4 +200,4 @@ def triton_rope_and_cache(
     if rotation is not None:
         cos, sin = rotation.cos, rotation.sin
         rotary_dim, interleaved = rotation.rotary_dim, rotation.interleaved
-    rope_and_cache(q, k, v, cos, sin, rotary_dim, interleaved, *caches, slots, kv_scales)
+    rope_and_cache(q, k, v, cos, sin, rotary_dim, interleaved, *caches, slots, kv_scales, rotate_keys)

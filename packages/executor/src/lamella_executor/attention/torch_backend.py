@@ -28,6 +28,7 @@ class _TorchStep:
         self._step = step
         self._context = step.host.context.tolist()
         self._query = step.host.query.tolist()
+        self._first_whole = len(self._query) - step.num_whole
 
     def decode(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         return self._attend(q, layer, 0, self._step.num_decode)
@@ -41,8 +42,11 @@ class _TorchStep:
         begin = 0
         for index in range(first, last):
             length, end = self._context[index], begin + self._query[index]
-            row = self._step.block_tables[self._step.table_rows[index]]
-            keys, values = _gathered(layer, row, length)
+            if layer.own is not None and index >= self._first_whole:
+                keys, values = (x[begin:end].float() for x in layer.own)
+            else:
+                row = self._step.block_tables[self._step.table_rows[index]]
+                keys, values = _gathered(layer, row, length)
             for start in range(begin, end, _QUERY_TILE):
                 stop = min(start + _QUERY_TILE, end)
                 offset = length - (end - start)  # position of the first query of the tile

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lamella_core.kernels.triton.attention.decode import Workspace, decode_attention, decode_workspace
-from lamella_core.kernels.triton.attention.prefill import prefill_attention
+from lamella_core.kernels.triton.attention.prefill import prefill_attention, ragged_attention
 from lamella_executor.attention.backend import AttentionStep, LayerCall
 
 
@@ -40,7 +40,12 @@ class _TritonStep:
         self._step = step
         rows, lengths, num_decode = step.table_rows, step.context_lens, step.num_decode
         self._decode = (step.block_tables, rows[:num_decode], lengths[:num_decode])
-        self._prefill = (step.block_tables, rows[num_decode:], step.query_start, lengths[num_decode:])
+        self._num_prompts = rows.shape[0] - num_decode
+        self._num_whole = step.num_whole
+        self._longest = (step.max_context_len, step.max_query_len)  # context of prompts, whole prompt
+        if step.host is not None and self._num_prompts:
+            whole = step.host.query[len(step.host.query) - self._num_whole :]
+            self._longest = (int(step.host.context[num_decode:].max()), int(whole.max(initial=0)))
 
     def decode(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         spec, window = layer.spec, layer.window
@@ -54,10 +59,26 @@ class _TritonStep:
         )  # fmt: skip
 
     def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
+        if layer.own is None or self._num_whole == 0:
+            return self._over_cache(q, layer, out, self._num_prompts)
+        begun = self._num_prompts - self._num_whole
+        if begun:
+            out = self._over_cache(q, layer, out, begun)
         spec, window = layer.spec, layer.window
+        return ragged_attention(
+            q, *layer.own, self._step.query_start[begun:],
+            scale=spec.scale, max_query_len=self._longest[1],
+            sliding_window=window.length, num_sinks=window.num_sinks, softcap=spec.softcap or 0.0,
+            alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits, out_scale=layer.out_scale, out=out,
+        )  # fmt: skip
+
+    def _over_cache(self, q: Tensor, layer: LayerCall, out: Tensor | None, count: int) -> Tensor:
+        """Attention of the first ``count`` prompts; rows of others are left as they are."""
+        spec, window, step = layer.spec, layer.window, self._step
+        rows, lengths = (x[step.num_decode : step.num_decode + count] for x in (step.table_rows, step.context_lens))
         return prefill_attention(
-            q, layer.k_cache, layer.v_cache, *self._prefill,
-            scale=spec.scale, max_query_len=self._step.max_query_len,
+            q, layer.k_cache, layer.v_cache, step.block_tables, rows, step.query_start[: count + 1], lengths,
+            scale=spec.scale, max_query_len=step.max_query_len, max_context_len=self._longest[0],
             sliding_window=window.length, num_sinks=window.num_sinks, softcap=spec.softcap or 0.0,
             alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits,
             kv_scales=layer.kv_scales, out_scale=layer.out_scale, out=out,

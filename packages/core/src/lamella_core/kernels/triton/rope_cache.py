@@ -1,7 +1,7 @@
 """Rotary position embedding and the write to the paged cache, in one pass over a step's queries, keys and values.
 
 A program owns up to HEADS heads of one token: either of its queries, rotated in place, or of its keys and values,
-which go to the cache. Rotated keys are not written back: attention reads them from the cache.
+which go to the cache. Rotated keys are not written back unless asked for: attention reads them from the cache.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ def _rope_cache_kernel(
     FLOAT8: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     NATIVE_FLOAT8: tl.constexpr,
+    ROTATE_KEYS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ) -> None:
     """Grid (T, Q_GROUPS + groups of key heads); ROTARY values of a head are rotated, 0: queries are left alone."""
@@ -155,6 +156,9 @@ def _rope_cache_kernel(
         if ROTARY > 0:
             to = k_cache_ptr + place
             _rotate(base, to, mask, cos_ptr, sin_ptr, token, k_scale, HALF, HEADS, INTERLEAVED, FLOAT8, NATIVE_FLOAT8)
+            if ROTATE_KEYS:
+                tl.debug_barrier()  # other threads may still read what is now overwritten
+                _rotate(base, base, mask, cos_ptr, sin_ptr, token, 1.0, HALF, HEADS, INTERLEAVED, False, NATIVE_FLOAT8)
         _copy(base, k_cache_ptr + place, mask, k_scale, ROTARY, HEAD_DIM, FLOAT8, NATIVE_FLOAT8)
         base = v_ptr + token * v_stride + heads * V_HEAD_STRIDE
         _copy(base, v_cache_ptr + place, mask, v_scale, 0, HEAD_DIM, FLOAT8, NATIVE_FLOAT8)
@@ -172,8 +176,9 @@ def rope_and_cache(
     v_cache: Tensor,
     slots: Tensor,
     kv_scales: Tensor | None = None,
+    rotate_keys: bool = False,
 ) -> None:
-    """Rotates queries in place and writes rotated keys, and values, to the cache. Keys are left as they are.
+    """Rotates queries in place and writes rotated keys, and values, to the cache.
 
     Args:
         q: [T, Hq, D], values of a head side by side, as in a view of the fused projection. So are k and v.
@@ -187,6 +192,7 @@ def rope_and_cache(
         v_cache: like k_cache.
         slots: [T] int64, block * tokens per block + offset; negative ones are not written.
         kv_scales: [2] float32: keys and values in a float8 cache are divided by them. None: by 1.
+        rotate_keys: rotate keys in place, too (those with a slot); otherwise ``k`` is left as it is.
     """
     num_tokens, q_heads, head_dim = q.shape
     if num_tokens == 0:
@@ -206,6 +212,7 @@ def rope_and_cache(
         Q_HEADS=q_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
         Q_HEAD_STRIDE=q.stride(1), K_HEAD_STRIDE=k.stride(1), V_HEAD_STRIDE=v.stride(1),
         TOKENS_PER_BLOCK=tokens_per_block, ROTARY=rotary, Q_GROUPS=q_groups, HEADS=heads, INTERLEAVED=interleaved,
-        FLOAT8=float8, HAS_SCALES=float8 and kv_scales is not None, NATIVE_FLOAT8=has_float8(), USE_PDL=use_pdl(),
+        FLOAT8=float8, HAS_SCALES=float8 and kv_scales is not None, NATIVE_FLOAT8=has_float8(),
+        ROTATE_KEYS=rotate_keys, USE_PDL=use_pdl(),
         num_warps=min(8, max(1, heads * next_power_of_2(head_dim) // VALUES_PER_WARP)), **launch_options(),
     )  # fmt: skip

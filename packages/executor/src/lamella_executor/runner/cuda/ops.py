@@ -43,6 +43,7 @@ class DeviceOps(Protocol):
         caches: tuple[Tensor, Tensor],
         slots: Tensor,
         kv_scales: Tensor | None,
+        rotate_keys: bool = False,
     ) -> None:
         """See `lamella_executor.attention.paged_cuda.RopeAndCache`."""
         ...

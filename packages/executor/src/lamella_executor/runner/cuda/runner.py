@@ -221,7 +221,7 @@ class CudaRunner:
         count = step.num_tokens
         ctx = CudaStepContext(
             self._cache, state.kv_slots[:count], step.num_decode, parts.attention.begin(step),
-            parts.ops.rope_and_cache, self._windows, self._tp,
+            parts.ops.rope_and_cache, self._windows, self._tp, step.num_whole,
         )  # fmt: skip
         return self._model(state.input_ids[:count], state.positions[:count], ctx, rows=inputs.logit_rows)
 
