@@ -258,3 +258,27 @@ def test_unknown_kernels_and_unwanted_phases(library: FakeFlashInfer, fallback: 
     backend = FlashInferAttention(fallback, "cpu", decode=False)
     compare(backend, make_step("cpu", [9, 20], [1, 4]), make_layer("cpu"))
     assert [phase for phase, _ in fallback.calls] == ["decode"] and library.planned
+
+
+def test_only_long_prompts_without_float8(library: FakeFlashInfer, fallback: Recorder) -> None:
+    """What "auto" makes of it; float8 results stay what they are in both halves of a step."""
+    backend = FlashInferAttention(fallback, "cpu", decode=False, least_prompt=8)
+    plain, float8 = make_layer("cpu"), make_layer("cpu", layer_idx=1, cache_dtype=FLOAT8)
+    compare(backend, make_step("cpu", [9, 20, 12], [1, 7, 8]), plain)
+    compare(backend, make_step("cpu", [9, 20], [1, 8]), float8)
+    assert [phase for phase, _ in fallback.calls] == ["decode", "prefill"] * 2 and not library.planned
+    step, scaled = make_step("cpu", [9, 20], [1, 8]), replace(plain, out_scale=torch.tensor(0.1))
+    begun, q = backend.begin(step), make_queries(step, plain)
+    begun.decode(q[:1], scaled)
+    begun.prefill(q[1:], scaled)
+    assert all(layer.out_scale is not None for _, layer in fallback.calls[-2:]) and not library.planned
+    fallback.calls.clear()
+    compare(backend, make_step("cpu", [9, 20, 12], [1, 7, 9]), plain)
+    assert [phase for phase, _ in fallback.calls] == ["decode"] and len(library.planned) == 1
+
+
+def test_prompts_are_written_where_they_are_wanted(backend: FlashInferAttention) -> None:
+    step, layer = make_step("cpu", [20, 12], [7, 8]), make_layer("cpu")
+    q = make_queries(step, layer)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    assert backend.begin(step).prefill(q, layer, out) is out

@@ -30,7 +30,7 @@ repair_interpreter()
 @pytest.fixture
 def runner(monkeypatch):
     parts = DeviceParts(TritonAttention(), TritonOps(), torch.device("cpu"))
-    monkeypatch.setattr(start, "choose_parts", lambda backend, device: parts)
+    monkeypatch.setattr(start, "choose_parts", lambda *_: parts)
     return start.start_runner(runner_setup(), "triton", "cpu")[0]
 
 

@@ -21,6 +21,7 @@ from lamella_executor.attention.flashinfer_prefill import KERNELS, PagedPrefill,
 logger = logging.getLogger(__name__)
 
 INSTALL = "pip install 'lamella[cuda]'"
+LONG_PROMPT = 512  # tokens
 
 
 def why_no_flashinfer() -> str | None:
@@ -50,6 +51,8 @@ class FlashInferAttention:
         decode: whether FlashInfer serves decoding.
         prefill: whether FlashInfer serves prompts.
         prefill_kernel: "fa2", "fa3" (Hopper only) or "auto".
+        least_prompt: mean length of a step's prompts from which on FlashInfer serves them; `LONG_PROMPT` is where it is
+            ahead of our kernels. Above 0 it also leaves float8 caches and float8 results to the fallback.
 
     Raises:
         ConfigError: FlashInfer is missing or broken, or the kernel's name is unknown.
@@ -65,6 +68,7 @@ class FlashInferAttention:
         decode: bool = True,
         prefill: bool = True,
         prefill_kernel: str = "auto",
+        least_prompt: int = 0,
     ) -> None:
         if prefill_kernel not in KERNELS:
             raise ConfigError(f"prefill_kernel is {prefill_kernel!r}; allowed: {', '.join(KERNELS)}")
@@ -75,6 +79,7 @@ class FlashInferAttention:
         capability = _capability(device)
         scales = HostScales()
         self.fallback = fallback
+        self.least_prompt = least_prompt
         self.decoder = XqaDecode(device, capability, scales) if decode else None
         self.prefiller = PagedPrefill(device, capability, scales, prefill_kernel) if prefill else None
         self._reasons: dict[tuple[int, str], str | None] = {}  # by layer and phase; None: FlashInfer serves it
@@ -115,7 +120,8 @@ class FlashInferStep:
 
     def __init__(self, backend: FlashInferAttention, step: AttentionStep) -> None:
         # both halves of a mixed step must return one dtype, and FlashInfer's prompt kernels return no float8
-        self._is_mixed = 0 < step.num_decode < step.num_tokens
+        self._is_mixed = 0 < step.num_decode < step.num_tokens and backend.least_prompt == 0
+        self._has_short_prompts = _mean_prompt(step) < backend.least_prompt
         self._backend = backend
         self._step = step
         self._plans = StepPlans()
@@ -133,12 +139,13 @@ class FlashInferStep:
 
     def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         layer = self._agreed(layer)
-        prefiller = self._backend.prefiller
-        if prefiller is not None and self._backend.serves("prefill", prefiller, q, layer):
-            result = prefiller.run(self._step, self._plans, q, layer)
+        prefiller, out = self._backend.prefiller, _fitting(out, q, layer)
+        is_left = self._has_short_prompts or (self._backend.least_prompt > 0 and _is_float8(layer))
+        if prefiller is not None and not is_left and self._backend.serves("prefill", prefiller, q, layer):
+            result = prefiller.run(self._step, self._plans, q, layer, out)
             if result is not None:
                 return result
-        return self._other().prefill(q, layer, _fitting(out, q, layer))
+        return self._other().prefill(q, layer, out)
 
     def _agreed(self, layer: LayerCall) -> LayerCall:
         return replace(layer, out_scale=None) if self._is_mixed and layer.out_scale is not None else layer
@@ -158,6 +165,17 @@ class FlashInferStep:
         if self._fallback is None:
             self._fallback = self._backend.fallback.begin(self._step)
         return self._fallback
+
+
+def _mean_prompt(step: AttentionStep) -> float:
+    """Mean number of tokens that the step's prompts compute; 0 without prompts."""
+    count = 0 if step.host is None else len(step.host.query) - step.num_decode
+    return (step.num_tokens - step.num_decode) / count if count else 0.0
+
+
+def _is_float8(layer: LayerCall) -> bool:
+    """Whether keys or results are float8, over which FlashInfer's prompt kernels are not ahead of ours."""
+    return layer.k_cache.dtype.itemsize == 1 or layer.out_scale is not None
 
 
 def _fitting(out: Tensor | None, q: Tensor, layer: LayerCall) -> Tensor | None:

@@ -102,8 +102,13 @@ class PagedPrefill:
         )
         return next((reason for is_served, reason in checks if not is_served), None)
 
-    def run(self, step: AttentionStep, plans: StepPlans, q: Tensor, layer: LayerCall) -> Tensor | None:
-        """Returns [T - D_, Hq, D] in q's dtype, for q of that shape; None if FlashInfer cannot compute it after all."""
+    def run(
+        self, step: AttentionStep, plans: StepPlans, q: Tensor, layer: LayerCall, out: Tensor | None = None
+    ) -> Tensor | None:
+        """Returns [T - D_, Hq, D] in q's dtype, for q of that shape; None if FlashInfer cannot compute it after all.
+
+        The result is in ``out``, if that is given and has this dtype.
+        """
         if step.host is None:
             return None  # a plan is of one step's lengths: it cannot be replayed
         key = self._key(q, layer)
@@ -114,14 +119,16 @@ class PagedPrefill:
             return None
         scales = None if layer.kv_scales is None else self._scales.get(layer.kv_scales, may_wait=True)
         k_scale, v_scale = scales or (1.0, 1.0)
-        out: Tensor = planner.wrapper.run(
+        if out is None or out.dtype != q.dtype or not out.is_contiguous():
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        result: Tensor = planner.wrapper.run(
             q,
             (layer.k_cache, layer.v_cache),
             k_scale=k_scale,
             v_scale=v_scale,
-            out=torch.empty(q.shape, dtype=q.dtype, device=q.device),
+            out=out,
         )
-        return out
+        return result
 
     def _key(self, q: Tensor, layer: LayerCall) -> PlanKey:
         spec, cache = layer.spec, layer.k_cache
