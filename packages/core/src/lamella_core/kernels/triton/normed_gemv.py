@@ -32,6 +32,7 @@ from lamella_core.kernels.triton.quantize import from_float8, to_float8
 
 MOST_VALUES = 128  # of all rows that a thread holds
 REGISTERS = 65536  # of a multiprocessor, for the programs that it runs at once
+FEWEST_REGISTERS, MOST_REGISTERS = 64, 255  # of a thread; with fewer, programs rather wait for each other
 INTERPRETED_PROCESSORS = 2
 
 
@@ -215,7 +216,7 @@ def normed_matmul(
         NATIVE_FLOAT8=has_float8(),
         USE_PDL=use_pdl(),
         num_warps=tile.num_warps,
-        maxnreg=min(255, REGISTERS // (lanes * tile.per_processor) // 8 * 8),
+        maxnreg=_most_registers(lanes * tile.per_processor),
         **launch_options(),
     )
     return out, total
@@ -235,6 +236,12 @@ def default_tile(m: int, n: int, k: int, itemsize: int) -> NormedTile:
     if k <= 4096 and m <= 2:
         return NormedTile(block_n=2, num_warps=4, per_processor=4) if m == 1 else NormedTile(4, 8, 2)
     return NormedTile(block_n=2, num_warps=8, per_processor=2)
+
+
+def _most_registers(threads: int) -> int:
+    """Returns registers per thread with which so many fit a multiprocessor; the most there are if they would be few."""
+    registers = REGISTERS // threads // 8 * 8
+    return registers if FEWEST_REGISTERS <= registers <= MOST_REGISTERS else MOST_REGISTERS
 
 
 @functools.cache
