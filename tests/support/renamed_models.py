@@ -46,6 +46,14 @@ def _santacoder_tensors(config: Config, tensors: Tensors) -> Tensors:
     return out
 
 
+def _phimoe_config(config: Config) -> Config:
+    """Rope parameters as older files have them."""
+    rope = config.pop("rope_parameters")
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    return {**config, "rope_theta": theta, "rope_scaling": {"type": kind, **rope}}
+
+
 RENAMED: dict[str, Renamed] = {
+    "PhiMoEForCausalLM": Renamed("PhimoeForCausalLM", _phimoe_config),
     "GPT2LMHeadCustomModel": Renamed("GPTBigCodeForCausalLM", _santacoder_config, _santacoder_tensors),
 }

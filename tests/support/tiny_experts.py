@@ -32,6 +32,9 @@ EXPERTS: dict[str, dict[str, dict[str, Any]]] = {
                             "router_jitter_noise": 0.1, "max_position_embeddings": 80, "rope_parameters": _LONG},
         "tied_all_heads": {**BASE, **_LOCAL, "tie_word_embeddings": True, "num_key_value_heads": 4},
     },
+    "PhiMoEForCausalLM": {
+        "published": {**BASE, **_LOCAL, "lm_head_bias": True, "max_position_embeddings": 80, "rope_parameters": _LONG},
+    },
     "Qwen3MoeForCausalLM": {
         "wide_heads": {**BASE, **_EXPERTS, "head_dim": 12, "norm_topk_prob": True},
         "some_dense_biased": {**BASE, **_EXPERTS, "num_experts_per_tok": 3, "mlp_only_layers": [1],

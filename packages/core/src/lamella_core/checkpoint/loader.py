@@ -56,6 +56,7 @@ def load_weights(
         if progress is not None:
             progress(done, total)
     source.close()
+    model.finish_loading()
 
 
 def _filled(

@@ -164,6 +164,9 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         """Returns the bytes of this rank's weights as they are stored."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 
+    def finish_loading(self) -> None:
+        """Called once when the weights of a Hugging Face directory have been read: a model may change its own then."""
+
     def weight_rules(self, source_names: Collection[str]) -> list[WeightRule]:
         """Returns `WEIGHTS` adapted to this rank and to a source that holds tensors of these names.
 
