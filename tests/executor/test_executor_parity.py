@@ -48,7 +48,15 @@ def test_greedy_tokens_of_mixed_prompts(name):
         assert it.idle_blocks() == (0, 0)
 
 
-OTHERS = [("Qwen2ForCausalLM", "upper_window"), ("GPT2LMHeadModel", "tied"), ("MixtralForCausalLM", "top2")]
+OTHERS = [
+    ("Qwen2ForCausalLM", "upper_window"),
+    ("GPT2LMHeadModel", "tied"),
+    ("MixtralForCausalLM", "top2"),
+    ("Gemma2ForCausalLM", "low_caps"),
+    ("Gemma3ForCausalLM", "two_bases"),
+    ("Cohere2ForCausalLM", "window_first"),
+    ("Olmo2ForCausalLM", "grouped"),
+]
 
 
 @pytest.mark.parametrize("model", OTHERS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lamella_core.config import ModelConfig
+from lamella_core.config import FULL, SLIDING, ModelConfig
 from lamella_core.hf_config import HfConfig
 from lamella_core.layers.norm import UnitOffsetRMSNorm
 from lamella_core.models.base import CausalLM
@@ -45,12 +45,11 @@ class AlternatingGemmaConfig(GemmaBaseConfig):
     @classmethod
     def alternating_fields(cls, hf: HfConfig, layers: int, period: int) -> dict[str, Any]:
         """Returns the fields of attention over ``layers`` layers, every ``period``-th of which sees all tokens."""
-        default = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
-        scalar = hf.get("query_pre_attn_scalar", default=256)
+        default = [SLIDING if (i + 1) % period else FULL for i in range(layers)]
         return {
             "sliding_window": hf.integer("sliding_window", default=4096, nullable=True),
             "layer_types": hf.layer_types(default),
-            "query_pre_attn_scalar": scalar,
+            "query_pre_attn_scalar": hf.number("query_pre_attn_scalar", default=256.0),
         }
 
 

@@ -1,4 +1,4 @@
-"""EXAONE 4 (LG AI Research 2025): norms after each block and of heads; full layers among windowed ones do not rotate."""
+"""EXAONE 4 (LG AI Research 2025): norms after each block; full layers among windowed ones do not rotate."""
 
 from __future__ import annotations
 

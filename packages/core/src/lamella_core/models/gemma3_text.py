@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from lamella_core.config import FULL, SLIDING
 from lamella_core.hf_config import HfConfig
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.decoder import DecoderLayer
@@ -41,13 +42,13 @@ class Gemma3TextConfig(AlternatingGemmaConfig):
         head_dim = common["head_dim"]
         hf.require("attn_logit_softcapping", (None,), None)
         local_theta = hf.get("rope_local_base_freq", default=10000.0)
-        has_kinds = "sliding_attention" in (hf.get("rope_parameters", default=None) or {})
-        local = hf.rope(head_dim, local_theta, layer_type="sliding_attention") if has_kinds else None
+        has_kinds = SLIDING in (hf.get("rope_parameters", default=None) or {})
+        local = hf.rope(head_dim, local_theta, layer_type=SLIDING) if has_kinds else None
         period = hf.integer("sliding_window_pattern", default=6)
         return {
             **common,
             **cls.alternating_fields(hf, common["num_hidden_layers"], period),
-            "rope": hf.rope(head_dim, 1e6, layer_type="full_attention"),
+            "rope": hf.rope(head_dim, 1e6, layer_type=FULL),
             "local_rope": local or RopeConfig(rotary_dim=head_dim, theta=local_theta),
             "logit_softcap": hf.get("final_logit_softcapping", default=None),
         }

@@ -52,7 +52,7 @@ class SmolLM3Config(ModelConfig):
             "norm_eps": hf.get("rms_norm_eps", default=1e-6),
             "rope": hf.rope(common["head_dim"]),
             "sliding_window": window,
-            "layer_types": hf.layer_types([FULL if window is None or rotating else SLIDING for rotating in rotates]),
+            "layer_types": hf.layer_types([FULL if rotating else SLIDING for rotating in rotates] if window else ()),
             "tie_word_embeddings": hf.flag("tie_word_embeddings", default=True),
             "no_rope_layers": rotates,
             "attention_bias": hf.flag("attention_bias", default=False),
