@@ -32,8 +32,8 @@ EPS = 1e-5
 BOUND = 0.02  # of the largest value after a layer: norms sum in another order
 GATED_TILES = [VectorTile(4, 4), VectorTile(8, 4), VectorTile(4, 8), VectorTile(8, 8), VectorTile(2, 8)]
 NORMED_TILES = [
-    NormedTile(2, 4, 4), NormedTile(4, 8, 2), NormedTile(2, 8, 2), NormedTile(4, 4, 3), NormedTile(2, 8, 3),
-    NormedTile(4, 8, 2, False), NormedTile(4, 4, 4, False), NormedTile(8, 8, 2), NormedTile(4, 8, 64),
+    NormedTile(2, 4, 4), NormedTile(4, 8, 2), NormedTile(2, 8, 2), NormedTile(2, 8, 3), NormedTile(4, 4, 3),
+    NormedTile(4, 8, 2, False), NormedTile(4, 4, 4, False), NormedTile(8, 8, 1), NormedTile(4, 8, 64),
 ]  # fmt: skip
 FEWER = 4  # tiles of each kind without --all
 
