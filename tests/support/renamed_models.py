@@ -53,7 +53,16 @@ def _phimoe_config(config: Config) -> Config:
     return {**config, "rope_theta": theta, "rope_scaling": {"type": kind, **rope}}
 
 
+def _refined_web_config(config: Config) -> Config:
+    """The 40B's model type stands for new_decoder_architecture."""
+    is_new = config.pop("new_decoder_architecture")
+    names = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_kv_heads": "n_head_kv"}
+    config = {names.get(name, name): value for name, value in config.items()}
+    return {**config, "model_type": "RefinedWeb" if is_new else "RefinedWebModel"}
+
+
 RENAMED: dict[str, Renamed] = {
     "PhiMoEForCausalLM": Renamed("PhimoeForCausalLM", _phimoe_config),
     "GPT2LMHeadCustomModel": Renamed("GPTBigCodeForCausalLM", _santacoder_config, _santacoder_tensors),
+    "RWForCausalLM": Renamed("FalconForCausalLM", _refined_web_config),
 }

@@ -12,6 +12,10 @@ _NEOX = {name: value for name, value in BASE.items() if name != "num_key_value_h
 _QUARTER = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25}
 _OPT = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
         "max_position_embeddings": 64}  # fmt: skip
+_BLOOM = {**TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+_MPT = {**TOKENS, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
+EAGER_IS_WRONG = ("FalconForCausalLM",)  # transformers' eager attention adds ALiBi twice there, its sdpa once
+_FALCON = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 GPT_LINE: dict[str, dict[str, dict[str, Any]]] = {
     "GPT2LMHeadModel": {
@@ -54,5 +58,30 @@ GPT_LINE: dict[str, dict[str, dict[str, Any]]] = {
         "no_final_norm": {**_OPT, "_remove_final_layer_norm": True, "enable_bias": False,
                           "tie_word_embeddings": False, "activation_function": "gelu"},
         "bare_norms_wide": {**_OPT, "layer_norm_elementwise_affine": False, "word_embed_proj_dim": 48},
+    },
+    "BloomForCausalLM": {
+        "four_heads": _BLOOM,
+        "six_heads": {**_BLOOM, "n_head": 6, "hidden_size": 48},
+        "normed_stream": {**_BLOOM, "n_head": 2, "apply_residual_connection_post_layernorm": True,
+                          "tie_word_embeddings": False},
+    },
+    "MptForCausalLM": {
+        "four_heads": _MPT,
+        "six_heads": {**_MPT, "n_heads": 6, "d_model": 48},
+        "clipped": {**_MPT, "n_heads": 2, "attn_config": {"clip_qkv": 0.6, "softmax_scale": 0.2}},
+    },
+    "FalconForCausalLM": {
+        "one_kv_head": _FALCON,
+        "two_norms_grouped": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+        "one_norm_grouped": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True,
+                             "num_ln_in_parallel_attn": 1, "tie_word_embeddings": False, "ffn_hidden_size": 40},
+        "sequential_alibi": {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True,
+                             "num_attention_heads": 6, "hidden_size": 48},
+        "one_kv_head_alibi": {**_FALCON, "alibi": True},
+    },
+    "RWForCausalLM": {
+        "refined_web": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+        "refined_web_model": _FALCON,
+        "all_kv_heads": {**_FALCON, "multi_query": False},
     },
 }  # fmt: skip

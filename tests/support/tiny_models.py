@@ -18,7 +18,7 @@ from tests.support.renamed_models import RENAMED
 from tests.support.tiny_base import BASE
 from tests.support.tiny_dense import DENSE
 from tests.support.tiny_experts import EXPERTS
-from tests.support.tiny_gpt import GPT_LINE
+from tests.support.tiny_gpt import EAGER_IS_WRONG, GPT_LINE
 from tests.support.tiny_others import NORMS_AROUND_ZERO, OTHERS
 
 _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20, "factor": 4.0,
@@ -130,7 +130,8 @@ def hf_model(architecture: str, variant: str) -> Any:
     import torch
 
     directory = _oracle_dir(architecture, variant)
-    model = _oracle_class(architecture).from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    kernel = "sdpa" if architecture in EAGER_IS_WRONG else "eager"
+    model = _oracle_class(architecture).from_pretrained(directory, dtype=torch.float32, attn_implementation=kernel)
     return model.eval()
 
 

@@ -152,6 +152,17 @@ class HfConfig:
             raise ConfigError(f"{self.where}: layer_types is {given!r}; it must be a list")
         return list(default) if given is None else given
 
+    def nested(self, name: str) -> HfConfig:
+        """Returns the object ``name`` of the file as a configuration of its own, empty if absent.
+
+        Raises:
+            ConfigError: it is no object.
+        """
+        given = self.get(name, default=None) or {}
+        if not isinstance(given, dict):
+            raise ConfigError(f"{self.where}: {name} is {given!r}; it must be an object")
+        return HfConfig({**given, "architectures": [self.architecture]}, f"{self.where}: {name}")
+
     def head_dim(self, hidden_size: int, heads: int) -> int:
         """Returns head_dim: as given, else hidden_size / heads.
 

@@ -33,6 +33,8 @@ class Attention(nn.Module):
         q_norm: of the queries, before they rotate.
         k_norm: of the keys, likewise.
         use_rope: False for a layer without positions in a model that rotates in others.
+        alibi_slopes: of all heads [Hq of all ranks] float32, see `alibi_slopes`; None: no ALiBi.
+        clip_qkv: queries, keys and values are clamped to +-clip_qkv as they are projected; None: they stay.
     """
 
     def __init__(  # noqa: PLR0913 - by keyword, most models leave most out
@@ -49,6 +51,8 @@ class Attention(nn.Module):
         q_norm: HeadNorm | None = None,
         k_norm: HeadNorm | None = None,
         use_rope: bool = True,
+        alibi_slopes: torch.Tensor | None = None,
+        clip_qkv: float | None = None,
     ) -> None:
         super().__init__()
         tp = config.mapping.tp_size
@@ -63,6 +67,8 @@ class Attention(nn.Module):
         )
         self.q_norm, self.k_norm = q_norm, k_norm
         self.use_rope = use_rope
+        self.clip_qkv = clip_qkv
+        self._slopes = None if alibi_slopes is None else alibi_slopes.chunk(tp)[config.mapping.tp_rank]
         self.heads = (self.spec.num_heads, self.spec.num_kv_heads, self.spec.num_kv_heads)
         self.qkv_proj = QKVParallelLinear(qkv_bias, config=config, name=f"{name}.qkv_proj")
         self.o_proj = RowParallelLinear(
@@ -106,13 +112,25 @@ class Attention(nn.Module):
         self, qkv: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext, rows: torch.Tensor | None
     ) -> torch.Tensor:
         spec, tokens = self.spec, qkv.shape[0]
+        if self.clip_qkv is not None:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         q, k, v = qkv.view(tokens, sum(self.heads), spec.head_dim).split_with_sizes(self.heads, dim=1)
         if self.q_norm is not None:
             q = self.q_norm(q, ctx)
         if self.k_norm is not None:
             k = self.k_norm(k, ctx)
-        rotation = self._own(rotation)
-        out = ctx.attend(spec, q, k, v, rotation=rotation, kv_scales=self.kv_scales, out_scale=self.o_proj.input_scale)
+        if self._slopes is not None and self._slopes.device != q.device:
+            self._slopes = self._slopes.to(q.device)
+        out = ctx.attend(
+            spec,
+            q,
+            k,
+            v,
+            rotation=self._own(rotation),
+            alibi_slopes=self._slopes,
+            kv_scales=self.kv_scales,
+            out_scale=self.o_proj.input_scale,
+        )
         out = out.reshape(tokens, spec.num_heads * spec.head_dim)
         if rows is not None:
             out = ops.take_rows(out, rows)
