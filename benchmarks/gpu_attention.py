@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_attention.py [--only decode prefill] [--quick] [--json results.json]
 
-A layer of the Llama-3.1-8B shape (32 heads, 8 key/value heads of 128). First every tile is compiled and checked, in
+A layer of the Llama-3.1-8B shape (32 heads, 8 key/value heads of 128). "whole" is prompts over their own keys, in bf16
+and without a cache, as a float8 cache's first chunks are computed. First every tile is compiled and checked, in
 worker processes, on random data; one that fails is named and left out. Then times: launches of a CUDA graph, each on
 other cache blocks, so that keys come from memory and not from the L2 cache; median of several replays. Decoding counts
 bytes of keys and values over time, as a fraction of 3.0 TB/s; prompts count 4 D FLOPs per query, head and visible key.
@@ -34,7 +35,7 @@ from lamella_core.kernels.triton.attention.decode_plan import choose_split
 from lamella_core.kernels.triton.attention.decode_plan import choose_tile as choose_decode_tile
 from lamella_core.kernels.triton.attention.prefill import Tile as PrefillTile
 from lamella_core.kernels.triton.attention.prefill import choose_tile as choose_prefill_tile
-from lamella_core.kernels.triton.attention.prefill import prefill_attention
+from lamella_core.kernels.triton.attention.prefill import prefill_attention, ragged_attention
 from lamella_core.kernels.triton.launch import next_power_of_2
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -46,13 +47,16 @@ COLD_BYTES = 256 * 2**20  # launches in a row read at least so much before they 
 MOST_BYTES = 5 * 2**30  # read by one launch
 
 DECODE_TILES = {
-    "bf16": [(64, 4, 3), (64, 4, 4), (32, 4, 4), (128, 4, 2), (32, 2, 3), (64, 2, 3), (32, 1, 3), (32, 1, 4)],
-    "fp8": [(64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 4, 2), (64, 2, 3), (64, 2, 4), (32, 1, 4), (64, 1, 3)],
+    "bf16": [(64, 4, 3), (32, 4, 4), (32, 2, 3), (32, 1, 3), (64, 4, 4), (128, 4, 2)],
+    "fp8": [(64, 4, 3), (128, 4, 3), (64, 2, 3), (32, 1, 4), (64, 4, 4), (128, 4, 2)],
 }
-PREFILL_TILES = [
-    (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (128, 32, 4, 3),
-    (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 128, 4, 2),
-]  # fmt: skip
+SPLIT_TILES = {"bf16": {(64, 4, 3), (32, 2, 3)}, "fp8": {(64, 4, 3), (128, 4, 3)}}  # tried with several splits
+PREFILL_TILES = {
+    "bf16": [(64, 64, 4, 3), (64, 32, 4, 3), (128, 128, 8, 3), (64, 32, 4, 4), (128, 32, 4, 3), (128, 64, 8, 3)],
+    "fp8": [(64, 128, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3)],
+}
+KERNELS = ("decode", "prefill", "whole")
+PREFILL_TILES["whole"] = PREFILL_TILES["bf16"]
 BATCHES, CONTEXTS = (1, 4, 8, 16, 32, 64, 256, 1024, 2048), (128, 256, 1024, 4096)
 TRIED_PART = 32  # least keys of parts, where other splits than the usual are tried
 # name -> (query length, context length) of each sequence
@@ -72,8 +76,8 @@ PROMPTS = {
 class Variant:
     """What is compiled: a kernel for a cache, a block size and a tile."""
 
-    kernel: str  # "decode" or "prefill"
-    cache: str
+    kernel: str  # "decode", "prefill" or "whole"
+    cache: str  # "-" where none is read
     page: int
     tile: tuple[int, ...]
 
@@ -119,12 +123,21 @@ def reference(layer: Layer, q: Tensor, table: Tensor, length: int) -> Tensor:
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), values)
 
 
+def gathered(layer: Layer, tables: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Cached keys and values of sequences, packed: each [T, Hkv, D]."""
+    k, v = (
+        torch.cat([x[table.long()].transpose(1, 2).flatten(0, 1)[:n] for table, n in zip(tables, lengths)])
+        for x in (layer.k, layer.v)
+    )
+    return k, v
+
+
 def check(variant: Variant) -> tuple[Variant, str | None, float]:
     """Compiles a variant and compares it with the reference; returns what is wrong, and the largest error."""
     torch.manual_seed(0)
-    layer = Layer(variant.cache, variant.page, 2**26)
-    queries = [1] * 6 if variant.kernel == "decode" else [1, 17, 64, 130, 300, 5]
+    layer = Layer("bf16" if variant.kernel == "whole" else variant.cache, variant.page, 2**26)
     lengths = [1, 17, 64, 200, 777, 500]
+    queries = {"decode": [1] * 6, "whole": lengths, "prefill": [1, 17, 64, 130, 300, 5]}[variant.kernel]
     tables = layer.tables(lengths, 1)
     q = torch.randn(sum(queries), HEADS, DIM, device="cuda", dtype=torch.bfloat16)
     rows = torch.arange(6, dtype=torch.int32, device="cuda")
@@ -138,6 +151,10 @@ def check(variant: Variant) -> tuple[Variant, str | None, float]:
             results = [
                 decode_attention(*given, context, split=split, **keywords) for split in (Split(1, 4096), Split(4, 64))
             ]
+        elif variant.kernel == "whole":
+            k, v = gathered(layer, tables, lengths)
+            whole = PrefillTile(*variant.tile)
+            results = [ragged_attention(q, k, v, starts, max_query_len=777, scale=SCALE, tile=whole)]
         else:
             keywords = {"scale": SCALE, "kv_scales": layer.scales, "tile": PrefillTile(*variant.tile)}
             results = [prefill_attention(*given, starts, context, max_query_len=300, **keywords)]
@@ -196,10 +213,10 @@ def splits(num_seqs: int, context: int, every: bool) -> list[Split]:
 
 
 class DecodeBatch:
-    """One query for each of some sequences; each turn leads to other blocks."""
+    """One query for each of some sequences of at most ``bound`` keys; each turn leads to other blocks."""
 
-    def __init__(self, layer: Layer, lengths: list[int]) -> None:
-        self.layer, self.longest = layer, max(lengths)
+    def __init__(self, layer: Layer, lengths: list[int], bound: int) -> None:
+        self.layer, self.longest = layer, bound
         self.num_bytes = sum(lengths) * layer.token_bytes
         self.turns = min(64, max(4, -(-COLD_BYTES // self.num_bytes)))
         self.tables = layer.tables(lengths, self.turns)
@@ -220,18 +237,20 @@ class DecodeBatch:
 def time_decode(layer: Layer, cache: str, tiles: list[tuple[int, ...]], quick: bool) -> list[Result]:
     """Times each tile on each batch and context, and other splits with the usual tile."""
     results = []
-    usual = choose_decode_tile(DIM, CACHES[cache].itemsize, layer.page)
-    usual_tile = (usual.block_n, usual.num_warps, usual.num_stages)
+    processors = num_processors(torch.device("cuda"))
     mixed = [int(128 + 3968 * i / 255) for i in range(256)]
-    cases = [(f"{s} x {c}", [c] * s) for s in BATCHES for c in CONTEXTS] + [("256 x 128..4096", mixed)]
-    for case, lengths in cases:
+    cases = [(f"{s} x {c}", [c] * s, c) for s in BATCHES for c in CONTEXTS] + [("256 x 128..4096", mixed, 4096)]
+    cases += [(f"{s} x 128 of 131072", [128] * s, 131072) for s in (1, 16, 64)]
+    for case, lengths, bound in cases:
         if sum(lengths) * layer.token_bytes > MOST_BYTES or (quick and len(lengths) in (4, 16, 2048)):
             continue
-        batch = DecodeBatch(layer, lengths)
+        batch = DecodeBatch(layer, lengths, bound)
+        programs = len(lengths) * KV_HEADS
+        usual_tile = choose_decode_tile(DIM, CACHES[cache].itemsize, programs, batch.longest, processors)
         for tile in tiles:
-            for split in splits(len(lengths), max(lengths), tile == usual_tile or tile[1] == 1):
+            for split in splits(len(lengths), batch.longest, tile in SPLIT_TILES[cache]):
                 spent = median_microseconds(functools.partial(batch.launch, tile, split), batch.turns)
-                is_default = tile == usual_tile and split.least_keys != TRIED_PART
+                is_default = DecodeTile(*tile) == usual_tile and split.least_keys != TRIED_PART
                 rate = batch.num_bytes / spent / 1e3
                 results.append(Result("decode", cache, layer.page, case, tile, split.parts, is_default, spent, rate))
     return results
@@ -244,8 +263,9 @@ class PromptBatch:
         queries, lengths = [q for q, _ in sequences], [n for _, n in sequences]
         self.layer, self.longest = layer, max(queries)
         self.tables = layer.tables(lengths, 1)
-        self.q = torch.randn(sum(queries), HEADS, DIM, device="cuda", dtype=torch.bfloat16)
-        self.out = torch.empty_like(self.q)
+        fused = torch.randn(sum(queries), HEADS + 2 * KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+        self.q, *self.own = fused.split([HEADS, KV_HEADS, KV_HEADS], dim=1)  # parts of one product, as in a model
+        self.out = torch.empty(self.q.shape, device="cuda", dtype=torch.bfloat16)
         self.rows = torch.arange(len(lengths), dtype=torch.int32, device="cuda")
         self.starts = torch.tensor([0, *queries], device="cuda").cumsum(0).int()
         self.context = torch.tensor(lengths, dtype=torch.int32, device="cuda")
@@ -257,19 +277,30 @@ class PromptBatch:
             max_query_len=self.longest, kv_scales=self.layer.scales, out=self.out, tile=PrefillTile(*tile),
         )  # fmt: skip
 
+    def launch_whole(self, tile: tuple[int, ...], turn: int) -> None:
+        k, v = self.own
+        ragged_attention(
+            self.q, k, v, self.starts, scale=SCALE, max_query_len=self.longest, out=self.out, tile=PrefillTile(*tile)
+        )
 
-def time_prefill(layer: Layer, cache: str, tiles: list[tuple[int, ...]]) -> list[Result]:
-    """Times each tile on each mix of prompts."""
+
+def time_prefill(layer: Layer, kernel: str, cache: str, tiles: list[tuple[int, ...]]) -> list[Result]:
+    """Times each tile on each mix of prompts; "whole": on those that are whole."""
     results = []
     for case, sequences in PROMPTS.items():
+        if kernel == "whole" and any(count < length for count, length in sequences):
+            continue
         batch = PromptBatch(layer, sequences)
         most_rows = next_power_of_2(batch.longest * HEADS // KV_HEADS)
-        usual = choose_prefill_tile(DIM, 2, CACHES[cache].itemsize, most_rows)
+        itemsize = 2 if kernel == "whole" else CACHES[cache].itemsize
+        most_keys = next_power_of_2(max(length for _, length in sequences))
+        usual = choose_prefill_tile(DIM, 2, itemsize, most_rows, most_keys)
+        launch = batch.launch_whole if kernel == "whole" else batch.launch
         for tile in tiles:
-            spent = median_microseconds(functools.partial(batch.launch, tile), 4)
+            spent = median_microseconds(functools.partial(launch, tile), 4)
             is_default = PrefillTile(*tile) == usual
             rate = batch.flops / spent / 1e6
-            results.append(Result("prefill", cache, layer.page, case, tile, 1, is_default, spent, rate))
+            results.append(Result(kernel, cache, layer.page, case, tile, 1, is_default, spent, rate))
     return results
 
 
@@ -279,14 +310,14 @@ def show(results: list[Result]) -> None:
     for result in results:
         cases[result.kernel, result.cache, result.page, result.case].append(result)
     loss: dict[tuple[str, str, int], dict[tuple[int, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
-    print(f"{'kernel':8}{'cache':6}{'P':>4} {'case':18}{'best us':>9} {'tile':18}{'parts':>5} {'rate':>7} {'of 3.0':>7}"
+    print(f"{'kernel':8}{'cache':6}{'P':>4} {'case':22}{'best us':>9} {'tile':18}{'parts':>5} {'rate':>7} {'of 3.0':>7}"
           f"{'default us':>11}{'parts':>6}{'rate':>7}")  # fmt: skip
     for (kernel, cache, page, case), found in cases.items():
         best = min(found, key=lambda r: r.microseconds)
         usual = next((r for r in found if r.is_default), None)
         share = f"{best.rate * 1e9 / BANDWIDTH:7.2f}" if kernel == "decode" else f"{'-':>7}"
         ours = f"{usual.microseconds:11.1f}{usual.parts:6}{usual.rate:7.0f}" if usual else ""
-        print(f"{kernel:8}{cache:6}{page:4} {case:18}{best.microseconds:9.1f} {best.tile!s:18}{best.parts:5} "
+        print(f"{kernel:8}{cache:6}{page:4} {case:22}{best.microseconds:9.1f} {best.tile!s:18}{best.parts:5} "
               f"{best.rate:7.0f} {share}{ours}")  # fmt: skip
         for tile in {r.tile for r in found}:
             least = min(r.microseconds for r in found if r.tile == tile)
@@ -318,29 +349,37 @@ def checked(variants: list[Variant], workers: int) -> set[Variant]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=("decode", "prefill"), default=["decode", "prefill"])
+    parser.add_argument("--only", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--quick", action="store_true", help="fewer batches, blocks of 64 tokens only")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile")
     parser.add_argument("--json", type=Path, help="where to write every time")
     args = parser.parse_args()
     pages = (64,) if args.quick else (64, 32)
-    variants = []
-    for cache in CACHES:
-        for page in pages:
-            tiles = {"decode": DECODE_TILES[cache], "prefill": PREFILL_TILES if page == 64 else PREFILL_TILES[:1]}
-            variants += [Variant(kernel, cache, page, tile) for kernel in args.only for tile in tiles[kernel]]
+    variants = [
+        Variant(kernel, cache, page, tile)
+        for cache in CACHES
+        for page in pages
+        for kernel in args.only
+        if kernel != "whole"
+        for tile in (DECODE_TILES if kernel == "decode" else PREFILL_TILES)[cache]
+    ]
+    if "whole" in args.only:
+        variants += [Variant("whole", "-", 64, tile) for tile in PREFILL_TILES["whole"]]
     good = checked(variants, args.workers)
     results: list[Result] = []
     begin = time.perf_counter()
     for cache in CACHES:
         for page in pages:
             layer = Layer(cache, page, POOL_BYTES)
-            tiles = {k: [v.tile for v in variants if v in good and (v.kernel, v.cache, v.page) == (k, cache, page)]
-                     for k in args.only}  # fmt: skip
+            tiles = {kernel: [v.tile for v in variants if v in good and (v.kernel, v.cache, v.page) == key]
+                     for kernel in args.only for key in [(kernel, cache, page)]}  # fmt: skip
             if "decode" in args.only:
                 results += time_decode(layer, cache, tiles["decode"], args.quick)
             if "prefill" in args.only:
-                results += time_prefill(layer, cache, tiles["prefill"])
+                results += time_prefill(layer, "prefill", cache, tiles["prefill"])
+            if "whole" in args.only and (cache, page) == ("bf16", 64):
+                whole = [v.tile for v in variants if v in good and v.kernel == "whole"]
+                results += time_prefill(layer, "whole", "-", whole)
             del layer
             torch.cuda.empty_cache()
             print(f"{cache}, blocks of {page}: {time.perf_counter() - begin:.0f} s", flush=True)

@@ -28,9 +28,11 @@ from lamella_executor.kv_cache.manager import KvCacheManager
 from lamella_executor.loop import EngineLoop
 from lamella_executor.runner.base import NAN_LOGITS, LaunchingRunner
 from lamella_executor.runner.cuda.batch import StepInputs, reserve_decode
+from lamella_executor.runner.cuda.dry_run import dry_plans
 from lamella_executor.runner.cuda.graphs import CapturedStep, why_not_capturable
 from lamella_executor.runner.cuda.runner import CudaRunner
 from lamella_executor.runner.cuda.start import start_runner
+from lamella_executor.runner.cuda.state import RunnerLimits
 from lamella_executor.sampler.sampler import Sampler
 from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.scheduler.scheduler import Scheduler
@@ -191,6 +193,19 @@ def test_a_float8_cache_keeps_its_scales():
     runner.run(StepPlan([ScheduledSequence(request, request.sequences[0], 0, 6, 0)]))
     rest = runner.run(StepPlan([ScheduledSequence(request, request.sequences[0], 6, 8, 8)])).log_softmax(-1)
     assert 1e-4 < (rest - expected[6:]).abs().mean() < 0.3  # rounded, and no worse
+
+
+@pytest.mark.parametrize("max_num_tokens, max_seq_len", [(16, 64), (600, 700), (4096, 3000)])
+def test_steps_before_the_first_are_of_any_length(max_num_tokens, max_seq_len):
+    """They fit the limits, prompts and a later chunk are among them."""
+    limits = RunnerLimits(4, max_num_tokens, max_seq_len)
+    items = [item for plan in dry_plans(limits, BLOCK, 1) for item in plan.items]
+    assert all(0 < item.num_tokens <= max_num_tokens for item in items)
+    assert all(item.start + item.num_tokens <= min(max_seq_len, BLOCK * len(item.sequence.blocks)) for item in items)
+    assert any(item.start > 0 and item.num_tokens > 1 for item in items)
+    runner = cpu_runner()
+    for plan in dry_plans(RunnerLimits(2, 24, 40), BLOCK, runner._cache.scratch_block):
+        runner.launch(plan).collect()
 
 
 def test_rows_that_cannot_be_sampled():

@@ -119,6 +119,11 @@ def layout_of(
     return _layout(tuple(q.shape[1:]), q.stride(), tuple(k_cache.shape), strides, dtypes, same, scale, mask)
 
 
+def are_alike(k: Tensor, v: Tensor) -> bool:
+    """Whether elements of two tensors lie in the same order and distances."""
+    return k.shape == v.shape and all(n == 1 or a == b for n, a, b in zip(k.shape, k.stride(), v.stride()))
+
+
 def ragged_layout_of(
     q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int, num_sinks: int, softcap: float
 ) -> Layout:
@@ -128,7 +133,7 @@ def ragged_layout_of(
         ConfigError: they do not fit each other or the kernels.
     """
     shapes, strides = ((1, k.shape[1], 0, k.shape[2]), (0, k.stride(1), k.stride(0), k.stride(2)))
-    same = k.shape == v.shape and k.stride() == v.stride() and k.shape[0] == q.shape[0] and k.dtype == q.dtype
+    same = are_alike(k, v) and k.shape[0] == q.shape[0] and k.dtype == q.dtype
     mask = (sliding_window, num_sinks, softcap)
     return _layout(tuple(q.shape[1:]), q.stride(), shapes, strides, (q.dtype, k.dtype, v.dtype), same, scale, mask)
 

@@ -26,6 +26,7 @@ from lamella_core.kernels.triton.attention.common import (
     LOWEST,
     UNALIGNED,
     Layout,
+    are_alike,
     finish,
     first_visible_tile,
     head_cache,
@@ -341,6 +342,8 @@ def ragged_attention(
     * max_query_len: of any sequence, or more; only speed depends on it.
     * tile: other than the one for this layer and length.
     """
+    if not are_alike(k, v):  # one of them is not a part of the fused projection any more
+        k, v = k.contiguous(), v.contiguous()
     layout = ragged_layout_of(q, k, v, scale, sliding_window, num_sinks, softcap)
     out = result_like(q, out_scale, out)
     tile = tile or _tile_for(layout, q, k, max_query_len, max_query_len)
