@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from tests.references.base import Reference
 from tests.references.internlm import InternLM, InternLM2, InternLM3
+from tests.references.mpt import MPT
 
-REFERENCES: dict[str, type[Reference]] = {cls.architecture: cls for cls in (InternLM, InternLM2, InternLM3)}
+REFERENCES: dict[str, type[Reference]] = {cls.architecture: cls for cls in (InternLM, InternLM2, InternLM3, MPT)}

@@ -70,6 +70,13 @@ GPT_LINE: dict[str, dict[str, dict[str, Any]]] = {
         "six_heads": {**_MPT, "n_heads": 6, "d_model": 48},
         "clipped": {**_MPT, "n_heads": 2, "attn_config": {"clip_qkv": 0.6, "softmax_scale": 0.2}},
     },
+    "MPTForCausalLM": {
+        "grouped": {**_MPT, "attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 2, "qk_ln": True}},
+        "one_kv_head": {**_MPT, "n_heads": 6, "d_model": 48, "expansion_ratio": 2, "attn_config": {
+            "attn_type": "multiquery_attention", "clip_qkv": 0.6, "alibi_bias_max": 4}},
+        "one_normed_kv_head": {**_MPT, "attn_config": {"attn_type": "multiquery_attention", "qk_ln": True,
+                                                       "clip_qkv": 1.5}},
+    },
     "FalconForCausalLM": {
         "one_kv_head": _FALCON,
         "two_norms_grouped": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},

@@ -58,6 +58,27 @@ class ProjectionRMSNorm(HeadNorm):
         return ((wide * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.weight).view(x.shape)
 
 
+class ProjectionLayerNorm(HeadNorm):
+    """LayerNorm without bias over all heads together, those of other ranks included; weight [heads * D]."""
+
+    def __init__(self, config: ModelConfig, heads: int) -> None:
+        super().__init__()
+        mapping = config.mapping
+        self.eps = config.norm_eps
+        section = split_heads(heads, config.head_dim, mapping.tp_size, mapping.tp_rank, name="heads")
+        self.counted = max(1, mapping.tp_size // heads) * section.size  # values in the ranks' sum, copies included
+        self.weight = empty_parameter(ShardSpec(dims=((section,),)), config.torch_dtype)
+
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        flat = x.reshape(x.shape[0], -1)
+        if ctx.tp.size == 1:
+            return F.layer_norm(flat, flat.shape[1:], self.weight, None, self.eps).view(x.shape)
+        wide = flat.float()
+        wide = wide - ctx.tp.all_reduce(wide.sum(-1, keepdim=True)) / self.counted
+        variance = ctx.tp.all_reduce(wide.pow(2).sum(-1, keepdim=True)) / self.counted
+        return (wide * torch.rsqrt(variance + self.eps) * self.weight).to(x.dtype).view(x.shape)
+
+
 class HeadLayerNorm(HeadNorm):
     """LayerNorm without bias of each head by itself, with a weight of its own: [heads, D]."""
 

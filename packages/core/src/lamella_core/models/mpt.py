@@ -1,4 +1,8 @@
-"""MPT (MosaicML 2023): ALiBi instead of positions, no biases at all, queries, keys and values perhaps clipped."""
+"""MPT (MosaicML 2023): ALiBi instead of positions, no biases at all; queries, keys and values clipped or normed.
+
+Grouped or shared keys and values, norms of queries and keys and alibi_bias_max are those of MosaicML's own code
+(architecture MPTForCausalLM), which transformers does not have.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from lamella_core.hf_config import HfConfig
 from lamella_core.layers.alibi import alibi_slopes
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.decoder import DecoderLayer
+from lamella_core.layers.head_norm import ProjectionLayerNorm
 from lamella_core.layers.mlp import MLP
 from lamella_core.layers.norm import LayerNorm
 from lamella_core.models._rules import module_rules
@@ -27,6 +32,7 @@ class MptConfig(ModelConfig):
     alibi_bias_max: float = 8.0
     softmax_scale: float | None = None  # multiplies the scores; None: head_dim ** -0.5
     clip_qkv: float | None = None
+    qk_ln: bool = False  # norms of all queries and of all keys together
 
     hf_model_types: ClassVar[tuple[str, ...]] = ("mpt",)
 
@@ -56,22 +62,20 @@ class MptConfig(ModelConfig):
 def _attention_fields(hf: HfConfig, heads: int) -> dict[str, Any]:
     """Returns the fields read from attn_config."""
     hf.require("alibi", (True,), True)
-    for name in ("prefix_lm", "qk_ln", "attn_uses_sequence_id"):
+    for name in ("prefix_lm", "qk_gn", "attn_uses_sequence_id", "rope"):
         hf.require(name, (False, None), False)
-    kind = hf.require("attn_type", tuple(_KV_HEADS), "multihead_attention")
+    hf.require("sliding_window_size", (-1, None), None)
+    kind = hf.require(
+        "attn_type", ("multihead_attention", "multiquery_attention", "grouped_query_attention"), "multihead_attention"
+    )
+    kv_heads = {"multihead_attention": heads, "multiquery_attention": 1}.get(kind)
     return {
-        "num_key_value_heads": _KV_HEADS[kind](hf, heads),
+        "num_key_value_heads": kv_heads or hf.integer("kv_n_heads"),
+        "qk_ln": hf.flag("qk_ln", default=False),
         "alibi_bias_max": hf.get("alibi_bias_max", default=8.0),
         "softmax_scale": hf.get("softmax_scale", default=None),
         "clip_qkv": hf.get("clip_qkv", default=None) or None,
     }
-
-
-_KV_HEADS = {
-    "multihead_attention": lambda hf, heads: heads,
-    "multiquery_attention": lambda hf, heads: 1,
-    "grouped_query_attention": lambda hf, heads: hf.integer("kv_n_heads"),
-}
 
 
 def _rules() -> list[WeightRule]:
@@ -79,6 +83,8 @@ def _rules() -> list[WeightRule]:
         "norm_1": "input_norm",
         "norm_2": "mlp_norm",
         "attn.Wqkv": "attention.qkv_proj",
+        "attn.q_ln": "attention.q_norm",
+        "attn.k_ln": "attention.k_norm",
         "attn.out_proj": "attention.o_proj",
         "ffn.up_proj": "mlp.up_proj",
         "ffn.down_proj": "mlp.down_proj",
@@ -89,7 +95,7 @@ def _rules() -> list[WeightRule]:
     ]
 
 
-@register("MptForCausalLM")
+@register("MptForCausalLM", "MPTForCausalLM")
 class MptForCausalLM(CausalLM):
     """Pre-norm decoder: LayerNorm without bias, attention with ALiBi, plain MLP."""
 
@@ -100,6 +106,7 @@ class MptForCausalLM(CausalLM):
 
     def make_layer(self, index: int) -> nn.Module:
         config, name = self.config, f"layers.{index}"
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         return DecoderLayer(
             input_norm=self.make_norm(),
             attention=Attention(
@@ -107,8 +114,10 @@ class MptForCausalLM(CausalLM):
                 index,
                 name=f"{name}.attention",
                 scale=config.softmax_scale,
-                alibi_slopes=alibi_slopes(config.num_attention_heads, config.alibi_bias_max),
+                alibi_slopes=alibi_slopes(heads, config.alibi_bias_max),
                 clip_qkv=config.clip_qkv,
+                q_norm=ProjectionLayerNorm(config, heads) if config.qk_ln else None,
+                k_norm=ProjectionLayerNorm(config, kv_heads) if config.qk_ln else None,
             ),
             mlp_norm=self.make_norm(),
             mlp=MLP(config, name=f"{name}.mlp", bias=False),
