@@ -13,8 +13,8 @@ _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_
          "short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.0, 1.1, 1.5, 2.0],
          "short_mscale": 1.1, "long_mscale": 1.3}  # fmt: skip
 
-# A variant's name seeds its weights. PhiMoE weighs near experts together and drops others: in these, no score is so near
-# a boundary that half precision crosses it.
+# A variant's name seeds its weights. PhiMoE weighs near experts together and drops others: in these, no score is so
+# near a boundary that half precision crosses it.
 EXPERTS: dict[str, dict[str, dict[str, Any]]] = {
     "MixtralForCausalLM": {
         "top2": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -35,7 +35,8 @@ EXPERTS: dict[str, dict[str, dict[str, Any]]] = {
         "tied_all_heads": {**BASE, **_LOCAL, "tie_word_embeddings": True, "num_key_value_heads": 4},
     },
     "PhiMoEForCausalLM": {
-        "rope_scaling": {**BASE, **_LOCAL, "lm_head_bias": True, "max_position_embeddings": 80, "rope_parameters": _LONG},
+        "rope_scaling": {**BASE, **_LOCAL, "lm_head_bias": True, "max_position_embeddings": 80,
+                         "rope_parameters": _LONG},
     },
     "Qwen3MoeForCausalLM": {
         "wide_heads": {**BASE, **_EXPERTS, "head_dim": 12, "norm_topk_prob": True},

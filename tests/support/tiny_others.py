@@ -11,8 +11,20 @@ NORMS_AROUND_ZERO = ("NemotronForCausalLM", "GemmaForCausalLM", "Gemma2ForCausal
 
 _HEADS = {**BASE, "num_key_value_heads": None, "rms_norm_eps": 1e-6}
 _ROPED = {**BASE, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None}
+_PACKED = {name: BASE[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                         "num_attention_heads", "bos_token_id", "eos_token_id")}  # fmt: skip
+_PACKED["rms_norm_eps"] = 1e-6
 
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "BaichuanForCausalLM": {
+        "rotary_2": {**_PACKED, "max_position_embeddings": 64, "model_max_length": 64, "z_loss_weight": 0},
+        "alibi": {**_PACKED, "model_max_length": 64},
+        "alibi_2": {**_PACKED, "model_max_length": 64, "z_loss_weight": 0, "hidden_size": 48,
+                    "num_attention_heads": 12},
+    },
+    "BaiChuanForCausalLM": {
+        "rotary": {**_PACKED, "max_position_embeddings": 64},
+    },
     "GlmForCausalLM": {
         "half_rotary": {**BASE, "head_dim": 12, "pad_token_id": None},
         "unbiased_tied": {**BASE, "head_dim": 8, "pad_token_id": None, "attention_bias": False,
