@@ -7,9 +7,5 @@ from tests.references.base import Reference
 from tests.references.internlm import InternLM, InternLM2, InternLM3
 from tests.references.mpt import MPT
 
-<<<<<<< tests/references/registry.py
-_ALL = (Baichuan, Baichuan7B, InternLM, InternLM2, InternLM3)
+_ALL = (Baichuan, Baichuan7B, InternLM, InternLM2, InternLM3, MPT)
 REFERENCES: dict[str, type[Reference]] = {cls.architecture: cls for cls in _ALL}
-=======
-REFERENCES: dict[str, type[Reference]] = {cls.architecture: cls for cls in (InternLM, InternLM2, InternLM3, MPT)}
->>>>>>> /tmp/n.f
