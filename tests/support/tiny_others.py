@@ -1,4 +1,4 @@
-"""Tiny configurations of GLM, Nemotron, InternLM and Baichuan: see `tests.support.tiny_models`."""
+"""Tiny configurations of GLM, Nemotron, InternLM, Baichuan and Qwen-1: see `tests.support.tiny_models`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _ROPED = {**BASE, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": N
 _PACKED = {name: BASE[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                          "num_attention_heads", "bos_token_id", "eos_token_id")}  # fmt: skip
 _PACKED["rms_norm_eps"] = 1e-6
+_QWEN = {**_PACKED, "intermediate_size": 96, "kv_channels": 8, "max_position_embeddings": 64, "rotary_emb_base": 10000,
+         "layer_norm_epsilon": 1e-6, "use_dynamic_ntk": True, "use_logn_attn": True, "no_bias": True}  # fmt: skip
 
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     "BaichuanForCausalLM": {
@@ -61,5 +63,11 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         "half_rotary": BASE,
         "biased": {**BASE, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
         "wide_heads_tied": {**BASE, "head_dim": 24, "tie_word_embeddings": True, "hidden_act": "gelu"},
+    },
+    "QWenLMHeadModel": {
+        "short": {**_QWEN, "seq_length": 64},
+        "beyond_trained": {**_QWEN, "seq_length": 6, "kv_channels": 12},
+        "biased": {**_QWEN, "no_bias": False, "use_dynamic_ntk": False, "seq_length": 8, "num_attention_heads": 8,
+                   "kv_channels": 4},
     },
 }  # fmt: skip

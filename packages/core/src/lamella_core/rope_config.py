@@ -13,6 +13,7 @@ ROPE_PARAMETERS: dict[str, dict[str, bool]] = {
     "default": {},
     "linear": {"factor": True},
     "dynamic": {"factor": True},
+    "qwen_dynamic": {"original_max_position_embeddings": True},
     "llama3": {"factor": True, "low_freq_factor": True, "high_freq_factor": True,
                "original_max_position_embeddings": False},
     "yarn": {"factor": False, "original_max_position_embeddings": False, "attention_factor": False, "beta_fast": False,
@@ -40,6 +41,7 @@ class RopeConfig:
     rope_type: str = "default"
     scaling: dict[str, Any] = field(default_factory=dict)
     interleaved: bool = False  # pairs (0,1),(2,3).. instead of (i, i + rotary_dim/2)
+    logn_length: int | None = None  # the query of position p >= it is also multiplied by log(p + 1) / log(logn_length)
 
     def __post_init__(self) -> None:
         check_number("rope_theta", self.theta, positive=True, remedy=_REMEDY)
@@ -47,6 +49,8 @@ class RopeConfig:
         if self.rotary_dim % 2:
             raise ConfigError(f"rotary_dim is {self.rotary_dim}; elements rotate in pairs, it must be even{_REMEDY}")
         check_flag("interleaved", self.interleaved)
+        if self.logn_length is not None:
+            check_integer("logn_length", self.logn_length, 2, remedy=_REMEDY)
         if self.rope_type not in list(ROPE_PARAMETERS):
             raise ConfigError(
                 f"rope type is {self.rope_type!r}; supported: {', '.join(ROPE_PARAMETERS)}"

@@ -1,13 +1,14 @@
 """Rotary position embedding (Su et al. 2021) with the context extensions found in Hugging Face configs.
 
 Cosines and sines are computed per position in float32 and kept as tables, so that a token's rotation is the same bits
-in every batch. Two extensions choose frequencies by the length of the sequence; here a position decides for itself:
+in every batch. Three extensions choose frequencies by the length of the sequence; here a position decides for itself:
 
 * dynamic (NTK): position p >= max_position_embeddings rotates as in a sequence that ends with it.
+* qwen_dynamic: the same in steps. (Qwen-1's own code rotates a whole request by the step of its prompt's length.)
 * longrope (Ding et al. 2024): short factors below the original context length, long ones from there on, until
   `RotaryEmbedding.set_max_seq_len` says that sequences will be longer: then long factors for all.
 
-Both equal transformers when it generates token by token.
+dynamic and longrope equal transformers when it generates token by token.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ class Rotation:
     rotary_dim: int
     interleaved: bool
     local: Rotation | None = None  # of layers with a window, where they rotate otherwise
+    query_scale: torch.Tensor | None = None  # [T, 1, 1] float32, multiplies the queries besides
 
     def copy_(self, other: Rotation) -> None:
         """Writes the other's values, of the same shapes, over this one's."""
         self.cos.copy_(other.cos)
         self.sin.copy_(other.sin)
+        if self.query_scale is not None and other.query_scale is not None:
+            self.query_scale.copy_(other.query_scale)
         if self.local is not None and other.local is not None:
             self.local.copy_(other.local)
 
@@ -78,7 +82,10 @@ class RotaryEmbedding:
         """
         cos, sin = (table.index_select(0, positions) for table in self._covering(positions))
         local = self.local(positions) if self.local is not None else None
-        return Rotation(cos, sin, self.rope.rotary_dim, self.rope.interleaved, local)
+        scale = None
+        if self.rope.logn_length is not None:
+            scale = _logn(positions, self.rope.logn_length)
+        return Rotation(cos, sin, self.rope.rotary_dim, self.rope.interleaved, local, scale)
 
     def _covering(self, positions: torch.Tensor) -> Tables:
         """Returns tables that reach all positions, on their device."""
@@ -93,6 +100,11 @@ class RotaryEmbedding:
             cos, sin = rotary_tables(self.rope, capacity, self.max_position_embeddings, self.max_seq_len)
             self._tables = tables = (cos.to(positions.device), sin.to(positions.device))
         return tables
+
+
+def _logn(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """Factors [T, 1, 1] float32 that keep attention sharp beyond ``length`` tokens (Su 2021): logs to that base."""
+    return ((positions.double() + 1).log() / math.log(length)).clamp(min=1.0).float()[:, None, None]
 
 
 def rotary_tables(
@@ -138,6 +150,17 @@ def _dynamic(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_
     bases = rope.theta * (factor * lengths / max_positions - (factor - 1)) ** (dim / (dim - 2))
     grown = 1.0 / bases.float()[:, None] ** _exponents(rope)
     return torch.cat((plain.expand(max_positions, -1), grown)), 1.0
+
+
+def _qwen_dynamic(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
+    """Qwen-1's NTK-aware interpolation: the base grows in steps, when the sequence outgrows 1, 2, 4, ... contexts."""
+    dim = rope.rotary_dim
+    if dim == 2:
+        raise ConfigError("rope type 'qwen_dynamic' needs a rotary_dim above 2")
+    contexts = (positions.double() + 1) / rope.scaling["original_max_position_embeddings"]
+    growth = (2.0 ** (contexts.log2().ceil() + 1) - 1).clamp(min=1.0)
+    bases = rope.theta * growth ** (dim / (dim - 2))
+    return 1.0 / bases.float()[:, None] ** _exponents(rope), 1.0
 
 
 def _llama3(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
@@ -205,6 +228,7 @@ _FREQUENCIES: dict[str, Callable[[RopeConfig, torch.Tensor, int, int | None], Fr
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
+    "qwen_dynamic": _qwen_dynamic,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
