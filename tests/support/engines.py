@@ -26,10 +26,10 @@ def executor_of(engine: Engine, *, scheduler: SchedulerConfig | None = None, **k
     return GenerationExecutor.create(engine, KvCacheConfig(**{"max_tokens": 8192, **kv}), scheduler)
 
 
-def greedy(engine: Engine, prompts: Sequence[list[int]], max_tokens: int = 24, **options: Any) -> list[list[int]]:
+def greedy(engine: Engine, prompts: Sequence[list[int]], num_tokens: int = 24, **options: Any) -> list[list[int]]:
     """Returns the greedy tokens of each prompt, all submitted at once."""
     with executor_of(engine, **options) as executor:
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
         return [result.outputs[0].token_ids for result in executor.generate(list(prompts), params)]
 
 

@@ -10,7 +10,6 @@ from lamella_core.context import AttentionSpec, ForwardContext
 from lamella_core.kernels import ops
 from lamella_core.layers.head_norm import HeadNorm
 from lamella_core.layers.linear import QKVParallelLinear, RowParallelLinear
-from lamella_core.layers.norm import Norm
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.rotary import Rotation
 from lamella_core.layers.sharding import replicated
@@ -93,25 +92,8 @@ class Attention(nn.Module):
 
         ``rotation`` is None where positions enter in another way.
         """
-        return self._attend(self.qkv_proj(x, ctx), rotation, ctx, rows)
-
-    def after_norm(
-        self,
-        norm: Norm,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        rotation: Rotation | None,
-        ctx: ForwardContext,
-        rows: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns `forward` of the normed sum of x and residual [T, H], and that sum of all tokens [T, H]."""
-        qkv, total = self.qkv_proj.after_norm(norm, x, residual, ctx)
-        return self._attend(qkv, rotation, ctx, rows), total
-
-    def _attend(
-        self, qkv: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext, rows: torch.Tensor | None
-    ) -> torch.Tensor:
-        spec, tokens = self.spec, qkv.shape[0]
+        spec, tokens = self.spec, x.shape[0]
+        qkv = self.qkv_proj(x, ctx)
         if self.clip_qkv is not None:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         q, k, v = qkv.view(tokens, sum(self.heads), spec.head_dim).split_with_sizes(self.heads, dim=1)
@@ -133,6 +115,7 @@ class Attention(nn.Module):
             alibi_slopes=self._slopes,
             kv_scales=self.kv_scales,
             out_scale=self.o_proj.input_scale,
+            then=self.o_proj.weight,
         )
         out = out.reshape(tokens, spec.num_heads * spec.head_dim)
         if rows is not None:

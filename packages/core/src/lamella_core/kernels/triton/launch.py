@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 PDL_CAPABILITY = (9, 0)  # Hopper
 FLOAT8_CAPABILITY = (8, 9)  # Ada: instructions that convert to float8
@@ -68,3 +69,11 @@ def next_power_of_2(n: int) -> int:
 def float8_storage(x: torch.Tensor) -> torch.Tensor:
     """Returns a float8_e4m3fn tensor as kernels take it: its bytes where the device knows no float8."""
     return x if has_float8() else x.view(torch.uint8)
+
+
+@triton.jit
+def fetch_lines(addresses):  # type: ignore[no-untyped-def]
+    """Asks for the 128-byte lines at these addresses (int64) in the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )

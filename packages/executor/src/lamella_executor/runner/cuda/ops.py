@@ -44,6 +44,7 @@ class DeviceOps(Protocol):
         slots: Tensor,
         kv_scales: Tensor | None,
         rotate_keys: bool = False,
+        then: Tensor | None = None,
     ) -> None:
         """See `lamella_executor.attention.paged_cuda.RopeAndCache`."""
         ...
