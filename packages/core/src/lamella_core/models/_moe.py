@@ -31,7 +31,7 @@ class SparseConfig(ModelConfig):
         """Returns this class's own fields read from a Hugging Face config."""
         step = hf.integer("decoder_sparse_step", default=1)  # layers step - 1, 2 step - 1, ... have experts
         dense = hf.get("mlp_only_layers", default=None) or []
-        if not isinstance(dense, list):
+        if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
             raise ConfigError(f"{hf.where}: mlp_only_layers is {dense!r}; it must be a list of layer numbers")
         return {
             "num_experts": hf.integer("num_experts", "num_local_experts"),
