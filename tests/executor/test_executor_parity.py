@@ -60,6 +60,13 @@ OTHERS = [
     ("Gemma3ForCausalLM", "two_bases"),
     ("Cohere2ForCausalLM", "window_first"),
     ("Olmo2ForCausalLM", "grouped"),
+    ("Qwen2MoeForCausalLM", "some_dense"),
+    ("PhimoeForCausalLM", "jitter"),
+    ("NemotronForCausalLM", "half_rotary"),
+    ("Glm4ForCausalLM", "half_rotary"),
+    ("InternLM2ForCausalLM", "biased"),
+    ("BaichuanForCausalLM", "alibi_2"),
+    ("QWenLMHeadModel", "beyond_trained"),
 ]
 
 

@@ -46,6 +46,12 @@ class Reference:
         logits = self.logits(seen[0], self.config, wide)[-ids.shape[1] :]
         return SimpleNamespace(logits=logits.float().unsqueeze(0), past_key_values=seen)
 
+    def generate(self, ids: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
+        """Returns ids [1, T] and the most likely tokens after them."""
+        for _step in range(max_new_tokens):
+            ids = torch.cat((ids, self(ids).logits[:, -1:].argmax(-1)), dim=1)
+        return ids
+
     def named_parameters(self) -> list[tuple[str, Tensor]]:
         return list(self.weights.items())
 
