@@ -1,12 +1,10 @@
-"""Llama-3.1-8B layers without attention, timed with norm and gate in kernels of their own and in a product's.
+"""Llama-3.1-8B layers without attention, timed with the gate in a kernel of its own and in its product's.
 
-    python benchmarks/gpu_layers.py [--rows 1 2 4] [--dtype bf16 fp8] [--all]
+    python benchmarks/gpu_layers.py [--rows 1 2 4] [--dtype bf16 fp8]
 
 Forms: "separate" has seven kernels a layer (norm, qkv, o, norm, gate and up, activation, down); "gated" computes the
-activation in the gate and up product; "normed" computes both norms in the products after them as well, "normed qkv" and
-"normed up" only one of them. Each is checked against "separate" first. A form's tile is that of the gate and up product
-(gated), or of the products with a norm; "default" is what `gemv.default_tile` and `normed_gemv.default_tile` choose.
-Without --all only some tiles are tried. Times are of CUDA graphs over layers whose weights do not fit the L2 cache.
+activation in the gate and up product, whose tile it names; "default" is what `gemv.default_tile` chooses. Each is
+checked against "separate" first. Times are of CUDA graphs over layers whose weights do not fit the L2 cache.
 """
 
 from __future__ import annotations
@@ -21,21 +19,15 @@ import torch
 from gpu_matmul import CHAIN_LAYERS, DTYPES, GRAPH_S, SHAPES, random, read_bandwidth, seconds, short, unit_scales
 
 from lamella_core.kernels import ops
-from lamella_core.kernels.fused import RmsNormBefore, SiluGateAfter
+from lamella_core.kernels.fused import SiluGateAfter
 from lamella_core.kernels.matmul import Scales
-from lamella_core.kernels.triton import gemv, normed_gemv
+from lamella_core.kernels.triton import gemv
 from lamella_core.kernels.triton.gemv import VectorTile
-from lamella_core.kernels.triton.normed_gemv import NormedTile
 
 HIDDEN = 4096
 EPS = 1e-5
-BOUND = 0.02  # of the largest value after a layer: norms sum in another order
+BOUND = 0.02  # of the largest value after a layer: other tiles sum in another order
 GATED_TILES = [VectorTile(4, 4), VectorTile(8, 4), VectorTile(4, 8), VectorTile(8, 8), VectorTile(2, 8)]
-NORMED_TILES = [
-    NormedTile(2, 4, 4), NormedTile(4, 8, 2), NormedTile(2, 8, 2), NormedTile(2, 8, 3), NormedTile(4, 4, 3),
-    NormedTile(4, 8, 2, False), NormedTile(4, 4, 4, False), NormedTile(8, 8, 1), NormedTile(4, 8, 64),
-]  # fmt: skip
-FEWER = 4  # tiles of each kind without --all
 
 
 @dataclass(frozen=True)
@@ -43,14 +35,11 @@ class Form:
     """Which kernels a layer is made of."""
 
     name: str
-    tile: VectorTile | NormedTile | None = None  # None: the default
+    tile: VectorTile | None = None  # of the gate and up product; None: the default
 
     @property
     def label(self) -> str:
-        if not isinstance(self.tile, NormedTile):
-            return f"{self.name} {short(self.tile) if self.tile else 'default'}"
-        tile = self.tile
-        return f"{self.name} {tile.block_n}x{tile.num_warps}p{tile.per_processor}{'' if tile.ahead else '-'}"
+        return f"{self.name} {short(self.tile) if self.tile else 'default'}"
 
 
 class Layer:
@@ -67,28 +56,16 @@ class Layer:
         return gemv.few_rows_matmul(x, self.weights[name], None, self.scales, **options)
 
     def __call__(self, form: Form, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate = SiluGateAfter(self.scale)
-        if form.name in ("normed", "normed qkv"):
-            qkv, residual = self.normed("qkv", form, hidden, residual, None)
-        else:
-            normed, residual = ops.rms_norm(hidden, self.gain, EPS, residual, self.scale)
-            qkv = self.product(normed, "qkv")
+        normed, residual = ops.rms_norm(hidden, self.gain, EPS, residual, self.scale)
+        qkv = self.product(normed, "qkv")
         attended = self.product(qkv[:, :HIDDEN] if self.scales is None else self.float8_attended, "o")
-        if form.name in ("normed", "normed up"):
-            inner, residual = self.normed("gate_up", form, attended, residual, gate)
-            return self.product(inner, "down"), residual
         normed, residual = ops.rms_norm(attended, self.gain, EPS, residual, self.scale)
         if form.name == "separate":
-            return self.product(ops.silu_and_mul(self.product(normed, "gate_up"), self.scale), "down"), residual
-        tile = form.tile if isinstance(form.tile, VectorTile) else gated_tile(len(normed), normed.element_size())
-        return self.product(self.product(normed, "gate_up", gate=gate, tile=tile), "down"), residual
-
-    def normed(
-        self, name: str, form: Form, x: torch.Tensor, residual: torch.Tensor, gate: SiluGateAfter | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        tile = form.tile if isinstance(form.tile, NormedTile) else None
-        norm = RmsNormBefore(self.gain, EPS, residual)
-        return normed_gemv.normed_matmul(x, self.weights[name], norm, None, self.scales, gate=gate, tile=tile)
+            inner = ops.silu_and_mul(self.product(normed, "gate_up"), self.scale)
+        else:
+            tile = form.tile or gated_tile(len(normed), normed.element_size())
+            inner = self.product(normed, "gate_up", gate=SiluGateAfter(self.scale), tile=tile)
+        return self.product(inner, "down"), residual
 
 
 def gated_tile(rows: int, itemsize: int) -> VectorTile:
@@ -97,10 +74,8 @@ def gated_tile(rows: int, itemsize: int) -> VectorTile:
     return tile if isinstance(tile, VectorTile) else VectorTile(4, 4)
 
 
-def forms(all_tiles: bool) -> list[Form]:
-    few = None if all_tiles else FEWER
-    tiled = [Form("gated", tile) for tile in GATED_TILES[:few]] + [Form("normed", tile) for tile in NORMED_TILES[:few]]
-    return [*map(Form, ("separate", "gated", "normed", "normed qkv", "normed up")), *tiled]
+def forms() -> list[Form]:
+    return [Form("separate"), Form("gated"), *(Form("gated", tile) for tile in GATED_TILES)]
 
 
 def prepare_one(job: tuple[str, int, Form]) -> str | None:
@@ -141,10 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4], choices=range(1, 5))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--all", action="store_true", help="try all tiles")
     parser.add_argument("--processes", type=int, default=10, help="that check and compile kernels")
     args = parser.parse_args()
-    jobs = [(dtype, rows, form) for dtype in args.dtype for rows in args.rows for form in forms(args.all)]
+    jobs = [(dtype, rows, form) for dtype in args.dtype for rows in args.rows for form in forms()]
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         wrong = dict(zip(jobs, pool.map(prepare_one, jobs, chunksize=1), strict=True))
     print(*filter(None, wrong.values()), sep="\n")
@@ -153,7 +127,7 @@ def main() -> None:
     print("us per layer without attention (fraction of reading the weights)")
     for dtype in args.dtype:
         for rows in args.rows:
-            time_forms(dtype, rows, [form for form in forms(args.all) if not wrong[dtype, rows, form]], bandwidth)
+            time_forms(dtype, rows, [form for form in forms() if not wrong[dtype, rows, form]], bandwidth)
     sys.exit(any(wrong.values()))
 
 

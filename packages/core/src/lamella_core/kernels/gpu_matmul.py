@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamella_core.kernels import triton as triton_kernels
-from lamella_core.kernels.fused import FusedFunction, RmsNormBefore, SiluGateAfter
+from lamella_core.kernels.fused import GatedFunction, SiluGateAfter
 
 if TYPE_CHECKING:
     from lamella_core.kernels.matmul import Scales
@@ -27,7 +27,6 @@ FP8 = (torch.float8_e4m3fn,)
 FP8_CAPABILITY = (8, 9)  # Ada: float8 conversions and matrix units
 MOST_GEMV_ROWS = 16  # gemv.MOST_ROWS, known without importing triton
 MOST_GATED_ROWS = {1: 2, 2: 4}  # bytes per weight number -> rows up to which a gate in the product saves time
-MOST_NORMED_ROWS = {1: 2, 2: 2}  # likewise for a norm before it
 
 Function = Callable[[Tensor, Tensor, "Tensor | None", "Scales | None"], Tensor]
 
@@ -50,7 +49,7 @@ class GpuMatmul:
         fp8_capability: compute capability that float8 weights need.
         most_rows: rows it takes; None: any number.
         needs_triton: whether triton must be installed.
-        fused: computes what is around the product too, where that saves time.
+        gated: computes the gate after the product too, where that saves time.
     """
 
     name: str
@@ -60,7 +59,7 @@ class GpuMatmul:
     fp8_capability: tuple[int, int] = FP8_CAPABILITY
     most_rows: int | None = None
     needs_triton: bool = False
-    fused: FusedFunction | None = None
+    gated: GatedFunction | None = None
     layout: str = "rows"
     batch_invariant: bool = False
     device: str = "cuda"
@@ -146,27 +145,18 @@ def triton_gemv(x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None
     return gemv.few_rows_matmul(x, w, bias, scales)
 
 
-def triton_fused_gemv(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    scales: Scales | None,
-    norm: RmsNormBefore | None,
-    gate: SiluGateAfter | None,
-) -> tuple[Tensor, Tensor] | None:
-    """`triton_gemv` with the norm or the gate in the same kernel; see `lamella_core.kernels.fused.FusedFunction`."""
+def triton_gated_gemv(
+    x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None, gate: SiluGateAfter
+) -> Tensor | None:
+    """`triton_gemv` with the gate in the same kernel; see `lamella_core.kernels.fused.GatedFunction`."""
     rows, size = x.shape[0], w.element_size()
-    if norm is None and gate is not None and rows <= MOST_GATED_ROWS[size]:
-        from lamella_core.kernels.triton import gemv
+    if rows > MOST_GATED_ROWS[size]:
+        return None
+    from lamella_core.kernels.triton import gemv
 
-        if isinstance(gemv.default_tile(rows, *w.shape, size), gemv.VectorTile):
-            return gemv.few_rows_matmul(x, w, bias, scales, gate=gate), x
-    if norm is not None and rows <= MOST_NORMED_ROWS[size] and x.dtype == norm.weight.dtype:
-        from lamella_core.kernels.triton import normed_gemv
-
-        if normed_gemv.serves(*x.shape) and x.stride(1) == 1:
-            return normed_gemv.normed_matmul(x, w, norm, bias, scales, gate=gate)
-    return None
+    if not isinstance(gemv.default_tile(rows, *w.shape, size), gemv.VectorTile):
+        return None
+    return gemv.few_rows_matmul(x, w, bias, scales, gate=gate)
 
 
 def required(scales: Scales | None) -> Scales:
@@ -193,6 +183,6 @@ def gpu_kernels() -> tuple[GpuMatmul, ...]:
             multiple=(1, 16),
             most_rows=MOST_GEMV_ROWS,
             needs_triton=True,
-            fused=triton_fused_gemv,
+            gated=triton_gated_gemv,
         ),
     )

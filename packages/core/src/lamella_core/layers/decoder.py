@@ -61,14 +61,15 @@ class DecoderLayer(nn.Module):
         ctx: ForwardContext,
         rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        attended, residual = self.attention.after_norm(self.input_norm, hidden, residual, rotation, ctx, rows)
+        normed, residual = self.input_norm(hidden, residual, self.attention.input_scale)
+        attended = self.attention(normed, rotation, ctx, rows)
         if rows is not None:
             residual = residual.index_select(0, rows)
             if not residual.shape[0]:
                 return attended, residual
         added = self._added(attended, self.attention_out_norm)
-        out, residual = self.mlp.after_norm(self.mlp_norm, added, residual, ctx)
-        return self._added(out, self.mlp_out_norm), residual
+        normed, residual = self.mlp_norm(added, residual, self.mlp.input_scale)
+        return self._added(self.mlp(normed, ctx), self.mlp_out_norm), residual
 
     def _added(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if norm is not None:

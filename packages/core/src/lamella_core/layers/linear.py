@@ -14,7 +14,6 @@ from lamella_core.config import ModelConfig
 from lamella_core.context import ForwardContext
 from lamella_core.kernels.matmul import MatmulPlan
 from lamella_core.layers.activation import GatedActivation, fusible_gate
-from lamella_core.layers.norm import Norm
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.sharding import Section, ShardSpec, fused, split, split_heads, whole
 from lamella_core.quantization.base import LinearMethod, linear_method
@@ -80,51 +79,7 @@ class ReplicatedLinear(Linear):
         super().__init__(whole(in_features), (whole(out_features),), bias, config=config, name=name)
 
 
-class StreamLinear(Linear):
-    """Reads the residual stream: a norm comes before it, and maybe a gated activation after it.
-
-    They are computed in the product's own kernel where that is faster, otherwise one after the other.
-    """
-
-    def after_norm(
-        self, norm: Norm, x: torch.Tensor, residual: torch.Tensor | None, ctx: ForwardContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns `forward` of the normed sum of x and residual [T, in], and that sum."""
-        before = norm.fusible(residual)
-        done = None if before is None else self.method.apply_fused(self, x, self.bias, before, None)
-        if done is not None:
-            return done
-        normed, total = norm(x, residual, self.input_scale)
-        return self(normed, ctx), total
-
-    def gated(
-        self, x: torch.Tensor, activation: GatedActivation, out_scale: torch.Tensor | None, ctx: ForwardContext
-    ) -> torch.Tensor:
-        """Returns ``activation(forward(x), out_scale)``, [T, out / 2]."""
-        gate = fusible_gate(activation, out_scale)
-        done = None if gate is None else self.method.apply_fused(self, x, self.bias, None, gate)
-        return activation(self(x, ctx), out_scale) if done is None else done[0]
-
-    def gated_after_norm(
-        self,
-        norm: Norm,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        activation: GatedActivation,
-        out_scale: torch.Tensor | None,
-        ctx: ForwardContext,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns `gated` of the normed sum of x and residual [T, in], and that sum."""
-        before, gate = norm.fusible(residual), fusible_gate(activation, out_scale)
-        if before is not None and gate is not None:
-            done = self.method.apply_fused(self, x, self.bias, before, gate)
-            if done is not None:
-                return done
-        normed, total = norm(x, residual, self.input_scale)
-        return self.gated(normed, activation, out_scale, ctx), total
-
-
-class ColumnParallelLinear(StreamLinear):
+class ColumnParallelLinear(Linear):
     """Each rank computes its part of the outputs."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, *, config: ModelConfig, name: str) -> None:
@@ -133,7 +88,7 @@ class ColumnParallelLinear(StreamLinear):
         super().__init__(whole(in_features), (section,), bias, config=config, name=name)
 
 
-class MergedColumnParallelLinear(StreamLinear):
+class MergedColumnParallelLinear(Linear):
     """Several projections of one input in one product, e.g. gate and up; each is split over the ranks by itself."""
 
     def __init__(
@@ -145,8 +100,16 @@ class MergedColumnParallelLinear(StreamLinear):
         )
         super().__init__(whole(in_features), sections, bias, config=config, name=name)
 
+    def gated(
+        self, x: torch.Tensor, activation: GatedActivation, out_scale: torch.Tensor | None, ctx: ForwardContext
+    ) -> torch.Tensor:
+        """Returns ``activation(forward(x), out_scale)`` [T, out / 2], in the product's kernel where that is faster."""
+        gate = fusible_gate(activation, out_scale)
+        done = None if gate is None else self.method.apply_gated(self, x, self.bias, gate)
+        return activation(self(x, ctx), out_scale) if done is None else done
 
-class QKVParallelLinear(StreamLinear):
+
+class QKVParallelLinear(Linear):
     """Query, key and value projections in one product, split by heads.
 
     With fewer key/value heads than ranks, each key/value head lives on several ranks.

@@ -9,7 +9,6 @@ from lamella_core.config import ModelConfig
 from lamella_core.context import ForwardContext
 from lamella_core.layers.activation import gated, get_activation
 from lamella_core.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
-from lamella_core.layers.norm import Norm
 
 
 class FeedForward(nn.Module):
@@ -19,13 +18,6 @@ class FeedForward(nn.Module):
     def input_scale(self) -> torch.Tensor | None:
         """Scale with which x may also come as float8, see `Linear.input_scale`; None: only in the model's dtype."""
         return None
-
-    def after_norm(
-        self, norm: Norm, x: torch.Tensor, residual: torch.Tensor | None, ctx: ForwardContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the block's result for the normed sum of x and residual [T, H], and that sum."""
-        normed, total = norm(x, residual, self.input_scale)
-        return self(normed, ctx), total
 
 
 class GatedMLP(FeedForward):
@@ -53,14 +45,6 @@ class GatedMLP(FeedForward):
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         return self.down_proj(self.gate_up_proj.gated(x, self.activation, self.down_proj.input_scale, ctx), ctx)
-
-    def after_norm(
-        self, norm: Norm, x: torch.Tensor, residual: torch.Tensor | None, ctx: ForwardContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        inner, total = self.gate_up_proj.gated_after_norm(
-            norm, x, residual, self.activation, self.down_proj.input_scale, ctx
-        )
-        return self.down_proj(inner, ctx), total
 
 
 class MLP(FeedForward):

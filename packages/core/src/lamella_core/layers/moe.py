@@ -146,8 +146,6 @@ class SharedExpert(GatedMLP):
         out = super().forward(x, ctx)
         return out if self.gate is None else sigmoid(self.gate(x, ctx)) * out
 
-    after_norm = FeedForward.after_norm  # the gate needs the normed rows too
-
 
 class MoE(FeedForward):
     """Router, experts and perhaps a shared one; the ranks' parts are summed: [T, H] -> [T, H].

@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from lamella_core.kernels import ops
-from lamella_core.kernels.fused import RmsNormBefore
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.sharding import replicated
 
@@ -30,10 +29,6 @@ class Norm(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
 
-    def fusible(self, residual: torch.Tensor | None) -> RmsNormBefore | None:
-        """Returns what `forward` computes as matmul kernels take it; None if none does."""
-        return None
-
 
 class RMSNorm(Norm):
     """x / rms(x) * weight (Zhang and Sennrich 2019); the statistics in float32."""
@@ -43,10 +38,6 @@ class RMSNorm(Norm):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return ops.rms_norm(x, self.weight, self.eps, residual, out_scale)
 
-    def fusible(self, residual: torch.Tensor | None) -> RmsNormBefore | None:
-        is_changed = type(self).forward is not RMSNorm.forward  # by a subclass, which may say itself what it is
-        return None if is_changed else RmsNormBefore(self.weight, self.eps, residual)
-
 
 class UnitOffsetRMSNorm(Norm):
     """x / rms(x) * (1 + weight), rounded only then (Gemma, 2024)."""
@@ -55,10 +46,6 @@ class UnitOffsetRMSNorm(Norm):
         self, x: torch.Tensor, residual: torch.Tensor | None = None, out_scale: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return ops.rms_norm(x, self.weight, self.eps, residual, out_scale, unit_offset=True)
-
-    def fusible(self, residual: torch.Tensor | None) -> RmsNormBefore | None:
-        is_changed = type(self).forward is not UnitOffsetRMSNorm.forward
-        return None if is_changed else RmsNormBefore(self.weight, self.eps, residual, unit_offset=True)
 
 
 class LayerNorm(Norm):

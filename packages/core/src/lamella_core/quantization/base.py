@@ -13,7 +13,7 @@ from lamella_core.quantization.modules import is_excluded
 
 if TYPE_CHECKING:
     from lamella_core.config import ModelConfig
-    from lamella_core.kernels.fused import RmsNormBefore, SiluGateAfter
+    from lamella_core.kernels.fused import SiluGateAfter
     from lamella_core.layers.linear import Linear
 
 # Where each scheme's LinearMethod lives; imported when a model asks for it.
@@ -47,19 +47,10 @@ class LinearMethod(Protocol):
         """
         ...
 
-    def apply_fused(
-        self,
-        layer: Linear,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        norm: RmsNormBefore | None,
-        gate: SiluGateAfter | None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Like `apply`, with a norm before and a gate after the product in its kernel; see `kernels.fused`.
-
-        Returns:
-            The result, and the sum that was normed (x without a norm); None where that is not faster or not possible.
-        """
+    def apply_gated(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, gate: SiluGateAfter
+    ) -> torch.Tensor | None:
+        """Like `apply`, with a gate after the product in its kernel; None where that is not faster or not possible."""
         ...
 
 

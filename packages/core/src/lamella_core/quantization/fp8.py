@@ -20,7 +20,7 @@ from lamella_core.layers.sharding import ShardSpec
 from lamella_core.quantization.config import QuantConfig
 
 if TYPE_CHECKING:
-    from lamella_core.kernels.fused import RmsNormBefore, SiluGateAfter
+    from lamella_core.kernels.fused import SiluGateAfter
     from lamella_core.layers.linear import Linear
 
 
@@ -56,19 +56,14 @@ class Fp8PerTensor:
         x, x_scale = self._quantized(layer, x, expert)
         return layer.plan.run(x, weight, layer.out_features_local, bias, Scales(x_scale, scale, layer.dtype))
 
-    def apply_fused(
-        self,
-        layer: Linear,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        norm: RmsNormBefore | None,
-        gate: SiluGateAfter | None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        fused = layer.plan.fused(x.shape[0])
-        if fused is None or (norm is not None and not self.is_static):
+    def apply_gated(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, gate: SiluGateAfter
+    ) -> torch.Tensor | None:
+        gated = layer.plan.gated(x.shape[0])
+        if gated is None:
             return None
-        inputs, x_scale = (x, layer.activation_scale) if norm is not None else self._quantized(layer, x, None)
-        return fused(inputs, layer.weight, bias, Scales(x_scale, layer.weight_scale, layer.dtype), norm, gate)
+        x, x_scale = self._quantized(layer, x, None)
+        return gated(x, layer.weight, bias, Scales(x_scale, layer.weight_scale, layer.dtype), gate)
 
     def _quantized(self, layer: Linear, x: torch.Tensor, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns x as float8 and its scale or scales."""

@@ -11,7 +11,7 @@ from lamella_core.layers.parameter import empty_parameter
 from lamella_core.quantization.config import QuantConfig
 
 if TYPE_CHECKING:
-    from lamella_core.kernels.fused import RmsNormBefore, SiluGateAfter
+    from lamella_core.kernels.fused import SiluGateAfter
     from lamella_core.layers.linear import Linear
 
 
@@ -40,13 +40,8 @@ class Unquantized:
         weight = layer.weight if expert is None else layer.weight[expert]
         return layer.plan.run(x, weight, layer.out_features_local, bias)
 
-    def apply_fused(
-        self,
-        layer: Linear,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        norm: RmsNormBefore | None,
-        gate: SiluGateAfter | None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        fused = layer.plan.fused(x.shape[0])
-        return None if fused is None else fused(x, layer.weight, bias, None, norm, gate)
+    def apply_gated(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, gate: SiluGateAfter
+    ) -> torch.Tensor | None:
+        gated = layer.plan.gated(x.shape[0])
+        return None if gated is None else gated(x, layer.weight, bias, None, gate)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -36,7 +37,7 @@ from lamella_core.kernels.triton.quantize import to_float8
 
 MOST_ROWS = 16
 MOST_VECTOR_ROWS = 4
-TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _LINE_BYTES = tl.constexpr(128)
 
 
@@ -75,15 +76,21 @@ class MatrixTile:
 
 
 @triton.jit
-def _prefetch(pointers):  # type: ignore[no-untyped-def]
-    """Asks for the 128-byte lines at these addresses in the L2 cache."""
+def _prefetch(  # type: ignore[no-untyped-def]
+    base, row, inside, SKIPPED: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr
+):
+    """Asks for LINES 128-byte lines of each weight row in the L2 cache, from SKIPPED bytes on."""
+    BYTES: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
+    line = tl.arange(0, LINES)[None, :] * _LINE_BYTES
+    rows_at = (base + tl.where(inside, row, 0) * K)[:, None]
+    pointers = rows_at.to(tl.int64) + tl.minimum(line + SKIPPED, (K - 1) * BYTES)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
 @triton.jit
-def weight_rows(block, n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weight_rows(block, n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns the first weight row of a block, the block's rows relative to it, and which of them exist.
 
     GATED: n rows are [gate, up], and a block alternates rows of both halves.
@@ -101,7 +108,7 @@ def weight_rows(block, n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):  # type: 
 
 
 @triton.jit
-def finish(  # type: ignore[no-untyped-def]
+def _finish(  # type: ignore[no-untyped-def]
     acc,  # [ROWS, BLOCK_N] float32, of the weight rows first + row
     first,
     row,
@@ -169,7 +176,7 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr,  # threads of the program
     VEC: tl.constexpr,  # weight elements in 16 bytes
     AHEAD: tl.constexpr,  # 128-byte lines of each weight row to prefetch, a power of two, or 0
-    DTYPE: tl.constexpr,  # from here on as in `finish`
+    DTYPE: tl.constexpr,  # from here on as in `_finish`
     SCALED: tl.constexpr,
     SCALE_PER_ROW: tl.constexpr,
     SCALE_PER_COL: tl.constexpr,
@@ -180,7 +187,7 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
 ):
     BLOCK_K: tl.constexpr = LANES * VEC
     EVEN: tl.constexpr = K % BLOCK_K == 0
-    first, w_row, w_row_inside = weight_rows(tl.program_id(0), n, BLOCK_N, GATED)
+    first, w_row, w_row_inside = _weight_rows(tl.program_id(0), n, BLOCK_N, GATED)
     base = w_ptr + first.to(tl.int64) * K
     # Lanes come first, so that each gets a thread, and a thread holds its part of all outputs and rows.
     k = tl.arange(0, LANES)[:, None, None, None] * VEC + tl.arange(0, VEC)[None, None, None, :]
@@ -194,10 +201,7 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if AHEAD > 0:
-            line = tl.arange(0, AHEAD)[None, :] * _LINE_BYTES
-            rows_at = (base + tl.where(w_row_inside, w_row, 0) * K)[:, None]
-            skipped: tl.constexpr = BLOCK_K * 16 // VEC
-            _prefetch(rows_at.to(tl.int64) + tl.minimum(line + skipped, (K - 1) * 16 // VEC))
+            _prefetch(base, w_row, w_row_inside, LANES * 16, K, AHEAD)
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_at, mask=x_inside & (EVEN | (k < K)), other=0.0)
     acc = tl.zeros([LANES, BLOCK_N, ROWS], tl.float32)
@@ -210,7 +214,7 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
         x = next_x
     acc += tl.sum(w.to(tl.float32) * x.to(tl.float32), axis=3)
     total = tl.trans(tl.sum(acc, axis=0))
-    finish(
+    _finish(
         total, first, w_row, w_row_inside, out_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, out_scale_ptr, m, n,
         DTYPE, SCALED, SCALE_PER_ROW, SCALE_PER_COL, GATED, QUANTIZE, NATIVE_FLOAT8,
     )  # fmt: skip
@@ -243,8 +247,7 @@ def _matrix_kernel(  # type: ignore[no-untyped-def]
 ):
     TURN: tl.constexpr = SPLITS * BLOCK_K
     EVEN: tl.constexpr = K % TURN == 0
-    BYTES: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
-    first, w_row, w_row_inside = weight_rows(tl.program_id(0), n, BLOCK_N, False)
+    first, w_row, w_row_inside = _weight_rows(tl.program_id(0), n, BLOCK_N, False)
     base = w_ptr + first.to(tl.int64) * K
     k = tl.arange(0, SPLITS)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
     row = tl.arange(0, ROWS)[None, :, None]
@@ -255,9 +258,7 @@ def _matrix_kernel(  # type: ignore[no-untyped-def]
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if AHEAD > 0:
-            line = tl.arange(0, AHEAD)[None, :] * _LINE_BYTES
-            rows_at = (base + tl.where(w_row_inside, w_row, 0) * K)[:, None]
-            _prefetch(rows_at.to(tl.int64) + tl.minimum(line, (K - 1) * BYTES))
+            _prefetch(base, w_row, w_row_inside, 0, K, AHEAD)
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([SPLITS, BLOCK_N, ROWS], tl.float32)
     for begin in tl.range(0, K, TURN, num_stages=STAGES):
@@ -272,7 +273,7 @@ def _matrix_kernel(  # type: ignore[no-untyped-def]
             x = x.to(tl.float32)
         acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc)
     total = tl.trans(tl.sum(acc, axis=0))
-    finish(
+    _finish(
         total, first, w_row, w_row_inside, out_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, None, m, n,
         DTYPE, SCALED, SCALE_PER_ROW, SCALE_PER_COL, GATED=False, QUANTIZE=False, NATIVE_FLOAT8=False,
     )  # fmt: skip
@@ -303,6 +304,31 @@ def few_rows_matmul(
     m, k = x.shape
     n = w.shape[0]
     tile = tile or default_tile(m, n, k, w.element_size())
+    _check(m, n, tile, gate)
+    dtype = x.dtype if scales is None else scales.out_dtype
+    out = _empty_output(m, n, dtype, gate, x.device)
+    if m == 0:
+        return out
+    common = {
+        "K": k,
+        "BLOCK_N": tile.block_n,
+        "AHEAD": _lines_ahead(tile, k, w.element_size()),
+        "DTYPE": _TRITON_DTYPES[dtype],
+        "SCALED": scales is not None,
+        "SCALE_PER_ROW": scales is not None and scales.x.numel() > 1,
+        "SCALE_PER_COL": scales is not None and scales.w.numel() > 1,
+        "USE_PDL": use_pdl(),
+        "num_warps": tile.num_warps,
+        **launch_options(),
+    }
+    if isinstance(tile, VectorTile):
+        _launch_vectors(x, w, out, bias, scales, gate, tile, common)
+    else:
+        _launch_matrices(x, w, out, bias, scales, tile, common)
+    return out
+
+
+def _check(m: int, n: int, tile: VectorTile | MatrixTile, gate: SiluGateAfter | None) -> None:
     vectors = isinstance(tile, VectorTile)
     if m > (MOST_VECTOR_ROWS if vectors or gate is not None else MOST_ROWS):
         raise ValueError(
@@ -310,58 +336,71 @@ def few_rows_matmul(
         )
     if gate is not None and (not vectors or tile.block_n < 2 or n % 2):
         raise ValueError(f"a gate needs a VectorTile of 2 outputs or more and an even N; they are {tile} and {n}")
-    dtype = x.dtype if scales is None else scales.out_dtype
-    out = empty_output(m, n, dtype, gate, x.device)
-    if m == 0:
-        return out
-    common = {
-        "K": k,
-        "BLOCK_N": tile.block_n,
-        "DTYPE": TRITON_DTYPES[dtype],
-        "SCALED": scales is not None,
-        "SCALE_PER_ROW": scales is not None and scales.x.numel() > 1,
-        "SCALE_PER_COL": scales is not None and scales.w.numel() > 1,
-        "USE_PDL": use_pdl(),
-        "AHEAD": _lines_ahead(tile, k, w.element_size()),
-        "num_warps": tile.num_warps,
-        **launch_options(),
-    }
-    x_scale, w_scale = (None, None) if scales is None else (scales.x, scales.w)
-    if isinstance(tile, VectorTile):
-        vec = 16 // w.element_size()
-        quantize = gate is not None and gate.out_scale is not None
-        _vector_kernel[(-(-n // tile.block_n),)](
-            x,
-            w,
-            float8_storage(out) if quantize else out,
-            bias,
-            x_scale,
-            w_scale,
-            None if gate is None else gate.out_scale,
-            m,
-            n,
-            x.stride(0),
-            ROWS=next_power_of_2(m),
-            LANES=32 * tile.num_warps,
-            VEC=vec,
-            GATED=gate is not None,
-            QUANTIZE=quantize,
-            NATIVE_FLOAT8=has_float8(),
-            **common,
-        )
-    else:
-        split = {
-            "SPLITS": tile.num_warps,
-            "BLOCK_K": tile.block_k,
-            "STAGES": tile.num_stages,
-            "INTERPRETED": is_interpreted(),
-        }
-        arguments = (x, w, out, bias, x_scale, w_scale, m, n, x.stride(0))
-        _matrix_kernel[(-(-n // tile.block_n),)](*arguments, ROWS=MOST_ROWS, **split, **common)
-    return out
 
 
-def empty_output(m: int, n: int, dtype: torch.dtype, gate: SiluGateAfter | None, device: torch.device) -> Tensor:
+def _launch_vectors(
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    scales: Scales | None,
+    gate: SiluGateAfter | None,
+    tile: VectorTile,
+    common: dict[str, Any],
+) -> None:
+    m, n = x.shape[0], w.shape[0]
+    quantize = gate is not None and gate.out_scale is not None
+    _vector_kernel[(-(-n // tile.block_n),)](
+        x,
+        w,
+        float8_storage(out) if quantize else out,
+        bias,
+        None if scales is None else scales.x,
+        None if scales is None else scales.w,
+        None if gate is None else gate.out_scale,
+        m,
+        n,
+        x.stride(0),
+        ROWS=next_power_of_2(m),
+        LANES=32 * tile.num_warps,
+        VEC=16 // w.element_size(),
+        GATED=gate is not None,
+        QUANTIZE=quantize,
+        NATIVE_FLOAT8=has_float8(),
+        **common,
+    )
+
+
+def _launch_matrices(
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    scales: Scales | None,
+    tile: MatrixTile,
+    common: dict[str, Any],
+) -> None:
+    n = w.shape[0]
+    _matrix_kernel[(-(-n // tile.block_n),)](
+        x,
+        w,
+        out,
+        bias,
+        None if scales is None else scales.x,
+        None if scales is None else scales.w,
+        x.shape[0],
+        n,
+        x.stride(0),
+        ROWS=MOST_ROWS,
+        SPLITS=tile.num_warps,
+        BLOCK_K=tile.block_k,
+        STAGES=tile.num_stages,
+        INTERPRETED=is_interpreted(),
+        **common,
+    )
+
+
+def _empty_output(m: int, n: int, dtype: torch.dtype, gate: SiluGateAfter | None, device: torch.device) -> Tensor:
     """Returns room for the result of a product [m, n] in ``dtype``, or for what ``gate`` makes of it."""
     if gate is None:
         return torch.empty((m, n), dtype=dtype, device=device)
