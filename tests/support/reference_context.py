@@ -56,7 +56,6 @@ class ReferenceContext:
         sink_logits: torch.Tensor | None = None,
         kv_scales: torch.Tensor | None = None,
         out_scale: torch.Tensor | None = None,
-        then: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if rotation is not None:
             rotation.apply_(q, k)

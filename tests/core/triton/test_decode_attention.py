@@ -118,8 +118,8 @@ def test_a_split_fits_its_workspace(seqs, context):
         ({}, {"out": torch.empty(1, 8, 64)}, "contiguous torch.float32"),
     ],
 )
-def test_refusals(change, keywords, message):
+def test_refusals(change, keywords, message, device):
     if "workspace" in keywords:
-        keywords = keywords | {"workspace": decode_workspace(8, 2, 64, "cpu")}
+        keywords = keywords | {"workspace": decode_workspace(8, 2, 64, device)}
     with pytest.raises(ConfigError, match=message):
         run(BASE.but(**change), **keywords)

@@ -81,7 +81,6 @@ class ForwardContext(Protocol):
         sink_logits: torch.Tensor | None = None,  # [Hq], extra softmax column per head
         kv_scales: torch.Tensor | None = None,  # [2] float32, of keys and values in a float8 cache
         out_scale: torch.Tensor | None = None,  # [] float32: the result may come as float8, divided by it
-        then: torch.Tensor | None = None,  # weight that is read next; may be brought nearer meanwhile
     ) -> torch.Tensor:
         """Stores k and v in the layer's cache, then attends causally over each request's keys; returns [T, Hq, D].
 

@@ -115,7 +115,6 @@ class Attention(nn.Module):
             alibi_slopes=self._slopes,
             kv_scales=self.kv_scales,
             out_scale=self.o_proj.input_scale,
-            then=self.o_proj.weight,
         )
         out = out.reshape(tokens, spec.num_heads * spec.head_dim)
         if rows is not None:

@@ -156,7 +156,6 @@ class PagedAttentionContext:
         sink_logits: Tensor | None = None,
         kv_scales: Tensor | None = None,
         out_scale: Tensor | None = None,
-        then: Tensor | None = None,
     ) -> Tensor:
         """Rotates, writes this step's keys and values, then attends over the cache; returns [T, Hq, D] in q's dtype.
 

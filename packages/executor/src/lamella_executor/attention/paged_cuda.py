@@ -82,7 +82,7 @@ class DeviceKvCache:
 class RopeAndCache(Protocol):
     """Rotates q [T, Hq, D] and k [T, Hkv, D], and stores k and v at ``slots`` [T] int64; q is rotated in place.
 
-    So is k if ``rotate_keys``; it may be anyway. ``then`` is the weight that is read after the attention.
+    So is k if ``rotate_keys``; it may be anyway.
     """
 
     def __call__(
@@ -95,7 +95,6 @@ class RopeAndCache(Protocol):
         slots: Tensor,
         kv_scales: Tensor | None,
         rotate_keys: bool = False,
-        then: Tensor | None = None,
     ) -> None: ...
 
 
@@ -134,7 +133,6 @@ class CudaStepContext:
         sink_logits: Tensor | None = None,
         kv_scales: Tensor | None = None,
         out_scale: Tensor | None = None,
-        then: Tensor | None = None,
     ) -> Tensor:
         """Rotates, writes this step's keys and values, then attends over the cache; returns [T, Hq, D].
 
@@ -143,7 +141,7 @@ class CudaStepContext:
         """
         caches = self._cache.layer(spec.layer_idx)
         scales = kv_scales if self._cache.is_float8 else None
-        self._rope_and_cache(q, k, v, rotation, caches, self._slots, scales, self._has_own, then)
+        self._rope_and_cache(q, k, v, rotation, caches, self._slots, scales, self._has_own)
         num_decode = self._num_decode
         own = (k[num_decode:], v[num_decode:]) if self._has_own else None
         call = LayerCall(
@@ -170,7 +168,6 @@ def torch_rope_and_cache(
     slots: Tensor,
     kv_scales: Tensor | None,
     rotate_keys: bool = False,
-    then: Tensor | None = None,
 ) -> None:
     """`RopeAndCache` through PyTorch, for devices without triton."""
     if rotation is not None:
@@ -195,7 +192,6 @@ def triton_rope_and_cache(
     slots: Tensor,
     kv_scales: Tensor | None,
     rotate_keys: bool = False,
-    then: Tensor | None = None,
 ) -> None:
     """`RopeAndCache` in one kernel."""
     from lamella_core.kernels.triton.rope_cache import rope_and_cache
@@ -204,4 +200,4 @@ def triton_rope_and_cache(
     if rotation is not None:
         cos, sin = rotation.cos, rotation.sin
         rotary_dim, interleaved = rotation.rotary_dim, rotation.interleaved
-    rope_and_cache(q, k, v, cos, sin, rotary_dim, interleaved, *caches, slots, kv_scales, rotate_keys, then)
+    rope_and_cache(q, k, v, cos, sin, rotary_dim, interleaved, *caches, slots, kv_scales, rotate_keys)

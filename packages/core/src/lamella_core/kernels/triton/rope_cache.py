@@ -12,10 +12,8 @@ from torch import Tensor, float8_e4m3fn
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lamella_core.kernels.triton.launch import (
-    fetch_lines,
     float8_storage,
     has_float8,
-    is_interpreted,
     launch_options,
     next_power_of_2,
     use_pdl,
@@ -23,10 +21,6 @@ from lamella_core.kernels.triton.launch import (
 from lamella_core.kernels.triton.quantize import to_float8
 
 HEADS_PER_PROGRAM = 8
-MOST_FETCHING_ROWS = 4  # tokens of a step up to which memory idles while they attend
-FETCHED_BYTES = 16 << 20  # of the next weight that come to the L2 cache meanwhile; a third of an H100's
-FETCH_PROGRAMS = 128
-_LINE_BYTES = tl.constexpr(128)
 VALUES_PER_WARP = 512  # 16 a thread: with half-split pairs one 16-byte load of each half
 
 
@@ -134,16 +128,9 @@ def _rope_cache_kernel(
     HAS_SCALES: tl.constexpr,
     NATIVE_FLOAT8: tl.constexpr,
     ROTATE_KEYS: tl.constexpr,
-    next_ptr: tl.tensor,
-    GROUPS: tl.constexpr,
-    FETCHED_LINES: tl.constexpr,
-    FETCH_LINES: tl.constexpr,
     USE_PDL: tl.constexpr,
 ) -> None:
-    """Grid (T, GROUPS + programs that fetch); ROTARY values of a head are rotated, 0: queries are left alone.
-
-    GROUPS are Q_GROUPS of query heads, then those of key heads.
-    """
+    """Grid (T, Q_GROUPS + groups of key heads); ROTARY values of a head are rotated, 0: queries are left alone."""
     HALF: tl.constexpr = ROTARY // 2
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
@@ -151,11 +138,7 @@ def _rope_cache_kernel(
     if USE_PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if FETCHED_LINES > 0 and group >= GROUPS:
-        if token == 0:
-            line = (group - GROUPS) * FETCH_LINES + tl.arange(0, FETCH_LINES)
-            fetch_lines(next_ptr.to(tl.int64, bitcast=True) + tl.minimum(line, FETCHED_LINES - 1) * _LINE_BYTES)
-    elif group < Q_GROUPS:
+    if group < Q_GROUPS:
         heads += group * HEADS
         mask = heads < Q_HEADS
         base = q_ptr + token * q_stride + heads * Q_HEAD_STRIDE
@@ -194,7 +177,6 @@ def rope_and_cache(
     slots: Tensor,
     kv_scales: Tensor | None = None,
     rotate_keys: bool = False,
-    then: Tensor | None = None,
 ) -> None:
     """Rotates queries in place and writes rotated keys, and values, to the cache.
 
@@ -211,8 +193,6 @@ def rope_and_cache(
         slots: [T] int64, block * tokens per block + offset; negative ones are not written.
         kv_scales: [2] float32: keys and values in a float8 cache are divided by them. None: by 1.
         rotate_keys: rotate keys in place, too (those with a slot); otherwise ``k`` is left as it is.
-        then: contiguous weight that is read after the attention. With few tokens its beginning is brought to the L2
-            cache, as the attention leaves most of the memory's bandwidth unused.
     """
     num_tokens, q_heads, head_dim = q.shape
     if num_tokens == 0:
@@ -221,12 +201,8 @@ def rope_and_cache(
     rotary = 0 if cos is None else rotary_dim
     heads = min(HEADS_PER_PROGRAM, next_power_of_2(max(q_heads, kv_heads)))
     q_groups = -(-q_heads // heads) if rotary else 0
-    groups = q_groups + -(-kv_heads // heads)
-    fetched = min(then.nbytes, FETCHED_BYTES) // 128 if then is not None and num_tokens <= MOST_FETCHING_ROWS else 0
-    per_program = next_power_of_2(-(-fetched // FETCH_PROGRAMS)) if fetched else 1
-    programs = -(-fetched // per_program)
     float8 = k_cache.dtype is float8_e4m3fn
-    _rope_cache_kernel[(num_tokens, groups + programs)](
+    _rope_cache_kernel[(num_tokens, q_groups + -(-kv_heads // heads))](
         q, k, v,
         slots if cos is None else cos,  # any pointer
         slots if sin is None else sin,
@@ -237,7 +213,6 @@ def rope_and_cache(
         Q_HEAD_STRIDE=q.stride(1), K_HEAD_STRIDE=k.stride(1), V_HEAD_STRIDE=v.stride(1),
         TOKENS_PER_BLOCK=tokens_per_block, ROTARY=rotary, Q_GROUPS=q_groups, HEADS=heads, INTERLEAVED=interleaved,
         FLOAT8=float8, HAS_SCALES=float8 and kv_scales is not None, NATIVE_FLOAT8=has_float8(),
-        ROTATE_KEYS=rotate_keys, next_ptr=slots if then is None else float8_storage(then) if then.itemsize == 1 else then, GROUPS=groups,
-        FETCHED_LINES=0 if is_interpreted() else fetched, FETCH_LINES=per_program, USE_PDL=use_pdl(),
+        ROTATE_KEYS=rotate_keys, USE_PDL=use_pdl(),
         num_warps=min(8, max(1, heads * next_power_of_2(head_dim) // VALUES_PER_WARP)), **launch_options(),
     )  # fmt: skip

@@ -44,7 +44,6 @@ class DeviceOps(Protocol):
         slots: Tensor,
         kv_scales: Tensor | None,
         rotate_keys: bool = False,
-        then: Tensor | None = None,
     ) -> None:
         """See `lamella_executor.attention.paged_cuda.RopeAndCache`."""
         ...
