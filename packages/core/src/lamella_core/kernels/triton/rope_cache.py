@@ -81,6 +81,32 @@ def _rotate(
 
 
 @triton.jit
+def _rotate_keys(
+    from_ptr: tl.tensor,
+    to_ptr: tl.tensor,
+    mask: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    token: tl.tensor,
+    scale: tl.tensor,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    NATIVE_FLOAT8: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+) -> None:
+    """`_rotate` from the step's keys into the cache; IN_PLACE: where they are too, neither scaled nor as float8."""
+    if HALF > 0:
+        _rotate(from_ptr, to_ptr, mask, cos_ptr, sin_ptr, token, scale, HALF, HEADS, INTERLEAVED, FLOAT8, NATIVE_FLOAT8)
+        if IN_PLACE:
+            tl.debug_barrier()  # other threads may still read what is now overwritten
+            _rotate(
+                from_ptr, from_ptr, mask, cos_ptr, sin_ptr, token, 1.0, HALF, HEADS, INTERLEAVED, False, NATIVE_FLOAT8
+            )
+
+
+@triton.jit
 def _copy(
     from_ptr: tl.tensor,
     to_ptr: tl.tensor,
@@ -140,8 +166,7 @@ def _rope_cache_kernel(
         gdc_launch_dependents()
     if group < Q_GROUPS:
         heads += group * HEADS
-        mask = heads < Q_HEADS
-        base = q_ptr + token * q_stride + heads * Q_HEAD_STRIDE
+        base, mask = q_ptr + token * q_stride + heads * Q_HEAD_STRIDE, heads < Q_HEADS
         if ROTARY > 0:
             _rotate(base, base, mask, cos_ptr, sin_ptr, token, 1.0, HALF, HEADS, INTERLEAVED, False, NATIVE_FLOAT8)
     else:
@@ -153,12 +178,10 @@ def _rope_cache_kernel(
         place = (slot // TOKENS_PER_BLOCK) * cache_stride + (slot % TOKENS_PER_BLOCK) * HEAD_DIM
         place = place + heads * (TOKENS_PER_BLOCK * HEAD_DIM)
         base = k_ptr + token * k_stride + heads * K_HEAD_STRIDE
-        if ROTARY > 0:
-            to = k_cache_ptr + place
-            _rotate(base, to, mask, cos_ptr, sin_ptr, token, k_scale, HALF, HEADS, INTERLEAVED, FLOAT8, NATIVE_FLOAT8)
-            if ROTATE_KEYS:
-                tl.debug_barrier()  # other threads may still read what is now overwritten
-                _rotate(base, base, mask, cos_ptr, sin_ptr, token, 1.0, HALF, HEADS, INTERLEAVED, False, NATIVE_FLOAT8)
+        _rotate_keys(
+            base, k_cache_ptr + place, mask, cos_ptr, sin_ptr, token, k_scale,
+            HALF, HEADS, INTERLEAVED, FLOAT8, NATIVE_FLOAT8, ROTATE_KEYS,
+        )  # fmt: skip
         _copy(base, k_cache_ptr + place, mask, k_scale, ROTARY, HEAD_DIM, FLOAT8, NATIVE_FLOAT8)
         base = v_ptr + token * v_stride + heads * V_HEAD_STRIDE
         _copy(base, v_cache_ptr + place, mask, v_scale, 0, HEAD_DIM, FLOAT8, NATIVE_FLOAT8)
