@@ -65,8 +65,8 @@ def test_import_does_not_load_torch(name):
     assert out.stdout.split()[1] == "False", f"import {name} loads torch"
 
 
-# Imports every module of one package while only the distributions it declares (and theirs) can be imported. A module may
-# need one that an extra declares: then that is what its import asks for.
+# Imports every module of one package while only the distributions it declares (and theirs) can be imported.
+# A module may need one that an extra declares: then that is what its import asks for.
 ONLY_DECLARED = """
 import importlib, importlib.metadata as md, pkgutil, re, sys
 

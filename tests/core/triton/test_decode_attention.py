@@ -114,7 +114,7 @@ def test_a_split_fits_its_workspace(seqs, context):
     [
         ({"cache": torch.float16}, {}, "float8_e4m3fn or as queries are"),
         ({"dim": 63}, {}, "D must be even"),
-        ({}, {"split": Split(1000, 16), "workspace": decode_workspace}, "workspace is too small"),
+        ({}, {"split": Split(1 << 20, 16), "workspace": decode_workspace}, "workspace is too small"),
         ({}, {"out": torch.empty(1, 8, 64)}, "contiguous torch.float32"),
     ],
 )
