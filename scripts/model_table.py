@@ -30,9 +30,9 @@ INTRODUCTION = """# Models
 
 Made by `scripts/model_table.py` from a run of the conformance suite (`tests/conformance`); do not edit.
 
-Each architecture runs in several tiny random configurations in float32 (and in bfloat16 and float16 where the column says so)
-against `transformers`, or against an independent reference in `tests/references` where transformers has none. A cell counts
-the passed runs of all run; "-" means that the test does not apply.
+Each architecture runs in several tiny random configurations, in float32 (in "half precision" bfloat16 and float16),
+against `transformers`, or against an independent reference in `tests/references` where transformers has none. A cell
+counts the passed runs of all runs; "-" means that the test does not apply.
 
 """
 
@@ -48,7 +48,7 @@ def results(path: Path) -> tuple[dict[str, set[str]], dict[tuple[str, str], list
             continue
         test, parts = found[1], found[2].split("-")
         architecture = next((part for part in parts if part in known), None)
-        if architecture is None:
+        if architecture is None or test not in COLUMNS.values():
             continue
         variants[architecture].add(parts[parts.index(architecture) + 1])
         runs[architecture, test].append(case.find("failure") is None and case.find("error") is None)

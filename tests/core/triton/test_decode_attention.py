@@ -122,4 +122,4 @@ def test_refusals(change, keywords, message, device):
     if "workspace" in keywords:
         keywords = keywords | {"workspace": decode_workspace(8, 2, 64, device)}
     with pytest.raises(ConfigError, match=message):
-        run(BASE.but(**change), **keywords)
+        run(BASE.but(device=device, **change), **keywords)

@@ -70,7 +70,7 @@ def test_our_own_kernels_are_known():
         if file.startswith("attention/"):
             expected = ATTENTION
         else:
-            expected = {"gemv.py": GEMM}.get(file, SAMPLING if file.startswith("sampling") else GLUE)
+            expected = {"gemv_kernels.py": GEMM}.get(file, SAMPLING if file.startswith("sampling") else GLUE)
         assert classify(GpuEvent(name, 0, 1)) == expected, f"{file}:{name}"
 
 

@@ -56,7 +56,9 @@ class EngineThread:
         self._thread = threading.Thread(
             target=_run, args=(loop, mailbox, self._ended), name=f"lamella-engine-{next(_numbers)}", daemon=True
         )
-        atexit.register(self.stop)  # the interpreter must not tear down under a running kernel
+        # The interpreter must not tear down under a running kernel, nor while the thread lets go of the loop's tensors at
+        # its very end: so the thread does not take this back itself, who has joined it does.
+        atexit.register(self.stop)
         self._thread.start()
 
     @property
@@ -76,10 +78,10 @@ class EngineThread:
         if self._thread.is_alive():
             logger.warning("the engine thread has not ended within %.1f s; a step is still running", timeout)
             return False
+        atexit.unregister(self.stop)
         return True
 
     def _ended(self) -> None:
-        atexit.unregister(self.stop)
         close, self._close = self._close, None
         if close is not None:
             close()
