@@ -56,8 +56,8 @@ class EngineThread:
         self._thread = threading.Thread(
             target=_run, args=(loop, mailbox, self._ended), name=f"lamella-engine-{next(_numbers)}", daemon=True
         )
-        # The interpreter must not tear down under a running kernel, nor while the thread lets go of the loop's tensors at
-        # its very end: so the thread does not take this back itself, who has joined it does.
+        # The interpreter must not tear down under a running kernel, nor while the thread lets go of the loop's tensors
+        # at its very end: so the thread does not take this back itself, who has joined it does.
         atexit.register(self.stop)
         self._thread.start()
 
