@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 
@@ -227,7 +228,9 @@ def test_abort_of_unknown_ids_is_ignored(executor):
 
 def test_results_of_a_dead_engine():
     with echo_executor(EchoLoop(break_at=3)) as executor:
-        futures = [executor.generate_async([1], PARAMS) for _ in range(4)]
+        futures = [executor.generate_async([1], PARAMS)]
+        with contextlib.suppress(EngineDeadError):  # the engine may break before all have come
+            futures += [executor.generate_async([1], PARAMS) for _ in range(3)]
         for future in futures:
             with pytest.raises(EngineDeadError, match="ArithmeticError: the loop is broken") as caught:
                 future.result(timeout=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,8 @@ def test_one_failure_in_a_batch_leaves_the_others(llm: LLM):
 
 
 def test_an_invalid_prompt_keeps_the_batch_from_running(llm: LLM):
+    llm.generate("The fox", SamplingParams(max_tokens=1))
+    time.sleep(0.1)  # its last iteration is recorded
     before = llm.get_stats()[-1].iteration
     for bad, match in (("", "prompt is empty"), ("fox " * 300, "at most 255"), ([10**6], "token ids must be in")):
         with pytest.raises(RequestError, match=f"prompt 2: .*{match}"):
