@@ -12,7 +12,7 @@ quickstart: $(VENV)/.runtime
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n auto
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu

@@ -47,6 +47,10 @@ class EngineDeadError(LamellaError, RuntimeError):
     """The engine stopped: fatally failed (see `__cause__`) or was shut down."""
 
 
+class WorkerError(LamellaError, RuntimeError):
+    """The process of another rank died, failed or fell silent; the message names rank, phase and how. Fatal."""
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -53,6 +53,7 @@ class Sequence:
     num_prompt_tokens: int
     num_computed_tokens: int = 0  # leading tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)  # block table; EVICTED_BLOCK where the window has passed
+    state_slot: int = -1  # where its recurrent state lies, in models that have one; -1: nowhere
     cumulative_logprob: float = 0.0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # one per generated token, if asked for
     decoder: TextDecoder | None = None
