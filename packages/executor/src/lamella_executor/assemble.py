@@ -23,6 +23,7 @@ from lamella_executor.sampler.sampler import Sampler
 from lamella_executor.scheduler.scheduler import Scheduler
 from lamella_executor.sequence import RequestState
 from lamella_executor.stats import StatsBuffer
+from lamella_executor.worker.recipe import EngineRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +43,7 @@ class ExecutorParts:
 
 
 def assemble(
-    engine: Engine | str | Path,
+    engine: Engine | EngineRecipe | str | Path,
     kv_config: KvCacheConfig,
     scheduler_config: SchedulerConfig,
     *,
@@ -118,9 +119,11 @@ def _start(engine: Engine, setup: RunnerSetup, attn_backend: str) -> tuple[Runne
     return ModelRunner(setup.model, cache, setup.windows), plan
 
 
-def _load(engine: Engine | str | Path) -> Engine:
+def _load(engine: Engine | EngineRecipe | str | Path) -> Engine:
     if isinstance(engine, Engine):
         return engine
+    if isinstance(engine, EngineRecipe):
+        return engine.load(0)
     found = detect_format(engine)
     if found != "engine":
         what = {"hugging_face": "a Hugging Face directory", "checkpoint": "a Lamella checkpoint"}[found]

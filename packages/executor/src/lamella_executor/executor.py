@@ -22,6 +22,7 @@ from lamella_executor.stats import IterationStats, StatsBuffer
 
 if TYPE_CHECKING:
     from lamella_core.engine import Engine
+    from lamella_executor.worker.recipe import EngineRecipe
 
 PromptIds = SequenceOf[int]
 
@@ -64,7 +65,7 @@ class GenerationExecutor:
     @classmethod
     def create(
         cls,
-        engine: Engine | str | Path,
+        engine: Engine | EngineRecipe | str | Path,
         kv_cache_config: KvCacheConfig | None = None,
         scheduler_config: SchedulerConfig | None = None,
         *,
@@ -72,21 +73,26 @@ class GenerationExecutor:
         max_num_tokens: int | None = None,
         stats_capacity: int = 1000,
         attn_backend: str = "auto",
+        worker_timeout_s: float = 30.0,
     ) -> GenerationExecutor:
         """Loads an engine, allocates its KV cache and starts serving.
 
+        An engine for several ranks starts a process for each but rank 0, which runs here (see docs/distributed.md).
+
         Args:
-            engine: an `Engine`, or the directory of a saved one.
+            engine: an `Engine`, the directory of a saved one, or an `EngineRecipe` that each rank gets its shard from.
             kv_cache_config: size and behaviour of the KV cache; see `lamella_executor.memory` for the default size.
             scheduler_config: admission policy.
             max_batch_size: lowers the engine's own limit.
             max_num_tokens: lowers the engine's own limit of tokens per step.
             stats_capacity: iterations that `get_stats` remembers.
             attn_backend: on a GPU: "triton", "flashinfer" (``pip install 'lamella[cuda]'``), "torch" (slow), or "auto".
+            worker_timeout_s: seconds after which another rank that gives no sign of life counts as dead.
 
         Raises:
             CheckpointError: the directory is no engine, or is damaged.
-            ConfigError: options contradict the engine.
+            ConfigError: options contradict the engine, or it is for more ranks than there are GPUs.
+            WorkerError: another rank's process failed while it started.
             OutOfMemoryError: weights or KV cache do not fit in memory, or the cache is too small for one token.
         """
         for name, value, kind in (
