@@ -95,3 +95,21 @@ def test_exaone4_patterns(tmp_path, keys, types):
 def test_refused(tmp_path, keys, message):
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, keys)
+
+
+def test_nemotron_nas_sizes_come_from_its_blocks(tmp_path):
+    def deci(*blocks):
+        halves = [dict(zip(("attention", "ffn"), block)) for block in blocks]
+        return of("DeciLMForCausalLM", "nemotron-nas", block_configs=halves, intermediate_size=None)
+
+    nothing, grouped, inner = {"no_op": True}, {"n_heads_in_group": 2}, {"ffn_mult": 13}
+    config = read(tmp_path / "a", deci((grouped, nothing), ({"replace_with_linear": True}, inner)))
+    assert (config.layer_kv_heads, config.layer_inner) == ((2, -1), (0, 512))
+    for name, bad in (
+        ("window_length is 5", ({**grouped, "window_length": 5}, inner)),
+        ("n_heads_in_group is None", ({}, inner)),
+        ("ffn_mult is None", (grouped, {})),
+        ("no layer has attention", (nothing, inner)),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            read(tmp_path / name, deci(bad, bad))

@@ -17,6 +17,21 @@ _PACKED["rms_norm_eps"] = 1e-6
 _QWEN = {**_PACKED, "intermediate_size": 96, "kv_channels": 8, "max_position_embeddings": 64, "rotary_emb_base": 10000,
          "layer_norm_epsilon": 1e-6, "use_dynamic_ntk": True, "use_logn_attn": True, "no_bias": True}  # fmt: skip
 
+_NAS = {**{name: BASE[name] for name in ("vocab_size", "hidden_size", "num_attention_heads", "bos_token_id",
+                                         "eos_token_id", "max_position_embeddings")},
+        "rms_norm_eps": 1e-5, "rope_theta": 500.0}  # fmt: skip
+
+
+def _block(group: int | str, multiple: float | str) -> dict[str, Any]:
+    """A layer of Nemotron-NAS: queries per key/value head and inner multiple, or "none" or "linear"."""
+    halves = {"attention": ("n_heads_in_group", group), "ffn": ("ffn_mult", multiple)}
+    return {
+        half: {name: None if isinstance(size, str) else size, "no_op": size == "none",
+               "replace_with_linear": size == "linear"}
+        for half, (name, size) in halves.items()
+    }  # fmt: skip
+
+
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     "BaichuanForCausalLM": {
         "rotary_2": {**_PACKED, "max_position_embeddings": 64, "model_max_length": 64, "z_loss_weight": 0},
@@ -26,6 +41,15 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "BaiChuanForCausalLM": {
         "rotary": {**_PACKED, "max_position_embeddings": 64},
+    },
+    "DeciLMForCausalLM": {
+        "heads_by_layer": {**_NAS, "num_hidden_layers": 2, "intermediate_size": 48,
+                           "num_key_value_heads_per_layer": [2, 1]},
+        "left_out": {**_NAS, "num_hidden_layers": 4, "intermediate_size": None, "num_key_value_heads": None,
+                     "block_configs": [_block(2, "none"), _block("none", 1.0), _block("none", "none"), _block(4, 3.0)]},
+        "linear": {**_NAS, "num_hidden_layers": 4, "intermediate_size": None, "num_key_value_heads": None,
+                   "block_configs": [_block("none", 1.0), _block("linear", "linear"), _block(1, 2.0),
+                                     _block("linear", "none")]},
     },
     "GlmForCausalLM": {
         "half_rotary": {**BASE, "head_dim": 12, "pad_token_id": None},
