@@ -33,6 +33,16 @@ _OWN: dict[str, Variants] = {
         "capped_untied": {**_PAD, "head_dim": 8, "sliding_window": 4, "num_key_value_heads": 1,
                           "final_logit_softcapping": 3.0, "tie_word_embeddings": False},
     },
+    "MllamaForCausalLM": {
+        "one_skipped": {**_PAD, "num_hidden_layers": 3, "cross_attention_layers": [1]},
+        "last_skipped": {**_PAD, "num_hidden_layers": 4, "cross_attention_layers": [1, 3], "num_key_value_heads": 1},
+        "rope_llama3": {**_PAD, "num_hidden_layers": 3, "cross_attention_layers": [2], "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+    },
+    "MllamaForConditionalGeneration": {
+        "whole": {**_PAD, "num_hidden_layers": 3, "cross_attention_layers": [1]},
+    },
     "Qwen3ForCausalLM": {
         "grouped": {"head_dim": 16},
         "one_kv_head_tied": {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": True},

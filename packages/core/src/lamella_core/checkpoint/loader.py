@@ -33,7 +33,7 @@ def load_weights(
     a quantized checkpoint that the model holds in its own dtype are scaled back. See `lamella_core.checkpoint.float8`.
 
     Args:
-        model: gives ``weight_rules``, ``IGNORED`` and parameters that carry ``shard``.
+        model: gives ``weight_rules``, ``ignored_sources`` and parameters that carry ``shard``.
         source: a Hugging Face directory.
         progress: called after each parameter with the bytes filled and the bytes of all parameters on this rank.
         device: where the parameters go. Pieces of a mapped file are copied straight to a GPU; the host holds at most

@@ -198,7 +198,8 @@ class Planner:
             weight = weight_of_scale(name) if self._is_quantized else None
             known = weight in self._known or (weight is not None and self._of_other_rank_or_tied(weight))
             scale = self._is_quantized and is_runtime_scale(name)
-            if not (known or scale or self._of_other_rank_or_tied(name) or is_ignored(name, self._model.IGNORED)):
+            ignored = is_ignored(name, self._model.ignored_sources())
+            if not (known or scale or ignored or self._of_other_rank_or_tied(name)):
                 self._report.unexpected.append(name)
 
     def _of_other_rank_or_tied(self, source: str) -> bool:

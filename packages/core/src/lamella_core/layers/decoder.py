@@ -1,9 +1,9 @@
 """Decoder layers: attention and feed-forward, each added to the stream.
 
 `DecoderLayer` norms before each (most decoders), and after them too if asked; `PostNormDecoderLayer` only after;
-`ParallelDecoderLayer` computes both from the same stream. Each takes and returns (hidden [T, H], residual [T, H] or
-None): their sum is the stream, added by the next norm. With ``rows`` [R] only those tokens go on after the attention,
-which sees all; the results are [R, H].
+`ParallelDecoderLayer` computes both from the same stream; `SkippedLayer` stands where there is neither. Each takes and
+returns (hidden [T, H], residual [T, H] or None): their sum is the stream, added by the next norm. With ``rows`` [R]
+only those tokens go on after the attention, which sees all; the results are [R, H].
 """
 
 from __future__ import annotations
@@ -141,3 +141,21 @@ class ParallelDecoderLayer(nn.Module):
         if self.mlp_norm is not None:
             normed = self.mlp_norm(residual)[0]
         return attended + self.mlp(normed, ctx), residual
+
+
+class SkippedLayer(nn.Module):
+    """Leaves the stream as it is."""
+
+    selects_rows = True
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: Rotation | None,
+        ctx: ForwardContext,
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if rows is None:
+            return hidden, residual
+        return hidden.index_select(0, rows), residual.index_select(0, rows) if residual is not None else None

@@ -167,6 +167,10 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
     def finish_loading(self) -> None:
         """Called once when the weights of a Hugging Face directory have been read: a model may change its own then."""
 
+    def ignored_sources(self) -> Sequence[str]:
+        """Returns name patterns of source tensors that may be left unread."""
+        return self.IGNORED
+
     def weight_rules(self, source_names: Collection[str]) -> list[WeightRule]:
         """Returns `WEIGHTS` adapted to this rank and to a source that holds tensors of these names.
 
