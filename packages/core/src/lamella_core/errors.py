@@ -51,6 +51,10 @@ class WorkerError(LamellaError, RuntimeError):
     """The process of another rank died, failed or fell silent; the message names rank, phase and how. Fatal."""
 
 
+class CommunicationError(LamellaError, RuntimeError):
+    """Ranks could not exchange a tensor: a peer died or fell silent, or the group was aborted. Fatal."""
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
