@@ -9,6 +9,7 @@ A request of I prompt and O generated tokens that runs among B others costs, in 
 
 Serial bound: these after one another, which a stream of separate kernels can reach. Overlap bound: all FLOPs beside all
 bytes, a ceiling for anything. B follows from the memory: as many requests as fit at half their output.
+N GPUs count as one of N times the memory, bandwidth and arithmetic rate, whose links take no time.
 (Williams, Waterman and Patterson 2009 for the model of bandwidth and arithmetic bounds.)
 """
 
@@ -21,47 +22,21 @@ import torch
 
 from lamella_core.config import ModelConfig
 from lamella_core.errors import ConfigError
+from lamella_core.hardware import KNOWN_HARDWARE, Hardware, find_hardware
 from lamella_core.layers.linear import Linear
+from lamella_core.mapping import Mapping
 from lamella_core.models.registry import get_model_class
 from lamella_core.quantization.config import QuantAlgo, QuantConfig
 from lamella_core.quantization.modules import is_excluded
 
+__all__ = ["KNOWN_HARDWARE", "Hardware", "LayerAttention", "ModelShape", "Roofline", "find_hardware"]
+
 PREFILL_ATTENTION_EFFICIENCY = 0.75  # of the bfloat16 rate; what the fastest causal kernels reach
-WORKSPACE_BYTES = 2.5 * (1 << 30)  # activations, graphs and workspaces of a serving process
+WORKSPACE_BYTES = 2.5 * (1 << 30)  # activations, graphs and workspaces of a serving process, one per GPU
 
 _GIB = 1 << 30
 _FP8 = frozenset({QuantAlgo.FP8, QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN, QuantAlgo.FP8_BLOCK_SCALES})
 _HALVES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One GPU. Rates are those of dense products, per second."""
-
-    name: str  # as the driver reports it
-    memory_bytes: float  # that one process can use, weights and workspaces included
-    bandwidth: float  # bytes per second
-    bf16_flops: float
-    fp8_flops: float | None  # None: float8 products run at the bfloat16 rate
-    is_measured: bool = False  # rates measured on the device rather than taken from its data sheet
-
-
-# Data sheet values (without sparsity) unless measured: a copy in device memory, and square products of 8192.
-KNOWN_HARDWARE = (
-    Hardware("NVIDIA H100 80GB HBM3", 76 * _GIB, 3.0e12, 800e12, 1500e12, is_measured=True),
-    Hardware("NVIDIA H100 PCIe", 76 * _GIB, 2.0e12, 756e12, 1513e12),
-    Hardware("NVIDIA H200", 135 * _GIB, 4.8e12, 989e12, 1979e12),
-    Hardware("NVIDIA A100-SXM4-80GB", 76 * _GIB, 2.039e12, 312e12, None),
-    Hardware("NVIDIA A100 80GB PCIe", 76 * _GIB, 1.935e12, 312e12, None),
-    Hardware("NVIDIA A100-SXM4-40GB", 37.5 * _GIB, 1.555e12, 312e12, None),
-    Hardware("NVIDIA L40S", 42.5 * _GIB, 0.864e12, 362e12, 733e12),
-    Hardware("NVIDIA L4", 21 * _GIB, 0.300e12, 121e12, 242e12),
-)
-
-
-def find_hardware(gpu_name: str) -> Hardware | None:
-    """Returns what is known of the GPU that the driver calls ``gpu_name``; None if nothing is."""
-    return next((hardware for hardware in KNOWN_HARDWARE if hardware.name == gpu_name), None)
 
 
 @dataclass(frozen=True)
@@ -100,7 +75,7 @@ class ModelShape:
                 raise ConfigError(
                     f"the roofline knows no {name.value}; known: {', '.join(sorted(a.value for a in _FP8))}"
                 )
-        plain = replace(config, quantization=QuantConfig())
+        plain = replace(config, quantization=QuantConfig(), mapping=Mapping())
         model = get_model_class(config.architecture, config.model_type).empty(plain)
         linears = [module for module in model.layers.modules() if isinstance(module, Linear)]
         if any(linear.experts is not None for linear in linears):
@@ -149,7 +124,8 @@ class Roofline:
     @cached_property
     def kv_tokens(self) -> float:
         """Tokens whose keys and values fit beside weights and workspaces; 0 if not even those fit."""
-        room = self.hardware.memory_bytes - WORKSPACE_BYTES - self.model.weight_bytes
+        workspaces = self.hardware.count * WORKSPACE_BYTES
+        room = self.hardware.memory_bytes - workspaces - self.model.weight_bytes
         return max(0.0, room / self.model.kv_bytes)
 
     def concurrency(self, isl: int, osl: int, most: float | None = None) -> float:

@@ -53,7 +53,7 @@ class MemoryPlan:
     @property
     def base_bytes(self) -> int:
         """What a process takes without a model."""
-        return _GPU_BASE_BYTES if self.device == "cuda" else _BASE_BYTES
+        return base_bytes(self.device)
 
     @property
     def build_bytes(self) -> int:
@@ -151,6 +151,11 @@ def kv_bytes_per_token(model: CausalLM, device: str = "cpu") -> int:
     numbers = sum(2 * spec.num_kv_heads * spec.head_dim for spec in model.attention_specs())
     is_float8 = device == "cuda" and model.config.quantization.kv_cache_quant_algo is not None
     return numbers * (1 if is_float8 else model.config.torch_dtype.itemsize)
+
+
+def base_bytes(device: str) -> int:
+    """Returns what a process takes on "cpu" or "cuda" without a model."""
+    return _GPU_BASE_BYTES if device == "cuda" else _BASE_BYTES
 
 
 def _resident_tokens(ranks: list[CausalLM], max_seq_len: int) -> int:

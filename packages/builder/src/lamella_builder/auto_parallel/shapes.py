@@ -1,0 +1,136 @@
+"""What one tensor-parallel rank holds of each layer, read from a model without memory: exact, padding included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lamella_core.config import ModelConfig
+from lamella_core.context import AttentionSpec
+from lamella_core.layers.linear import Linear, RowParallelLinear
+from lamella_core.layers.moe import GatedExperts, MoE, Router
+from lamella_core.mapping import Mapping
+from lamella_core.models.registry import get_model_class
+
+_TILE = 128  # outputs that a matrix unit computes at once: narrower experts leave part of it idle
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer on one rank. FLOP are of one token; those of experts with the router's choices spread evenly."""
+
+    weight_bytes: int  # without experts
+    flops: float
+    fp8_flops: float
+    kv_bytes: int  # of one token
+    window: int | None  # last tokens that a query sees; None: all
+    num_reductions: int  # all-reduces of [tokens, hidden]
+    expert_bytes: int = 0
+    expert_flops: float = 0.0
+    expert_fp8_flops: float = 0.0
+    num_experts: int = 0  # on this rank
+    chosen: float = 0.0  # part of the tokens that go to one expert
+    num_choices: int = 0  # experts of a token
+    expert_split: int = 1  # moe_ep_size
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.expert_bytes
+
+
+@dataclass(frozen=True)
+class ShardShape:
+    """A whole model, split over tensor-parallel ranks only, as the rank that holds most has it."""
+
+    layers: tuple[LayerShape, ...]
+    embedding_bytes: int
+    head_bytes: int
+    head_flops: float
+    vocab_size: int
+    hidden_bytes: int  # of one token's hidden state
+    is_tied: bool  # the output layer reads the embedding, where one rank has both
+
+    def stage_bytes(self, mapping: Mapping, stage: int) -> int:
+        """Returns the bytes of weights on one rank of a pipeline stage."""
+        seen = mapping.with_rank(stage * mapping.tp_size)
+        total = sum(self.layers[index].total_bytes for index in seen.pp_layers(len(self.layers)))
+        total += self.embedding_bytes if seen.is_first_pp_rank else 0
+        shares = self.is_tied and mapping.pp_size == 1
+        return total + (self.head_bytes if seen.is_last_pp_rank and not shares else 0)
+
+
+def shard_shape(config: ModelConfig, mapping: Mapping) -> ShardShape:
+    """Returns what the first rank of ``mapping``, which has one pipeline stage, holds.
+
+    Raises:
+        ConfigError: the model cannot be split that way; the message says why.
+    """
+    config = config.with_mapping(mapping)
+    model = get_model_class(config.architecture, config.model_type).empty(config)
+    specs: dict[int, list[AttentionSpec]] = {}
+    for spec in model.attention_specs():
+        specs.setdefault(spec.layer_idx, []).append(spec)
+    embedding = 0 if model.embed_tokens is None else _bytes(model.embed_tokens)
+    head = embedding if config.tie_word_embeddings or model.lm_head is None else _bytes(model.lm_head)
+    return ShardShape(
+        layers=tuple(_layer_shape(model.layers[str(i)], specs.get(i, []), config) for i in range(len(model.layers))),
+        embedding_bytes=embedding,
+        head_bytes=head,
+        head_flops=2 * head / config.torch_dtype.itemsize,
+        vocab_size=config.vocab_size,
+        hidden_bytes=config.hidden_size * config.torch_dtype.itemsize,
+        is_tied=config.tie_word_embeddings,
+    )
+
+
+def _layer_shape(layer: nn.Module, specs: list[AttentionSpec], config: ModelConfig) -> LayerShape:
+    linears = [module for module in layer.modules() if isinstance(module, Linear)]
+    dense = [module for module in linears if module.experts is None]
+    stacked = [module for module in linears if module.experts is not None]
+    reducing = [m for m in dense if isinstance(m, RowParallelLinear) and m.reduce]
+    mixtures = [module for module in layer.modules() if isinstance(module, MoE)]
+    expert_bytes = sum(_bytes(module) for module in stacked)
+    itemsize = 1 if config.quantization.kv_cache_quant_algo is not None else config.torch_dtype.itemsize
+    windows = [spec.sliding_window for spec in specs]
+    flops, fp8_flops = _flops(dense)
+    shape = LayerShape(
+        weight_bytes=_bytes(layer) - expert_bytes,
+        flops=flops,
+        fp8_flops=fp8_flops,
+        kv_bytes=itemsize * sum(spec.cache_width for spec in specs),
+        window=None if None in windows or not windows else max(w for w in windows if w is not None),
+        num_reductions=(len(reducing) + len(mixtures)) if config.mapping.tp_size > 1 else 0,
+    )
+    return _with_experts(shape, layer, stacked, config) if stacked else shape
+
+
+def _with_experts(shape: LayerShape, layer: nn.Module, stacked: list[Linear], config: ModelConfig) -> LayerShape:
+    experts = next(module for module in layer.modules() if isinstance(module, GatedExperts))
+    router = next((module for module in layer.modules() if isinstance(module, Router)), None)
+    held, split = len(experts.local_experts), config.mapping.moe_ep_size
+    top_k = 1 if router is None else router.top_k
+    chosen = min(1.0, top_k / (held * split))
+    inner = experts.down_proj.in_features_local
+    idle = -(-inner // _TILE) * _TILE / inner  # 1 where the width fills the tiles
+    flops, fp8_flops = _flops(stacked)
+    return replace(
+        shape,
+        expert_bytes=sum(_bytes(module) for module in stacked),
+        expert_flops=flops * chosen * idle,
+        expert_fp8_flops=fp8_flops * chosen * idle,
+        num_experts=held,
+        chosen=chosen,
+        num_choices=top_k,
+        expert_split=split,
+    )
+
+
+def _flops(linears: list[Linear]) -> tuple[float, float]:
+    """Returns the FLOP of one token in the model's dtype and in float8."""
+    float8 = sum(2 * linear.weight.numel() for linear in linears if linear.weight.itemsize == 1)
+    return float(sum(2 * linear.weight.numel() for linear in linears) - float8), float(float8)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
