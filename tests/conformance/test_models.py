@@ -19,6 +19,7 @@ from lamella_core.quantization.config import QuantConfig
 
 LOGITS_BOUND = 3e-5  # largest difference from transformers, logits having a deviation of about 1.5
 NEW_TOKENS = 12
+ALWAYS_FLOAT32 = (".correction_bias",)  # parameters that half precision would change too much
 
 
 def whole(model: Any, prompts: list[list[int]], **kwargs: Any) -> list[torch.Tensor]:
@@ -90,7 +91,8 @@ def test_half_precision_is_near(
     case: tuple[str, str], hf_dir: Path, prompts: list[list[int]], dtype: str, bound: float
 ) -> None:
     half = get_model_class(case[0]).from_hugging_face(hf_dir, dtype=dtype)
-    assert {parameter.dtype for parameter in half.parameters()} == {getattr(torch, dtype)}
+    stored = {parameter.dtype for name, parameter in half.named_parameters() if not name.endswith(ALWAYS_FLOAT32)}
+    assert stored == {getattr(torch, dtype)}
     for prompt, logits in zip(prompts, whole(half, prompts), strict=True):
         with torch.no_grad():
             expected = hf_model(*case)(torch.tensor([prompt])).logits[0]

@@ -13,17 +13,21 @@ from typing import Any
 
 import torch
 
-from lamella_core.context import AttentionSpec, Communicator, SingleRank
+from lamella_core.context import AttentionSpec, Communicator, RecurrentStep, SingleRank, StateSpec
 from lamella_core.layers.rotary import Rotation
+
+STATE_SLOTS = 32  # no multiple of 3: `ReferenceCache.slot` gives each once
 
 
 @dataclass
 class ReferenceCache:
-    """Keys and values of all requests: (request, layer) -> tensors [tokens so far, Hkv, D]."""
+    """Keys and values of all requests: (request, layer) -> tensors [tokens so far, Hkv, D]; states of all layers."""
 
     keys: dict[tuple[Hashable, int], torch.Tensor] = field(default_factory=dict)
     values: dict[tuple[Hashable, int], torch.Tensor] = field(default_factory=dict)
     lengths: dict[Hashable, int] = field(default_factory=dict)  # tokens whose forward pass is done
+    states: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)  # layer -> pools of STATE_SLOTS + 1
+    slots: dict[Hashable, int] = field(default_factory=dict)  # request -> its place in them
 
     def append(
         self, request: Hashable, layer: int, k: torch.Tensor, v: torch.Tensor
@@ -32,6 +36,17 @@ class ReferenceCache:
             old = store.get((request, layer), new[:0])
             store[request, layer] = torch.cat((old, new))
         return self.keys[request, layer], self.values[request, layer]
+
+
+    def pools(self, spec: StateSpec) -> tuple[torch.Tensor, ...]:
+        """Returns a layer's states, which hold nonsense where nothing was written."""
+        if spec.layer_idx not in self.states:
+            shapes = zip(spec.shapes, spec.dtypes, strict=True)
+            self.states[spec.layer_idx] = tuple(torch.full((STATE_SLOTS + 1, *s), 7.5, dtype=d) for s, d in shapes)
+        return self.states[spec.layer_idx]
+
+    def slot(self, request: Hashable) -> int:
+        return self.slots.setdefault(request, (3 * len(self.slots) + 5) % STATE_SLOTS)
 
 
 class ReferenceContext:
@@ -49,7 +64,7 @@ class ReferenceContext:
         spec: AttentionSpec,
         q: torch.Tensor,
         k: torch.Tensor,
-        v: torch.Tensor,
+        v: torch.Tensor | None,
         *,
         rotation: Rotation | None = None,
         alibi_slopes: torch.Tensor | None = None,
@@ -60,6 +75,9 @@ class ReferenceContext:
         if rotation is not None:
             rotation.apply_(q, k)
         assert q.shape[1:] == (spec.num_heads, spec.head_dim) and k.shape[1:] == (spec.num_kv_heads, spec.head_dim)
+        if v is None:  # a latent cache: values are a part of the keys, rounded as these are
+            v = k[..., spec.head_dim - spec.out_dim :]
+            kv_scales = None if kv_scales is None else kv_scales[:1].expand(2)
         assert sum(count for _, count in self.segments) == q.shape[0] == k.shape[0] == v.shape[0]
         out, begin = [], 0
         for request, count in self.segments:
@@ -74,7 +92,18 @@ class ReferenceContext:
                 query = q[begin + offset].float()
                 out.append(_attend_one(spec, query, keys[visible], values[visible], alibi_slopes, sink_logits))
             begin += count
-        return torch.stack(out).to(q.dtype) if out else q.new_zeros(q.shape)
+        return torch.stack(out).to(q.dtype) if out else q.new_zeros(*q.shape[:2], spec.out_dim)
+
+    def recurrent(self, spec: StateSpec) -> RecurrentStep:
+        cache, requests = self.cache, [request for request, _ in self.segments]
+        ends = torch.tensor([count for _, count in self.segments]).cumsum(0)
+        return RecurrentStep(
+            pools=cache.pools(spec),
+            slots=torch.tensor([cache.slot(request) for request in requests], dtype=torch.int32),
+            is_first=torch.tensor([not cache.lengths.get(request) for request in requests]),
+            query_start=torch.cat((torch.zeros(1, dtype=torch.int64), ends)).int(),
+            num_decode=0,
+        )
 
 
 def _rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

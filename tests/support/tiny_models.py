@@ -19,6 +19,7 @@ from tests.support.tiny_base import BASE
 from tests.support.tiny_dense import DENSE
 from tests.support.tiny_experts import EXPERTS
 from tests.support.tiny_gpt import EAGER_IS_WRONG, GPT_LINE
+from tests.support.tiny_latent import LATENT
 from tests.support.tiny_others import NORMS_AROUND_ZERO, OTHERS
 
 _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20, "factor": 4.0,
@@ -56,13 +57,14 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
                         "layer_types": ["sliding_attention", "full_attention"]},
     },
     **EXPERTS,
+    **LATENT,
     **OTHERS,
 }  # fmt: skip
 
 
 def has_experts(architecture: str, variant: str) -> bool:
     """Whether some layer of the tiny model is a mixture of experts."""
-    return not {"num_local_experts", "num_experts"}.isdisjoint(TINY[architecture][variant])
+    return not {"num_local_experts", "num_experts", "n_routed_experts"}.isdisjoint(TINY[architecture][variant])
 
 
 def tiny_cases() -> list[tuple[str, str]]:
@@ -120,6 +122,9 @@ def _oracle_dir(architecture: str, variant: str) -> Path:
                 parameter.copy_(0.1 * noise + (0.0 if around_zero else 1.0))
             else:
                 parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(directory)
     return directory
 

@@ -28,6 +28,22 @@ class AttentionSpec:
     scale: float  # multiplies q.k
     sliding_window: int | None = None  # a query sees this many last keys, its own included
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    value_dim: int | None = None  # of a latent cache: values are the last value_dim numbers of keys, and not stored
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the cache holds keys alone."""
+        return self.value_dim is not None
+
+    @property
+    def out_dim(self) -> int:
+        """Numbers of one head's result."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that the cache holds of one token."""
+        return self.num_kv_heads * self.head_dim * (1 if self.is_latent else 2)
 
 
 class Communicator(Protocol):
@@ -74,7 +90,7 @@ class ForwardContext(Protocol):
         spec: AttentionSpec,
         q: torch.Tensor,  # [T, Hq, D]
         k: torch.Tensor,  # [T, Hkv, D]
-        v: torch.Tensor,  # [T, Hkv, D]
+        v: torch.Tensor | None,  # [T, Hkv, D]; None: the cache is latent
         *,
         rotation: Rotation | None = None,  # applied to q and k first, in place; None: nothing to apply
         alibi_slopes: torch.Tensor | None = None,  # [Hq] float32
@@ -83,6 +99,9 @@ class ForwardContext(Protocol):
         out_scale: torch.Tensor | None = None,  # [] float32: the result may come as float8, divided by it
     ) -> torch.Tensor:
         """Stores k and v in the layer's cache, then attends causally over each request's keys; returns [T, Hq, D].
+
+        A latent cache (``spec.value_dim``) has no values beside the keys; the result is then [T, Hq, value_dim], and
+        the first of ``kv_scales`` holds for both.
 
         A runtime may ignore ``out_scale`` and return q's dtype.
         """

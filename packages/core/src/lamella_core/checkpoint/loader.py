@@ -84,9 +84,7 @@ def _copied(parameter: Parameter, fills: Iterable[Fill], source: WeightSource, d
     make = torch.empty if covered == parameter.numel() else torch.zeros  # padding and absent optional parts are zero
     out = make(parameter.shape, dtype=parameter.dtype, device=device)
     for fill, piece in copies:
-        target = out[piece.target]
-        target = target[0] if fill.expert is not None else target
-        source.copy(target, fill.source, piece.source, transpose=piece.transpose)
+        source.copy(piece.of(out), fill.source, piece.source, transpose=piece.transpose)
     return out
 
 

@@ -7,7 +7,8 @@ row's bits are independent of the rows computed with it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,14 +85,31 @@ class GpuMatmul:
 
 def cublas(x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None = None) -> Tensor:
     """Product of torch; float32 in float32, also where the process allows TensorFloat-32."""
-    if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            return F.linear(x, w, bias)
-        finally:
-            torch.set_float32_matmul_precision(precision)
-    return F.linear(x, w, bias)
+    if x.dtype != torch.float32:
+        return F.linear(x, w, bias)
+    with _without_tensor_float():
+        return F.linear(x, w, bias)
+
+
+def cublas_stacked(x: Tensor, w: Tensor) -> Tensor:
+    """Products of x [B, M, K] and w [B, N, K] transposed: [B, M, N]; float32 as in `cublas`."""
+    if x.dtype != torch.float32:
+        return torch.bmm(x, w.mT)
+    with _without_tensor_float():
+        return torch.bmm(x, w.mT)
+
+
+@contextmanager
+def _without_tensor_float() -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    if precision == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def cublas_fp8(x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None) -> Tensor:

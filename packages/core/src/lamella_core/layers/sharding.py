@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from lamella_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 Slices = tuple[slice, ...]
 
@@ -41,6 +45,11 @@ class Piece:
     source: Slices
     target: Slices
     transpose: bool = False
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Returns the part of a parameter that is written, with as many dimensions as the source has."""
+        part = parameter[self.target]
+        return part[0] if part.dim() > len(self.source) else part
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,40 @@ class ShardSpec:
             if all(name in by_name for name in names):
                 return (*self.dims[:index], tuple(by_name[name] for name in names), *self.dims[index + 1 :])
         raise ConfigError(f"no section {section!r} in this parameter; it has {self.section_names or 'none'}")
+
+
+@dataclass(frozen=True)
+class HeadShard(ShardSpec):
+    """How a stack of matrices [heads, out, in] is cut from one source that holds head after head, among other rows.
+
+    ``dims`` are one section each, of which the first counts heads. A head's rows in the source are its matrix (its
+    transpose where the rule says so) and others' rows.
+    """
+
+    rows: int = 0  # of one head in the source
+    first: int = 0  # of a head's rows, the first that belongs to the matrix
+
+    def source_shape(
+        self, section: str | Sequence[str] | None = None, *, expert: int | None = None, transpose: bool = False
+    ) -> tuple[int, ...]:
+        (heads,), (out,), (inner,) = self.dims
+        return (heads.size * self.rows, out.size if transpose else inner.size)
+
+    def pieces(
+        self,
+        section: str | Sequence[str] | None = None,
+        *,
+        expert: int | None = None,
+        transpose: bool = False,
+        interleaved: bool = False,
+    ) -> tuple[Piece, ...]:
+        (heads,), (out,), (inner,) = self.dims
+        count, columns = (inner.size, out.size) if transpose else (out.size, inner.size)
+        starts = [(heads.start + head) * self.rows + self.first for head in range(heads.length)]
+        return tuple(
+            Piece((slice(start, start + count), slice(0, columns)), (slice(head, head + 1),), transpose)
+            for head, start in enumerate(starts)
+        )
 
 
 def _cuts(sections: Sequence[Section]) -> list[tuple[slice | None, slice]]:

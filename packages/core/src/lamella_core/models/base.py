@@ -30,6 +30,7 @@ from lamella_core.hub import resolve_model_dir
 from lamella_core.kernels.matmul import planning_for
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.embedding import LMHead, VocabParallelEmbedding
+from lamella_core.layers.latent_attention import LatentAttention
 from lamella_core.layers.norm import Norm
 from lamella_core.layers.rotary import RotaryEmbedding, Rotation
 from lamella_core.mapping import Mapping
@@ -146,7 +147,7 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
 
     def attention_specs(self) -> list[AttentionSpec]:
         """Returns one spec per attention layer of this rank, in layer order: what KV caches are sized from."""
-        return [module.spec for module in self.modules() if isinstance(module, Attention)]
+        return [module.spec for module in self.modules() if isinstance(module, (Attention, LatentAttention))]
 
     def set_max_seq_len(self, max_seq_len: int) -> None:
         """Tells position encodings the longest sequence to come, so that tables are made now and not while serving.
