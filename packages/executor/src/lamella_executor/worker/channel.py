@@ -1,7 +1,7 @@
 """Channel: framed messages over a connected stream socket, alike at both ends.
 
-A frame is a uint32 length (little-endian, of the payload), a uint8 kind and the payload. A frame of kind MESSAGE holds a
-typed `Message` as msgpack; other kinds are raw bytes that their reader understands. Nothing is ever unpickled.
+A frame is a uint32 length (little-endian, of the payload), a uint8 kind and the payload. A frame of kind MESSAGE holds
+a typed `Message` as msgpack; other kinds are raw bytes that their reader understands. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -160,4 +160,5 @@ class Channel:
 
     def close(self) -> None:
         self.shut_down()
-        self._socket.close()
+        with self._sending:  # the descriptor's number must not find a new owner under a send
+            self._socket.close()

@@ -30,8 +30,16 @@ class WorkerProcess(Protocol):
         """Returns what is known about a process that lives but is silent ("is stopped (SIGSTOP?)"), or None."""
         ...
 
+    def output_fileno(self) -> int | None:
+        """Returns what becomes readable when it has written to stdout or stderr; None if that is not captured."""
+        ...
+
+    def forward_output(self) -> bool:
+        """Passes on what it has written, without waiting; returns whether more may come."""
+        ...
+
     def last_words(self) -> str:
-        """Returns the end of what it wrote to stderr, as far as it was captured."""
+        """Returns the end of what it wrote to stdout and stderr, as far as that is captured."""
         ...
 
     def kill(self) -> None:
