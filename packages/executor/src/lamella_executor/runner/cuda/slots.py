@@ -6,19 +6,15 @@ sequence: when slots run out, those of sequences that are not in the step are gi
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from lamella_executor.sampler.device import is_device_sampled
+from lamella_executor.sampler.device import SAMPLING_INTS, is_device_sampled, pack_sampling
 from lamella_executor.scheduler.plan import ScheduledSequence
 from lamella_executor.sequence import EVICTED_BLOCK, RequestState, Sequence
 
-RECORD_INTS = 12  # slot, top_k, then temperature, top_p, min_p (float64) and the seed (128 bits), low words first
+RECORD_INTS = 1 + SAMPLING_INTS  # slot, then what `pack_sampling` returns
 SWEEP_INTERVAL = 256  # steps after which slots of sequences that hold no block any more are freed
-_INT32_MAX = (1 << 31) - 1
-_REALS = struct.Struct("<3d")
-_WORDS = struct.Struct("<10i")
 
 
 @dataclass(slots=True, eq=False)
@@ -160,15 +156,5 @@ def _make_slot(index: int, item: ScheduledSequence) -> Slot:
 
 
 def _record(slot: Slot, request: RequestState) -> list[int]:
-    """Returns a slot's sampling parameters as RECORD_INTS int32; what the host samples is greedy here."""
-    params, seed = request.params, request.seed
-    if slot.is_greedy:
-        temperature, top_k, top_p, min_p = 0.0, 0, 1.0, 0.0
-    else:
-        temperature = 1.0 if params.temperature is None else params.temperature
-        top_k = min(params.top_k or 0, _INT32_MAX)
-        top_p = 1.0 if params.top_p is None else params.top_p
-        min_p = params.min_p or 0.0
-    reals = _REALS.pack(temperature, top_p, min_p)
-    words = _WORDS.unpack(reals + (seed & ((1 << 128) - 1)).to_bytes(16, "little"))
-    return [slot.index, top_k, *words]
+    """Returns a slot's sampling parameters as RECORD_INTS int32."""
+    return [slot.index, *pack_sampling(request)]
