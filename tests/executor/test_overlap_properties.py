@@ -85,10 +85,9 @@ shapes = st.builds(
 )
 
 
-def drive(
-    shape: Shape, traffic: list[Arrival], *, is_overlapped: bool
-) -> tuple[FakeLoop, list[GenerationResult | None]]:
-    loop = FakeLoop(shape, is_overlapped=is_overlapped)
+def drive(shape: Shape, traffic: list[Arrival], **kind: Any) -> tuple[FakeLoop, list[GenerationResult | None]]:
+    """Runs all traffic through a `FakeLoop` of that kind, by its keyword arguments."""
+    loop = FakeLoop(shape, **kind)
     results: list[GenerationResult | None] = [None] * len(traffic)
     step = 0
     while step <= 28 or loop.loop.has_work:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.support.fake_device import VOCAB, FakeCache, FakeDevice, FakeRunner
 from tests.support.fake_engine import Shape
+from tests.support.fake_pipeline import FakePipeline
 
 from lamella_core.errors import EngineDeadError
 from lamella_executor import GenerationResult, SamplingParams
@@ -44,10 +45,11 @@ class FakeLoop:
     Args:
         shape: sizes and policy.
         is_overlapped: steps run one ahead; else the same device computes each at once.
-        device: options of `FakeDevice` or `FakeRunner`.
+        num_batches: above 1, a pipeline with as many steps in flight.
+        device: options of `FakeDevice`, `FakeRunner` or `FakePipeline`.
     """
 
-    def __init__(self, shape: Shape, *, is_overlapped: bool, **device: Any) -> None:
+    def __init__(self, shape: Shape, *, is_overlapped: bool = False, num_batches: int = 1, **device: Any) -> None:
         self.shape = shape
         self.kv = KvCacheManager(
             shape.num_blocks,
@@ -64,9 +66,13 @@ class FakeLoop:
             policy=shape.policy,
             enable_chunked_prefill=shape.is_chunked,
             max_beam_width=shape.max_beam_width,
+            num_micro_batches=num_batches,
         )
         cache = FakeCache(self.kv, shape.window, shape.num_sinks)
-        self.device: Any = FakeDevice(cache, **device) if is_overlapped else FakeRunner(cache, **device)
+        if num_batches > 1:
+            self.device: Any = FakePipeline(cache, max_in_flight=num_batches, **device)
+        else:
+            self.device = FakeDevice(cache, **device) if is_overlapped else FakeRunner(cache, **device)
         self.stats = StatsBuffer()
         self.loop = EngineLoop(self.device, self.scheduler, self.kv, Sampler(VOCAB), self.stats)
         self.limits = EngineLimits(

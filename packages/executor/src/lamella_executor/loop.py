@@ -8,10 +8,13 @@ runner samples; a request that turns out to have ended with n (a stop token, say
 dropped when that is collected. A step with logits for the host to sample (penalties, log-probabilities, beams, several
 samples) is collected right after its launch; its other rows are sampled by the runner like always.
 
+A `PipelinedRunner` has several steps in flight, each of other requests: the oldest is collected when there are as many
+as the runner takes, or when nothing more can be planned without its results.
+
 Three kinds of errors. A request's (bad logits, a logits processor or decoder that raises): only it fails. A step's (its
 launch raises): the requests in it fail with StepError, their blocks are not reused, the rest goes on, the step before
-it is still collected. Whatever else leaves `EngineLoop.step`, a failing `LaunchedStep.collect` included, is fatal;
-`EngineThread` tells every waiter.
+it is still collected. Whatever else leaves `EngineLoop.step` is fatal, and `EngineThread` tells every waiter: a failing
+`LaunchedStep.collect`, a launch that fails in a pipeline, the WorkerError of another rank.
 """
 
 from __future__ import annotations
@@ -24,13 +27,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lamella_core.errors import RequestError, StepError
+from lamella_core.errors import RequestError, StepError, WorkerError
 from lamella_executor.active import ActiveRequest, Roster
 from lamella_executor.failures import detach
 from lamella_executor.kv_cache.manager import KvCacheManager
 from lamella_executor.mailbox import Submit
 from lamella_executor.request import RequestStatus
-from lamella_executor.runner.base import LaunchedStep, LaunchingRunner, Runner
+from lamella_executor.runner.base import LaunchedStep, LaunchingRunner, PipelinedRunner, Runner
 from lamella_executor.sampler.device import is_device_sampled
 from lamella_executor.sampler.sampler import Sampler
 from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
@@ -79,29 +82,33 @@ class EngineLoop:
 
     def __init__(
         self,
-        runner: Runner | LaunchingRunner,
+        runner: Runner | LaunchingRunner | PipelinedRunner,
         scheduler: Scheduler,
         kv: KvCacheManager,
         sampler: Sampler,
         stats: StatsBuffer,
     ) -> None:
-        """Connects the parts; what kind of runner it gets decides whether steps overlap.
+        """Connects the parts; what kind of runner it gets decides how steps overlap.
 
         Args:
             runner: computes steps.
-            scheduler: plans them, over ``kv``.
+            scheduler: plans them, over ``kv``; in as many micro-batches as the runner takes.
             kv: block tables.
             sampler: chooses tokens that the runner does not.
             stats: takes the numbers of each iteration.
         """
         self._runner = runner
         self._is_overlapped = isinstance(runner, LaunchingRunner)
+        self._is_sampling = self._is_overlapped
+        self._num_batches = 1  # steps, each of other requests, that may be in flight
+        if isinstance(runner, PipelinedRunner):
+            self._num_batches, self._is_sampling = runner.max_in_flight, runner.is_sampling
         self._scheduler = scheduler
         self._kv = kv
         self._stats = stats
         self._roster = Roster(scheduler)
         self._updater = Updater(self._roster, kv, sampler)
-        self._launches: deque[_Launch] = deque()  # not collected; between two steps at most one
+        self._launches: deque[_Launch] = deque()  # not collected, the oldest first
         self._iteration = 0
         self._num_empty_steps = 0
 
@@ -128,7 +135,7 @@ class EngineLoop:
     def fail_all(self, make_error: Callable[[], Exception]) -> None:
         """Fails every request with an error of its own; the loop is not used afterwards.
 
-        Then waits for the step in flight, whose memory may be given back after this.
+        Then waits for the steps in flight, whose memory may be given back after this.
         """
         self._roster.fail_all(make_error)
         while self._launches:
@@ -182,18 +189,28 @@ class EngineLoop:
         step = _launch(self._runner, plan)
         launch_s = time.monotonic() - started
         if isinstance(step, Exception):
+            if self._num_batches > 1:
+                raise step
             return step
         device_items: list[ScheduledSequence] = []
-        if self._is_overlapped:
+        if self._is_sampling:
             device_items = [item for item in plan.items if item.is_sampled and is_device_sampled(item.request)]
         self._scheduler.advance(plan)
         self._scheduler.expect(device_items)
+        if self._num_batches > 1:
+            self._scheduler.hold(plan)
         has_host_rows = plan.num_logits > len(device_items)  # one for each of those
         self._launches.append(_Launch(plan, step, device_items, has_host_rows, started, launch_s))
         return None
 
     def _num_kept(self, plan: StepPlan) -> int:
-        """Returns 1 if the step just launched may stay in flight: the host need not look at its logits."""
+        """Returns how many launched steps may stay in flight now.
+
+        One that runs ahead of the host may, unless the host must look at its logits before anything else is planned. Of
+        a pipeline's steps all may but one if a plan was made (the next one will follow); else the oldest is waited for.
+        """
+        if self._num_batches > 1:
+            return self._num_batches - 1 if plan.items else len(self._launches) - 1
         newest = self._launches[-1] if self._is_overlapped and self._launches else None
         return 1 if newest is not None and newest.plan is plan and not newest.has_host_rows else 0
 
@@ -202,6 +219,8 @@ class EngineLoop:
         began = time.monotonic()
         tokens = launch.step.collect()
         now = time.monotonic()
+        if self._num_batches > 1:
+            self._scheduler.release(launch.plan)
         times.wait_s += now - began if self._is_overlapped else launch.launch_s
         times.forward_s += now - launch.started_s if self._is_overlapped else launch.launch_s
         self._updater.take_tokens(launch.device_items, tokens, now)
@@ -241,9 +260,11 @@ class EngineLoop:
         )
 
 
-def _launch(runner: Runner | LaunchingRunner, plan: StepPlan) -> LaunchedStep | Exception:
+def _launch(runner: Runner | LaunchingRunner | PipelinedRunner, plan: StepPlan) -> LaunchedStep | Exception:
     try:
         return runner.launch(plan) if isinstance(runner, LaunchingRunner) else _Computed(runner.run(plan))
+    except WorkerError:
+        raise
     except Exception as error:  # noqa: BLE001 - a failing step ends its requests, not the engine
         return error
 

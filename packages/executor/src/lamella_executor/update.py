@@ -64,7 +64,7 @@ class Updater:
         """Samples on the host what the device did not; before that, reads prompt log-probabilities.
 
         Args:
-            plan: a step's, of which nothing was planned again since.
+            plan: a step's; of its requests with logits nothing was planned again since.
             device_items: those of its items that were sampled on the device.
             logits: [plan.num_logits, vocab_size] float32; scratch.
             now: time.monotonic() of their arrival.
@@ -128,9 +128,11 @@ class Updater:
         first_row = 0
         for item in plan.items:
             request = item.request
-            if item.num_logits and request.params.prompt_logprobs is not None:
-                _read_prompt_logprobs(item, logits[first_row : first_row + item.num_logits])
             first_row += item.num_logits
+            if not item.num_logits or self._roster.of(request) is None:
+                continue
+            if request.params.prompt_logprobs is not None:
+                _read_prompt_logprobs(item, logits[first_row - item.num_logits : first_row])
             if item.is_sampled and request.request_id not in skipped and request.request_id not in rows:
                 rows[request.request_id] = SampleRow(request, first_row - 1)
         return list(rows.values())

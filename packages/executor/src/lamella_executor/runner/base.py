@@ -1,6 +1,7 @@
 """Runner: what the engine loop needs of whatever computes logits.
 
-A `Runner` computes a step while the loop waits. A `LaunchingRunner` takes the next step while the last one computes.
+A `Runner` computes a step while the loop waits. A `LaunchingRunner` takes the next step while the last one computes. A
+`PipelinedRunner` has several stages and takes a step for each of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "POSITIVE_INFINITE_LOGITS",
     "LaunchedStep",
     "LaunchingRunner",
+    "PipelinedRunner",
     "Runner",
 ]
 
@@ -43,7 +45,7 @@ class LaunchedStep(Protocol):
     def logits(self) -> torch.Tensor | None:
         """[plan.num_logits, vocab_size] float32, writable, on the device; None if the host samples none of its rows.
 
-        Valid until the runner's next launch.
+        Valid until the runner's next launch; of a `PipelinedRunner`, from `collect` until then.
         """
         ...
 
@@ -71,5 +73,32 @@ class LaunchingRunner(Protocol):
         the token that the previously launched step sampled for its sequence. The plan is read before this returns.
 
         At most one other step is in flight. Whatever this raises, the step counts as not launched.
+        """
+        ...
+
+
+@runtime_checkable
+class PipelinedRunner(Protocol):
+    """A runner whose steps pass through stages, one after another, each on devices of its own.
+
+    Every stage computes the steps in the order of their launches. So a block that a step in flight still reads or
+    writes may be handed out again for a later one: on each stage that one comes later too.
+
+    Attributes:
+        max_in_flight: steps that are launched and not collected at most; as many as stages, or more.
+        is_sampling: the stages sample as a `LaunchingRunner` does; False: `collect` returns nothing, and the logits of
+            all rows are for the host.
+    """
+
+    max_in_flight: int
+    is_sampling: bool
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Takes a step and lets the stages compute it.
+
+        No request is in it that has logits or tokens to come from a step in flight, so every token is known. The plan
+        is read before this returns. Steps are collected in the order of their launches.
+
+        Whatever this or `LaunchedStep.collect` raises is fatal: the other stages may have begun the step.
         """
         ...

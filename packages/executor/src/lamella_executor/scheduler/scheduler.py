@@ -10,6 +10,11 @@ Steps may be planned while the one before is still being computed: `advance` and
 next token of a request may then be a `PENDING_TOKEN`; it counts like any other, and is computed like any other. A
 request whose last token is pending has left the running ones (nothing of it is left to plan), but holds its blocks
 until `finish`.
+
+With ``num_micro_batches`` above 1 that many steps are in flight, each of other requests (`MicroBatches`): `hold` and
+`release` tell which requests wait for results. Those are not planned and never paused. They may be aborted, and their
+blocks handed out again at once, while a step in flight still writes to them: whoever gets the blocks is planned later,
+and every stage computes steps in the order of their launches, so whatever was written late is written over first.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from lamella_executor.kv_cache.manager import NO_MATCH, KvCacheManager, PrefixMa
 from lamella_executor.scheduler.capacity import CapacityModel
 from lamella_executor.scheduler.chunks import num_logits, plan_chunks
 from lamella_executor.scheduler.limits import RequestLimits
+from lamella_executor.scheduler.microbatch import MicroBatches, Rounds, Steps, is_chunk
 from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.scheduler.policy import make_policy
 from lamella_executor.sequence import PENDING_TOKEN, RequestState, Sequence
@@ -39,6 +45,24 @@ class _Step(StepPlan):
     """The plan of one step while it is made."""
 
     budget: int = 0  # rows left
+    num_chunk_tokens: int = 0  # of those, left for chunks of prompts
+    is_held_up: bool = False  # the one to be paused waits for results: nobody may take blocks before it is
+
+    def take(self, item: ScheduledSequence) -> None:
+        """Adds an item."""
+        self.items.append(item)
+        self._spend(item, item.num_tokens)
+
+    def drop(self, request: RequestState) -> None:
+        """Takes out a request's items."""
+        for item in [item for item in self.items if item.request is request]:
+            self.items.remove(item)
+            self._spend(item, -item.num_tokens)
+
+    def _spend(self, item: ScheduledSequence, num_tokens: int) -> None:
+        self.budget -= num_tokens
+        if is_chunk(item):
+            self.num_chunk_tokens -= num_tokens
 
 
 class Scheduler:
@@ -52,6 +76,7 @@ class Scheduler:
         enable_chunked_prefill: False: a prompt is computed in one step. (What a paused request recomputes may be longer
             than a step and is chunked all the same.)
         max_beam_width: width of a beam request at most.
+        num_micro_batches: steps in flight at most whose requests wait for results, `PipelinedRunner.max_in_flight`.
     """
 
     def __init__(
@@ -63,6 +88,7 @@ class Scheduler:
         policy: CapacitySchedulerPolicy = CapacitySchedulerPolicy.GUARANTEED_NO_EVICT,
         enable_chunked_prefill: bool = True,
         max_beam_width: int = 1,
+        num_micro_batches: int = 1,
     ) -> None:
         self._kv = kv
         self._max_batch_size = max_batch_size
@@ -70,6 +96,8 @@ class Scheduler:
         self._limits = RequestLimits(max_batch_size, max_num_tokens, max_beam_width, enable_chunked_prefill)
         self._capacity = CapacityModel(kv, max_num_tokens, is_chunked=enable_chunked_prefill)
         self._policy = make_policy(policy, self._capacity)
+        self._batches = MicroBatches(num_micro_batches)
+        self._time = Rounds(self._policy, self._batches) if num_micro_batches > 1 else Steps(self._policy)
         self._requests: dict[int, RequestState] = {}
         self._waiting: OrderedDict[RequestState, int] = OrderedDict()  # -> how often it was overtaken
         self._running: dict[RequestState, None] = {}  # in order of admission
@@ -141,10 +169,13 @@ class Scheduler:
 
         Call `advance` with the plan once it is launched (or computed), before new tokens are appended.
         """
-        step = _Step(budget=self._max_num_tokens)
-        self._policy.begin()
-        self._schedule_running(step)
+        waiting = () if self._is_full else self._waiting
+        share = self._batches.share(self._running, waiting, self._max_num_tokens)
+        step = _Step(budget=self._max_num_tokens, num_chunk_tokens=share.num_chunk_tokens)
+        self._time.begin(share.ready, self._running)
+        self._schedule_running(share.ready, step)
         self._schedule_waiting(step)
+        self._time.planned(step.items)
         # Copies wait for a step with a forward pass, which is what carries them out.
         step.block_copies = self._kv.take_copies() if step.items else []
         return step
@@ -177,7 +208,19 @@ class Scheduler:
                 self._free_place(request)
                 self._draining.add(request)
 
+    def hold(self, plan: StepPlan) -> None:
+        """The plan was launched, and others will be before its results are here."""
+        self._batches.hold(plan)
+
+    def release(self, plan: StepPlan) -> None:
+        """The results of a held plan are here."""
+        self._batches.release(plan)
+
     # parts
+
+    @property
+    def _is_full(self) -> bool:
+        return self._num_slots >= self._max_batch_size or self._num_rows >= self._max_num_tokens
 
     def _commit(self, item: ScheduledSequence) -> None:
         sequence, end = item.sequence, item.end
@@ -188,35 +231,34 @@ class Scheduler:
             end = min(end, sequence.num_prompt_tokens)
         self._kv.commit(sequence, item.start, end)
 
-    def _schedule_running(self, step: _Step) -> None:
+    def _schedule_running(self, ready: list[RequestState], step: _Step) -> None:
         kv, running, items = self._kv, self._running, step.items
         behind: list[RequestState] = []
-        for request in list(running):
+        for request in ready:
             sequences = request.sequences
             first = sequences[0]
             start = first.num_computed_tokens
             if start != len(first.token_ids) - 1 or (len(sequences) > 1 and _is_behind(sequences)):
                 behind.append(request)
-            elif step.paused and request not in running:  # paused for an older one
+            elif step.is_held_up or (step.paused and request not in running):  # paused for an older one
                 continue
             elif len(sequences) == 1 and kv.allocate_next(first):
                 items.append(ScheduledSequence(request, first, start, 1, 1))
                 step.budget -= 1
             elif not self._schedule(request, [(s, 1) for s in sequences], step):
-                self._policy.delayed(request)
+                self._time.delayed(request)
         for request in behind:
-            if request in running:
-                chunks = self._chunks(request, step) if step.budget > 0 else []
-                if not self._schedule(request, chunks, step):
-                    self._policy.delayed(request)
+            if step.is_held_up:
+                return
+            if request in running and not self._schedule(request, self._chunks(request, step), step):
+                self._time.delayed(request)
 
     def _schedule_waiting(self, step: _Step) -> None:
-        is_full = self._num_slots >= self._max_batch_size or self._num_rows >= self._max_num_tokens
-        if not self._waiting or step.paused or is_full or not self._opens():
+        if not self._waiting or step.paused or step.is_held_up or self._is_full or not self._opens():
             return
         blocked: list[RequestState] = []
         for request in list(islice(self._waiting, self._max_batch_size + MAX_BLOCKED)):
-            if step.budget <= 0:
+            if step.budget <= 0 or step.num_chunk_tokens <= 0:
                 break
             if self._admit(request, step):
                 for overtaken in blocked:
@@ -227,7 +269,7 @@ class Scheduler:
             is_patient = num_overtakes < OVERTAKES_PER_SLOT * self._max_batch_size and not request.num_pauses
             if not is_patient or len(blocked) >= MAX_BLOCKED:
                 break
-        self._policy.close(is_exhausted=step.budget <= 0)
+        self._policy.close(is_exhausted=step.budget <= 0 or step.num_chunk_tokens <= 0)
 
     def _opens(self) -> bool:
         return self._policy.open(self._running.keys(), len(self._waiting))
@@ -257,7 +299,7 @@ class Scheduler:
         is_complete = self._schedule(request, self._chunks(request, step), step)
         self._policy.admitted(request)
         if not is_complete:
-            self._policy.delayed(request)
+            self._time.delayed(request)
         return True
 
     def _match(self, request: RequestState, sequence: Sequence) -> PrefixMatch:
@@ -268,15 +310,19 @@ class Scheduler:
         return self._kv.match_prefix(sequence)
 
     def _chunks(self, request: RequestState, step: _Step) -> list[tuple[Sequence, int]]:
+        if step.budget <= 0 or step.num_chunk_tokens <= 0:
+            return []
         limit, is_whole = self._capacity.max_chunk(request), self._capacity.is_whole(request)
-        return plan_chunks(request, self._kv, step.budget, limit, is_whole=is_whole)
+        budget = step.budget if is_whole else min(step.budget, step.num_chunk_tokens)
+        return plan_chunks(request, self._kv, budget, limit, is_whole=is_whole)
 
     def _schedule(self, request: RequestState, chunks: list[tuple[Sequence, int]], step: _Step) -> bool:
         """Plans these tokens of a running request's sequences, all or none of them; returns whether it is sampled."""
         for sequence, num_tokens in chunks:
             while not self._kv.allocate(sequence, sequence.num_computed_tokens + num_tokens):
                 victim = self._policy.victim(request, self._running)
-                if victim is None:
+                step.is_held_up = victim is not None and self._batches.is_busy(victim)
+                if victim is None or step.is_held_up:
                     return False
                 self._pause(victim, step)
         is_sampled = False
@@ -284,15 +330,13 @@ class Scheduler:
             start = sequence.num_computed_tokens
             logits = num_logits(request, sequence, start, num_tokens)
             item = ScheduledSequence(request, sequence, start, num_tokens, logits)
-            step.items.append(item)
-            step.budget -= num_tokens
+            step.take(item)
             is_sampled = item.is_sampled
         return is_sampled
 
     def _pause(self, request: RequestState, step: _Step) -> None:
         """Takes a running request's blocks; it goes to the head of the queue and computes its tokens again."""
-        step.budget += sum(item.num_tokens for item in step.items if item.request is request)
-        step.items[:] = [item for item in step.items if item.request is not request]
+        step.drop(request)
         self._leave(request)
         request.num_pauses += 1
         self._waiting[request] = 0
@@ -306,7 +350,7 @@ class Scheduler:
         self._draining.discard(request)
         for sequence in request.sequences:
             self._kv.free(sequence, cache=cache)
-        self._policy.left(request)
+        self._time.left(request)
 
     def _free_place(self, request: RequestState) -> None:
         del self._running[request]
