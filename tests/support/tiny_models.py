@@ -21,6 +21,7 @@ from tests.support.tiny_experts import EXPERTS
 from tests.support.tiny_gpt import EAGER_IS_WRONG, GPT_LINE
 from tests.support.tiny_latent import LATENT
 from tests.support.tiny_others import NORMS_AROUND_ZERO, OTHERS
+from tests.support.tiny_state_space import STATE_SPACE
 
 _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20, "factor": 4.0,
          "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}  # fmt: skip
@@ -59,6 +60,7 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
     **EXPERTS,
     **LATENT,
     **OTHERS,
+    **STATE_SPACE,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ Shape legend: T tokens of this step (packed, no padding); on this rank Hq query 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -44,6 +45,34 @@ class AttentionSpec:
     def cache_width(self) -> int:
         """Numbers that the cache holds of one token."""
         return self.num_kv_heads * self.head_dim * (1 if self.is_latent else 2)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What the runtime must know of one layer that keeps a state of fixed size per sequence, on this rank."""
+
+    layer_idx: int  # global index of the layer in the model
+    shapes: tuple[tuple[int, ...], ...]  # of one sequence's states, e.g. a convolution's window and a scan's state
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one sequence's states."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes))
+
+
+@dataclass(frozen=True)
+class RecurrentStep:
+    """One step of a layer with states: S sequences, of which the first ``num_decode`` compute one token each.
+
+    Sequence i's tokens follow those of sequence i - 1. States are read and written in place, at ``slots``.
+    """
+
+    pools: tuple[torch.Tensor, ...]  # [slots + 1, *shape] of each of the layer's states; the last slot is scratch
+    slots: torch.Tensor  # [S] int32: where each sequence's states are
+    is_first: torch.Tensor  # [S] bool: the sequence starts here, with states of zero, whatever its slot holds
+    query_start: torch.Tensor  # [S - num_decode + 1] int32: first token of each other sequence, after the num_decode
+    num_decode: int
 
 
 class Communicator(Protocol):
@@ -105,4 +134,8 @@ class ForwardContext(Protocol):
 
         A runtime may ignore ``out_scale`` and return q's dtype.
         """
+        ...
+
+    def recurrent(self, spec: StateSpec) -> RecurrentStep:
+        """Returns where the states of a layer are in this step."""
         ...

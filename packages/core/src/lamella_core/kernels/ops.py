@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lamella_core.context import RecurrentStep
 from lamella_core.kernels import triton as triton_kernels
 from lamella_core.kernels.cpu import ops as cpu_ops
 from lamella_core.kernels.cpu import reference
+from lamella_core.kernels.cpu import state_space as cpu_state_space
+from lamella_core.kernels.cpu.state_space import ScanParameters
 
 
 def rms_norm(
@@ -60,3 +63,23 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     if x.element_size() == 1:
         return x.view(torch.uint8).index_select(0, rows).view(x.dtype)
     return x.index_select(0, rows)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, step: RecurrentStep) -> Tensor:
+    """Causal convolution of each channel of x [T, C] with weight [C, W], then SiLU; brings ``windows`` up to date."""
+    if x.is_cuda and triton_kernels.is_available():
+        from lamella_core.kernels.triton.state_space import causal_conv1d as causal_conv1d_kernel
+
+        return causal_conv1d_kernel(x, weight, bias, windows, step)
+    return cpu_state_space.causal_conv1d(x, weight, bias, windows, step)
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, params: ScanParameters, states: Tensor, step: RecurrentStep
+) -> Tensor:
+    """Selective scan of x [T, H, P] with dt [T, H], b and c [T, G, N]; brings ``states`` up to date."""
+    if x.is_cuda and triton_kernels.is_available():
+        from lamella_core.kernels.triton.state_space import selective_scan as selective_scan_kernel
+
+        return selective_scan_kernel(x, dt, b, c, params, states, step)
+    return cpu_state_space.selective_scan(x, dt, b, c, params, states, step)

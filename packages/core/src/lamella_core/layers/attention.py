@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from lamella_core.config import ModelConfig
 from lamella_core.context import AttentionSpec, ForwardContext
 from lamella_core.kernels import ops
 from lamella_core.layers.head_norm import HeadNorm
 from lamella_core.layers.linear import QKVParallelLinear, RowParallelLinear
+from lamella_core.layers.mixer import TokenMixer
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.rotary import Rotation
 from lamella_core.layers.sharding import replicated
 
 
-class Attention(nn.Module):
+class Attention(TokenMixer):
     """Grouped-query attention (Ainslie et al. 2023), heads split over the tensor-parallel ranks: [T, H] -> [T, H].
 
     With a float8 KV cache ``kv_scales`` [2] float32 are what keys and values are divided by before they are rounded.

@@ -14,6 +14,7 @@ from torch import nn
 from lamella_core.context import ForwardContext
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.mlp import FeedForward
+from lamella_core.layers.mixer import TokenMixer
 from lamella_core.layers.norm import Norm
 from lamella_core.layers.rotary import Rotation
 
@@ -23,7 +24,7 @@ class DecoderLayer(nn.Module):
 
     Args:
         input_norm: of the stream, for the attention.
-        attention: of this layer.
+        attention: of this layer, or another token mixer.
         mlp_norm: of the stream, for the feed-forward.
         mlp: feed-forward of this layer.
         attention_out_norm: of what the attention adds to the stream.
@@ -37,7 +38,7 @@ class DecoderLayer(nn.Module):
         self,
         *,
         input_norm: Norm,
-        attention: Attention,
+        attention: TokenMixer,
         mlp_norm: Norm,
         mlp: FeedForward,
         attention_out_norm: Norm | None = None,
@@ -159,3 +160,53 @@ class SkippedLayer(nn.Module):
         if rows is None:
             return hidden, residual
         return hidden.index_select(0, rows), residual.index_select(0, rows) if residual is not None else None
+
+
+class MixerLayer(nn.Module):
+    """A norm and a token mixer; nothing else."""
+
+    selects_rows = True
+
+    def __init__(self, *, norm: Norm, mixer: TokenMixer) -> None:
+        super().__init__()
+        self.norm = norm
+        self.mixer = mixer
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: Rotation | None,
+        ctx: ForwardContext,
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, residual = self.norm(hidden, residual, self.mixer.input_scale)
+        mixed = self.mixer(normed, rotation, ctx, rows)
+        return mixed, residual if rows is None else residual.index_select(0, rows)
+
+
+class FeedForwardLayer(nn.Module):
+    """A norm and a feed-forward; nothing else."""
+
+    selects_rows = True
+
+    def __init__(self, *, norm: Norm, mlp: FeedForward) -> None:
+        super().__init__()
+        self.norm = norm
+        self.mlp = mlp
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: Rotation | None,
+        ctx: ForwardContext,
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if rows is not None:
+            hidden = hidden.index_select(0, rows)
+            residual = residual.index_select(0, rows) if residual is not None else None
+            if not hidden.shape[0]:
+                return hidden, hidden if residual is None else residual
+        normed, residual = self.norm(hidden, residual, self.mlp.input_scale)
+        return self.mlp(normed, ctx), residual

@@ -39,6 +39,22 @@ class RMSNorm(Norm):
         return ops.rms_norm(x, self.weight, self.eps, residual, out_scale)
 
 
+class PlainRMSNorm(Norm):
+    """x / rms(x), without weights."""
+
+    ones: torch.Tensor
+
+    def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__(hidden_size, eps, dtype)
+        self.weight = None  # type: ignore[assignment]
+        self.register_buffer("ones", torch.ones(hidden_size, dtype=dtype), persistent=False)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, out_scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.rms_norm(x, self.ones, self.eps, residual, out_scale)
+
+
 class UnitOffsetRMSNorm(Norm):
     """x / rms(x) * (1 + weight), rounded only then (Gemma, 2024)."""
 

@@ -22,7 +22,7 @@ from lamella_core.checkpoint.loader import load_weights
 from lamella_core.checkpoint.native import load_checkpoint, save_checkpoint
 from lamella_core.checkpoint.rules import WeightRule
 from lamella_core.config import ModelConfig
-from lamella_core.context import AttentionSpec, ForwardContext
+from lamella_core.context import AttentionSpec, ForwardContext, StateSpec
 from lamella_core.device import resolve_device
 from lamella_core.errors import ConfigError
 from lamella_core.hf_config import read_hf_config
@@ -31,6 +31,7 @@ from lamella_core.kernels.matmul import planning_for
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.embedding import LMHead, VocabParallelEmbedding
 from lamella_core.layers.latent_attention import LatentAttention
+from lamella_core.layers.mixer import RecurrentMixer
 from lamella_core.layers.norm import Norm
 from lamella_core.layers.rotary import RotaryEmbedding, Rotation
 from lamella_core.mapping import Mapping
@@ -156,6 +157,10 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         """
         if self.rotary is not None:
             self.rotary.set_max_seq_len(max_seq_len)
+    def state_specs(self) -> list[StateSpec]:
+        """Returns one spec per layer of this rank that keeps a state per sequence, in layer order."""
+        return [module.state_spec for module in self.modules() if isinstance(module, RecurrentMixer)]
+
 
     def num_parameters(self) -> int:
         """Returns how many numbers this rank's weights are, tied ones once, padding included."""
