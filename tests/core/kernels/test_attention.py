@@ -27,6 +27,7 @@ class Case:
     softcap: float = 0.0
     alibi: bool = False
     sink_logits: bool = False
+    value_dim: int = 0  # of a latent cache: values are the last so many numbers of keys
 
 
 class Batch:
@@ -40,6 +41,8 @@ class Batch:
         self.k, self.v = (
             [torch.randn(n, *shape, generator=g).to(case.dtype) for n in case.context_lens] for _ in range(2)
         )
+        if case.value_dim:
+            self.v = [k[..., -case.value_dim :] for k in self.k]
         self.options = {
             "scale": 1 / math.sqrt(case.head_dim),
             "sliding_window": case.window,
@@ -58,6 +61,8 @@ class Batch:
         ids = iter(torch.randperm(count, generator=torch.Generator().manual_seed(shuffle)).tolist())
         tables = torch.full((len(parts), width), -1, dtype=torch.int32)
         caches = [torch.full((count, case.kv_heads, size, case.head_dim), float("nan"), dtype=case.dtype) for _ in "kv"]
+        if case.value_dim:
+            caches[1] = caches[0][..., -case.value_dim :]
         for row, ((s, first, end), context) in enumerate(zip(parts, contexts)):
             oldest = context - (end - first) - case.window + 1 if case.window else 0
             for block in range(-(-context // size)):
@@ -117,6 +122,9 @@ CASES = {
     "softcap": Case(softcap=3.0),
     "alibi": Case(alibi=True),
     "sink_logits": Case(sink_logits=True),
+    "latent": Case(head_dim=52, value_dim=37, q_heads=20, kv_heads=1, block_size=8),
+    "latent_grouped": Case(head_dim=96, value_dim=64, q_heads=40, kv_heads=2, window=33),
+    "latent_large": Case(head_dim=576, value_dim=512, kv_heads=1, query_lens=(3, 1), context_lens=(40, 70)),
     "empty_query": Case(query_lens=(0, 3), context_lens=(10, 3)),
 }
 
@@ -132,7 +140,21 @@ def test_equals_float64_attention(case, dtype, function):
 
 
 @pytest.mark.parametrize(
-    "name", ["gqa", "mha", "head_128", "head_80", "odd_blocks", "window", "sinks", "softcap", "alibi", "sink_logits"]
+    "name",
+    [
+        "gqa",
+        "mha",
+        "head_128",
+        "head_80",
+        "odd_blocks",
+        "window",
+        "sinks",
+        "softcap",
+        "alibi",
+        "sink_logits",
+        "latent",
+        "latent_grouped",
+    ],
 )
 @pytest.mark.parametrize("function", [ops.paged_attention, reference.paged_attention], ids=["ops", "reference"])
 def test_float32_query_has_the_same_bits_however_it_is_computed(name, function):

@@ -99,7 +99,7 @@ def plan_kv_cache(
 
 def block_bytes(specs: SequenceOf[AttentionSpec], dtype: torch.dtype, tokens_per_block: int) -> int:
     """Returns the bytes of one block: keys and values of all of this rank's layers."""
-    return tokens_per_block * sum(2 * s.num_kv_heads * s.head_dim for s in specs) * dtype.itemsize
+    return tokens_per_block * sum(spec.cache_width for spec in specs) * dtype.itemsize
 
 
 def _asked_blocks(config: KvCacheConfig, tokens_per_block: int, block_bytes: int) -> dict[str, int]:

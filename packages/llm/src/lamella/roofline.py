@@ -95,9 +95,7 @@ class ModelShape:
             head_bytes=head * dtype.itemsize,
             weight_bytes=model.weight_bytes() - fp8 * (dtype.itemsize - 1),
             layers=tuple(
-                LayerAttention(
-                    s.num_heads * s.head_dim, 2 * s.num_kv_heads * s.head_dim * kv_itemsize, s.sliding_window
-                )
+                LayerAttention(s.num_heads * s.head_dim, s.cache_width * kv_itemsize, s.sliding_window)
                 for s in model.attention_specs()
             ),
         )

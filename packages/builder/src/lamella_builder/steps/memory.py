@@ -148,7 +148,7 @@ def kv_bytes_per_token(model: CausalLM, device: str = "cpu") -> int:
 
     They have the model's dtype; on a GPU a float8 cache takes a byte for each number.
     """
-    numbers = sum(2 * spec.num_kv_heads * spec.head_dim for spec in model.attention_specs())
+    numbers = sum(spec.cache_width for spec in model.attention_specs())
     is_float8 = device == "cuda" and model.config.quantization.kv_cache_quant_algo is not None
     return numbers * (1 if is_float8 else model.config.torch_dtype.itemsize)
 

@@ -23,7 +23,7 @@ _ALIGNMENT = 64  # bytes; a vector load of a key never straddles two cache lines
 
 
 class PagedKvCache:
-    """Keys and values of every attention layer, in blocks; owns the memory.
+    """Keys and values of every attention layer, in blocks; owns the memory. Latent layers have keys alone.
 
     Memory is reserved but not touched: the machine provides pages as blocks are first written.
     """
@@ -34,20 +34,26 @@ class PagedKvCache:
         self.num_blocks = num_blocks
         self.tokens_per_block = tokens_per_block
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer_idx -> k, v [num_blocks, Hkv, tokens_per_block, D]
+        self._stored: list[Tensor] = []  # those of them that have memory of their own
         for spec in specs:
             shape = (num_blocks, spec.num_kv_heads, tokens_per_block, spec.head_dim)
-            self._layers[spec.layer_idx] = (_reserve(shape, dtype), _reserve(shape, dtype))
+            keys = _reserve(shape, dtype)
+            values = keys[..., spec.head_dim - spec.out_dim :] if spec.is_latent else _reserve(shape, dtype)
+            self._layers[spec.layer_idx] = (keys, values)
+            self._stored += [keys] if spec.is_latent else [keys, values]
 
     def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Returns keys and values of a layer, each [num_blocks, Hkv, tokens_per_block, D]."""
+        """Returns keys and values of a layer, each [num_blocks, Hkv, tokens_per_block, D].
+
+        Values of a latent layer are a view of its keys.
+        """
         return self._layers[layer_idx]
 
     def copy_blocks(self, copies: SequenceOf[tuple[int, int]]) -> None:
         """Copies whole blocks (source, destination) in every layer, in order: a later copy sees the earlier ones."""
         for source, destination in copies:
-            for keys, values in self._layers.values():
-                keys[destination].copy_(keys[source])
-                values[destination].copy_(values[source])
+            for cache in self._stored:
+                cache[destination].copy_(cache[source])
 
 
 def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -149,7 +155,7 @@ class PagedAttentionContext:
         spec: AttentionSpec,
         q: Tensor,  # [T, Hq, D]
         k: Tensor,  # [T, Hkv, D]
-        v: Tensor,  # [T, Hkv, D]
+        v: Tensor | None,  # [T, Hkv, D]; None: the cache is latent
         *,
         rotation: Rotation | None = None,
         alibi_slopes: Tensor | None = None,
@@ -165,7 +171,8 @@ class PagedAttentionContext:
         if rotation is not None:
             rotation.apply_(q, k)
         if kv_scales is not None:
-            k, v = fp8.simulate(k, kv_scales[0]), fp8.simulate(v, kv_scales[1])
+            k = fp8.simulate(k, kv_scales[0])
+            v = None if v is None else fp8.simulate(v, kv_scales[1])
         batch, window = self._batch, self._windows[spec.layer_idx]
         keys, values = self._cache.layer(spec.layer_idx)
         ops.write_kv(k, v, keys, values, batch.slots)

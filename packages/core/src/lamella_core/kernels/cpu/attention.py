@@ -51,12 +51,12 @@ def rope_inplace(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int
     check_status("rope_inplace", status)
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def write_kv(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Store the keys and values of this step in the paged caches.
 
     Args:
         k: [T, Hkv, D]; may be a strided view.
-        v: like k.
+        v: like k; None: the cache is latent, and ``v_cache`` a part of ``k_cache``.
         k_cache: [num_blocks, Hkv, block_size, D], contiguous, written in place.
         v_cache: like k_cache.
         slots: [T] int64, block * block_size + offset; negative ones are skipped.
@@ -65,23 +65,26 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
         ValueError: shapes do not fit together, or a slot is past the cache.
     """
     num_blocks, kv_heads, block_size, head_dim = k_cache.shape
-    if not (k.shape == v.shape == (slots.shape[0], kv_heads, head_dim)):
+    written = [(k, k_cache)] if v is None else [(k, k_cache), (v, v_cache)]
+    if not all(x.shape == (slots.shape[0], kv_heads, head_dim) for x, _ in written):
         raise ValueError(f"k {tuple(k.shape)} does not fit the cache")
-    if k_cache.shape != v_cache.shape:
+    if any(cache.shape != k_cache.shape for _, cache in written):
         raise ValueError("k_cache and v_cache differ in shape")
     library = kernels()
-    same = k.dtype == v.dtype == k_cache.dtype == v_cache.dtype and slots.dtype == torch.int64
-    laid = k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.is_cpu
+    same = all(x.dtype == cache.dtype == k.dtype for x, cache in written) and slots.dtype == torch.int64
+    laid = all(cache.is_contiguous() for _, cache in written) and k_cache.is_cpu
     if library is None or not same or not laid:
         if not (slots.numel() == 0 or int(slots.max()) < num_blocks * block_size):
             raise ValueError("a slot is past the cache")
-        reference.write_kv(k, v, k_cache, v_cache, slots)
+        for x, cache in written:
+            reference.write_rows(x, cache, slots)
         return
-    k, v = (x if _heads_adjoin(x) else x.contiguous() for x in (k, v))
+    k = k if _heads_adjoin(k) else k.contiguous()
+    v = v if v is None or _heads_adjoin(v) else v.contiguous()
     slots = slots.contiguous()
     status = library.lamella_write_kv(
-        k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), k.shape[0], kv_heads,
-        head_dim, block_size, num_blocks, k.stride(0), v.stride(0), k.element_size(),
+        k.data_ptr(), pointer(v), k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), k.shape[0], kv_heads,
+        head_dim, block_size, num_blocks, k.stride(0), 0 if v is None else v.stride(0), k.element_size(),
     )  # fmt: skip
     check_status("write_kv", status)
 
@@ -98,7 +101,7 @@ def _check_shapes(
     """Raise `ValueError` when the shapes of `paged_attention`'s arguments do not fit together."""
     num_seqs, num_heads, head_dim = context_lens.shape[0], q.shape[1], q.shape[2]
     kv_heads, cache_dim = k_cache.shape[1], k_cache.shape[3]
-    if k_cache.shape != v_cache.shape:
+    if k_cache.shape != v_cache.shape and not _is_latent(k_cache, v_cache):
         raise ValueError("k_cache and v_cache differ in shape")
     if not (head_dim == cache_dim and num_heads % kv_heads == 0):
         raise ValueError(f"q {tuple(q.shape)} does not fit {tuple(k_cache.shape)}")
@@ -110,9 +113,16 @@ def _check_shapes(
         raise ValueError("per-head extras need shape [Hq]")
 
 
-def _native_serves(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+def _is_latent(k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether values are the last numbers of the keys themselves."""
+    skipped = k_cache.shape[3] - v_cache.shape[3]
+    same = k_cache.shape[:3] == v_cache.shape[:3] and k_cache.stride() == v_cache.stride()
+    return skipped >= 0 and same and k_cache[..., skipped:].data_ptr() == v_cache.data_ptr()
+
+
+def _native_serves(q: Tensor, k_cache: Tensor, v_cache: Tensor, is_latent: bool) -> bool:
     same_dtype = q.dtype in DTYPE_CODES and q.dtype == k_cache.dtype == v_cache.dtype
-    return same_dtype and q.is_cpu and k_cache.is_contiguous() and v_cache.is_contiguous()
+    return same_dtype and q.is_cpu and k_cache.is_contiguous() and (is_latent or v_cache.is_contiguous())
 
 
 def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
@@ -138,7 +148,7 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     Args:
         q: [T, Hq, D]; may be a strided view.
         k_cache: [num_blocks, Hkv, block_size, D].
-        v_cache: like k_cache.
+        v_cache: like k_cache, or of a latent cache its view of the last Dv numbers: ``k_cache[..., -Dv:]``.
         block_tables: [S, max_blocks] int32; a negative id is an evicted block, whose keys are skipped.
         query_start: [S + 1] int32, where each sequence's queries start in q.
         context_lens: [S] int32, keys of each sequence including this step's.
@@ -150,28 +160,28 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
         sink_logits: [Hq]; one more softmax column per head that has no value.
 
     Returns:
-        [T, Hq, D] in q's dtype; rows that see no key are zero.
+        [T, Hq, D] in q's dtype, [T, Hq, Dv] over a latent cache; rows that see no key are zero.
 
     Raises:
         ValueError: shapes do not fit together, or lengths and block ids contradict them.
     """
     extras = [None if extra is None else extra.float().contiguous() for extra in (alibi_slopes, sink_logits)]
     _check_shapes(q, k_cache, v_cache, block_tables, query_start, context_lens, extras)
-    library = kernels()
-    if library is None or not _native_serves(q, k_cache, v_cache):
+    library, is_latent = kernels(), _is_latent(k_cache, v_cache)
+    if library is None or not _native_serves(q, k_cache, v_cache, is_latent):
         return reference.paged_attention(
             q, k_cache, v_cache, block_tables, query_start, context_lens, scale,
             sliding_window, num_sinks, softcap, alibi_slopes, sink_logits,
         )  # fmt: skip
     q = q if _heads_adjoin(q) else q.contiguous()
     tables, starts, lengths = (x.int().contiguous() for x in (block_tables, query_start, context_lens))
-    out = q.new_empty(q.shape)
+    out = q.new_empty(*q.shape[:2], v_cache.shape[3])
     blocks, kv_heads, block_size, head_dim = k_cache.shape
     status = library.lamella_paged_attention(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), tables.data_ptr(), starts.data_ptr(),
         lengths.data_ptr(), pointer(extras[0]), pointer(extras[1]), q.shape[0], q.shape[1], kv_heads, head_dim,
-        q.stride(0), len(lengths), tables.shape[1], blocks, block_size, sliding_window, num_sinks, scale, softcap,
-        DTYPE_CODES[q.dtype], torch.get_num_threads(),
+        q.stride(0), len(lengths), tables.shape[1], blocks, block_size, sliding_window, num_sinks,
+        v_cache.shape[3] if is_latent else 0, scale, softcap, DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
     check_status("paged_attention", status)
     return out

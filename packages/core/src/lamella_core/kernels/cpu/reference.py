@@ -133,13 +133,17 @@ def rope_inplace(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Store k, v [T, Hkv, D] in caches [num_blocks, Hkv, block_size, D] at slots [T]; negative ones are skipped."""
-    block_size = k_cache.shape[2]
+    for rows, cache in ((k, k_cache), (v, v_cache)):
+        write_rows(rows, cache, slots)
+
+
+def write_rows(rows: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Store rows [T, Hkv, D], keys or values, in their cache; see `write_kv`."""
+    block_size = cache.shape[2]
     if bool((slots < 0).any()):
         kept = slots >= 0
-        k, v, slots = k[kept], v[kept], slots[kept]
-    blocks, offsets = slots // block_size, slots % block_size
-    k_cache[blocks, :, offsets] = k
-    v_cache[blocks, :, offsets] = v
+        rows, slots = rows[kept], slots[kept]
+    cache[slots // block_size, :, slots % block_size] = rows
 
 
 def _visible(positions: Tensor, num_keys: int, present: Tensor, window: int, num_sinks: int) -> Tensor:
@@ -155,7 +159,10 @@ def _visible(positions: Tensor, num_keys: int, present: Tensor, window: int, num
 def _attend(
     q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, softcap: float, sink_logits: Tensor | None
 ) -> Tensor:
-    """Softmax attention of q [Q, Hkv, G, D] over keys, values [L, Hkv, D] with bias [Hkv, G, Q, L]: [Q, Hkv, G, D]."""
+    """Softmax attention of q [Q, Hkv, G, D] over keys [L, Hkv, D] with bias [Hkv, G, Q, L]: [Q, Hkv, G, Dv].
+
+    Values are [L, Hkv, Dv].
+    """
     scores = torch.matmul(q.permute(1, 2, 0, 3), keys.permute(1, 2, 0)[:, None]) * scale
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
@@ -190,9 +197,9 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over a paged cache; see `ops.paged_attention`. float32 goes query by query (see the module)."""
-    num_heads, head_dim = q.shape[1:]
+    num_heads = q.shape[1]
     kv_heads, block_size = k_cache.shape[1:3]
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out = q.new_zeros(*q.shape[:2], v_cache.shape[3])
     starts, lengths = query_start.tolist(), context_lens.tolist()
     for s, length in enumerate(lengths):
         begin, end = starts[s], starts[s + 1]

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int KT = 32;            // keys per tile; part of the definition of the result
 constexpr int ROWS_PER_ITEM = 64; // (query, head) rows that share a tile at most
+constexpr i64 LATENT_HEADS = 16;  // that one item takes of those that share a latent; other threads take the others
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 
 struct Problem {
@@ -25,20 +26,25 @@ struct Problem {
   const float *alibi_slopes, *sink_logits;  // [q_heads] or null
   i64 tokens, q_heads, kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size;
   i64 window, num_sinks;
+  i64 value_dim;  // of a latent cache: values are the last value_dim numbers of keys; 0: they have a cache of their own
   float scale, softcap;
   i64 group() const { return q_heads / kv_heads; }
+  bool latent() const { return value_dim > 0; }
+  i64 out_dim() const { return latent() ? value_dim : head_dim; }
+  i64 heads_per_item() const { return latent() && group() > LATENT_HEADS ? LATENT_HEADS : group(); }
 };
 
-// Some queries of one sequence and one KV head.
+// Some queries of one sequence, for some of the query heads of one KV head.
 struct Item {
   i64 seq, kv_head, first_query, num_queries, position;  // first_query: index into q; position: of that query
+  i64 first_head, num_heads;
 };
 
 // ---- one tile --------------------------------------------------------------------------------------------------------
 
 // Float32 copies of a tile, rows padded with zeros to whole registers, and the keys that exist.
 struct Tile {
-  float *k, *v;            // [KT][padded]
+  float *k, *v;            // [KT][padded]; of a latent cache v points into k
   std::uint32_t present;   // bit i: key start + i is in the cache
 };
 
@@ -60,7 +66,7 @@ bool load_tile(const Problem& p, const Item& item, i64 start, i64 context, i64 p
     if (block >= p.num_blocks) return false;
     if (block < 0) {
       std::memset(tile.k + i * padded, 0, std::size_t(padded) * sizeof(float));
-      std::memset(tile.v + i * padded, 0, std::size_t(padded) * sizeof(float));
+      if (!p.latent()) std::memset(tile.v + i * padded, 0, std::size_t(padded) * sizeof(float));
       continue;
     }
     tile.present |= 1u << i;
@@ -70,10 +76,10 @@ bool load_tile(const Problem& p, const Item& item, i64 start, i64 context, i64 p
     const T *k = static_cast<const T*>(p.k_cache), *v = static_cast<const T*>(p.v_cache);
     for (i64 d = 0; d < p.head_dim; d += 64 / i64(sizeof(T))) {
       __builtin_prefetch(k + next * p.head_dim + d, 0, 2);
-      __builtin_prefetch(v + next * p.head_dim + d, 0, 2);
+      if (!p.latent()) __builtin_prefetch(v + next * p.head_dim + d, 0, 2);
     }
     widen_row(k + row * p.head_dim, tile.k + i * padded, p.head_dim, padded);
-    widen_row(v + row * p.head_dim, tile.v + i * padded, p.head_dim, padded);
+    if (!p.latent()) widen_row(v + row * p.head_dim, tile.v + i * padded, p.head_dim, padded);
   }
   return true;
 }
@@ -151,7 +157,7 @@ void attend(const Problem& p, Row& row, const Tile& tile, i64 start, i64 padded)
   const float shrink = row.maximum == NEG_INF ? 0.0f : vexp(splat(row.maximum - maximum))[0];
   row.total = row.total * shrink + hsum(sum);
   row.maximum = maximum;
-  const i64 count = DV ? DV : padded / VW, stride = DV ? DV * VW : padded;
+  const i64 count = DV ? DV : (p.out_dim() + VW - 1) / VW, stride = DV ? DV * VW : padded;
   i64 c = 0;
   for (; c + 8 <= count; c += 8) add_values<8>(row.out + c * VW, tile.v + c * VW, weight, first, last, stride, shrink);
   for (; c + 4 <= count; c += 4) add_values<4>(row.out + c * VW, tile.v + c * VW, weight, first, last, stride, shrink);
@@ -162,12 +168,11 @@ void attend(const Problem& p, Row& row, const Tile& tile, i64 start, i64 padded)
 
 template <typename T>
 void open_rows(const Problem& p, const Item& item, i64 padded, float* q, float* out, Row* rows) {
-  const i64 group = p.group();
-  for (i64 i = 0; i < item.num_queries * group; ++i) {
-    const i64 head = item.kv_head * group + i % group, query = item.first_query + i / group;
+  for (i64 i = 0; i < item.num_queries * item.num_heads; ++i) {
+    const i64 head = item.first_head + i % item.num_heads, query = item.first_query + i / item.num_heads;
     const bool sink = p.sink_logits != nullptr;
     rows[i] = Row{q + i * padded, out + i * padded, sink ? p.sink_logits[head] : NEG_INF, sink ? 1.0f : 0.0f,
-                  item.position + i / group, head};
+                  item.position + i / item.num_heads, head};
     widen_row(static_cast<const T*>(p.q) + query * p.q_stride + head * p.head_dim, rows[i].q, p.head_dim, padded);
     std::memset(rows[i].out, 0, std::size_t(padded) * sizeof(float));
   }
@@ -175,18 +180,18 @@ void open_rows(const Problem& p, const Item& item, i64 padded, float* q, float* 
 
 template <typename T>
 void close_rows(const Problem& p, const Item& item, const Row* rows) {
-  const i64 group = p.group();
-  for (i64 i = 0; i < item.num_queries * group; ++i) {
+  const i64 dim = p.out_dim();
+  for (i64 i = 0; i < item.num_queries * item.num_heads; ++i) {
     const float inverse = rows[i].total > 0.0f ? 1.0f / rows[i].total : rows[i].total;
-    T* dst = static_cast<T*>(p.out) + ((item.first_query + i / group) * p.q_heads + rows[i].head) * p.head_dim;
-    for (i64 d = 0; d < p.head_dim; ++d) dst[d] = from_float<T>(rows[i].out[d] * inverse);
+    T* dst = static_cast<T*>(p.out) + ((item.first_query + i / item.num_heads) * p.q_heads + rows[i].head) * dim;
+    for (i64 d = 0; d < dim; ++d) dst[d] = from_float<T>(rows[i].out[d] * inverse);
   }
 }
 
 template <int DV, typename T>
 bool run_item(const Problem& p, const Item& item, i64 padded, float* scratch, std::vector<Row>& rows) {
-  const i64 num_rows = item.num_queries * p.group(), context = item.position + item.num_queries;
-  Tile tile{scratch, scratch + KT * padded, 0};
+  const i64 num_rows = item.num_queries * item.num_heads, context = item.position + item.num_queries;
+  Tile tile{scratch, p.latent() ? scratch + p.head_dim - p.value_dim : scratch + KT * padded, 0};
   float* q = scratch + 2 * KT * padded;
   rows.resize(std::size_t(num_rows));
   open_rows<T>(p, item, padded, q, q + num_rows * padded, rows.data());
@@ -202,14 +207,19 @@ bool run_item(const Problem& p, const Item& item, i64 padded, float* scratch, st
 
 // Cuts the queries into items, the most expensive first; false when lengths contradict each other.
 bool make_items(const Problem& p, std::vector<Item>& items) {
-  const i64 per_item = p.group() >= ROWS_PER_ITEM ? 1 : ROWS_PER_ITEM / p.group();
+  const i64 group = p.group(), heads = p.heads_per_item();
+  const i64 per_item = heads >= ROWS_PER_ITEM ? 1 : ROWS_PER_ITEM / heads;
   for (i64 s = 0; s < p.num_seqs; ++s) {
     const i64 begin = p.query_start[s], end = p.query_start[s + 1], context = p.context_lens[s];
     if (begin < 0 || end < begin || end > p.tokens || context < end - begin) return false;
     if ((context + p.block_size - 1) / p.block_size > p.max_blocks) return false;
     for (i64 stop = end; stop > begin; stop -= per_item) {
       const i64 first = stop - per_item > begin ? stop - per_item : begin;
-      for (i64 h = 0; h < p.kv_heads; ++h) items.push_back(Item{s, h, first, stop - first, context - (end - first)});
+      for (i64 h = 0; h < p.kv_heads; ++h)
+        for (i64 done = 0; done < group; done += heads) {
+          const i64 count = heads < group - done ? heads : group - done;
+          items.push_back(Item{s, h, first, stop - first, context - (end - first), h * group + done, count});
+        }
     }
   }
   return true;
@@ -223,7 +233,7 @@ Status run_items(const Problem& p, const std::vector<Item>& items, i64 padded, i
   {
     static thread_local Scratch scratch;
     std::vector<Row> rows;
-    const i64 max_rows = p.group() > ROWS_PER_ITEM ? p.group() : ROWS_PER_ITEM;
+    const i64 max_rows = p.heads_per_item() > ROWS_PER_ITEM ? p.heads_per_item() : ROWS_PER_ITEM;
     float* memory = scratch.floats(std::size_t(2 * KT + 2 * max_rows) * padded);
 #pragma omp for schedule(dynamic, 1)
     for (i64 i = 0; i < count; ++i) {
@@ -239,6 +249,7 @@ Status run(const Problem& p, int threads) {
   std::vector<Item> items;
   if (!make_items(p, items)) return kBadShape;
   const i64 padded = (p.head_dim + VW - 1) / VW * VW;
+  if (p.latent()) return run_items<0, T>(p, items, padded, threads);
   if (padded == 64) return run_items<64 / VW, T>(p, items, padded, threads);
   if (padded == 128) return run_items<128 / VW, T>(p, items, padded, threads);
   return run_items<0, T>(p, items, padded, threads);
@@ -251,15 +262,18 @@ using namespace lamella;
 
 // q [tokens, q_heads, head_dim] with token stride q_stride (elements); caches [num_blocks, kv_heads, block_size,
 // head_dim]; block_tables [num_seqs, max_blocks], negative = evicted; query_start [num_seqs + 1]; context_lens
-// [num_seqs]; out [tokens, q_heads, head_dim] contiguous. window 0: none; softcap 0: none.
+// [num_seqs]; out [tokens, q_heads, head_dim] contiguous. window 0: none; softcap 0: none. value_dim above 0: v_cache is
+// not read, values are the last value_dim numbers of keys, and out is [tokens, q_heads, value_dim].
 LAMELLA_API std::int32_t lamella_paged_attention(
     const void* q, const void* k_cache, const void* v_cache, void* out, const std::int32_t* block_tables,
     const std::int32_t* query_start, const std::int32_t* context_lens, const float* alibi_slopes, const float* sink_logits,
     i64 tokens, i64 q_heads, i64 kv_heads, i64 head_dim, i64 q_stride, i64 num_seqs, i64 max_blocks, i64 num_blocks,
-    i64 block_size, i64 window, i64 num_sinks, float scale, float softcap, std::int32_t dtype, std::int32_t threads) {
+    i64 block_size, i64 window, i64 num_sinks, i64 value_dim, float scale, float softcap, std::int32_t dtype,
+    std::int32_t threads) {
   const Problem p{q, k_cache, v_cache, out, block_tables, query_start, context_lens, alibi_slopes, sink_logits,
                   tokens, q_heads, kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size,
-                  window, num_sinks, scale, softcap};
+                  window, num_sinks, value_dim, scale, softcap};
+  if (value_dim < 0 || value_dim > head_dim) return kBadShape;
   if (kv_heads <= 0 || q_heads % kv_heads != 0 || block_size <= 0 || head_dim <= 0) return kBadShape;
   switch (dtype) {
     case kF32: return run<float>(p, threads);

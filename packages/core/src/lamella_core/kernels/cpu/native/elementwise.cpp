@@ -156,7 +156,7 @@ LAMELLA_API std::int32_t lamella_write_kv(const char* k, const char* v, char* k_
     for (i64 h = 0; h < kv_heads; ++h) {
       const i64 to = ((block * kv_heads + h) * block_size + offset) * bytes;
       std::memcpy(k_cache + to, k + t * k_stride * item_bytes + h * bytes, std::size_t(bytes));
-      std::memcpy(v_cache + to, v + t * v_stride * item_bytes + h * bytes, std::size_t(bytes));
+      if (v) std::memcpy(v_cache + to, v + t * v_stride * item_bytes + h * bytes, std::size_t(bytes));
     }
   }
   return kOk;
