@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 
@@ -10,10 +11,11 @@ import msgspec
 from lamella_core.checks import check_number
 from lamella_core.errors import WorkerError
 from lamella_executor.worker.channel import MESSAGE
+from lamella_executor.worker.judge import START_TIMEOUT_S
 from lamella_executor.worker.member import Member
 from lamella_executor.worker.messages import Message, Setup
-from lamella_executor.worker.process import Launcher, WorkerProcess
-from lamella_executor.worker.watch import REAP_TIMEOUT_S, START_TIMEOUT_S, Watch
+from lamella_executor.worker.process import Launcher
+from lamella_executor.worker.watch import Watch
 
 DROP_GRACE_S = 1.0  # for workers whose crew was dropped without a stop
 _BROKEN_PIPE_S = 5.0  # for the watcher to find out why a worker no longer takes messages
@@ -42,7 +44,7 @@ class Crew:
 
         Args:
             launcher: how to start them; the crew closes it at its end.
-            setup: rank 0's; each worker gets its own rank, and the index of its device among the ranks of its machine.
+            setup: rank 0's; each worker gets its own rank, and the device that the launcher has for it.
             worker_timeout_s: silence of a worker that counts as its death.
             on_failure: called once, on the watcher's thread, after all workers were killed. Must not hold the crew.
             stall_timeout_s: see `expect`; None: ``worker_timeout_s``.
@@ -55,35 +57,35 @@ class Crew:
         check_number("worker_timeout_s", worker_timeout_s, positive=True)
         stall_timeout_s = worker_timeout_s if stall_timeout_s is None else stall_timeout_s
         check_number("stall_timeout_s", stall_timeout_s, positive=True)
-        processes: list[WorkerProcess] = []
-        try:
-            processes = launcher.launch(range(1, setup.world_size), environment or {})
-            self._watch = Watch(
-                launcher,
-                processes,
-                timeout_s=worker_timeout_s,
-                stall_timeout_s=stall_timeout_s,
-                on_failure=on_failure,
-            )
-        except BaseException:
-            for process in processes:
-                process.kill()
-                process.wait(REAP_TIMEOUT_S)
-                process.channel.close()
-            launcher.close()
-            raise
+        self._watch = Watch(
+            launcher,
+            range(1, setup.world_size),
+            environment or {},
+            timeout_s=worker_timeout_s,
+            stall_timeout_s=stall_timeout_s,
+            on_failure=on_failure,
+        )
         self._release = weakref.finalize(self, self._watch.request_stop, DROP_GRACE_S)
         self._release.atexit = False  # the watch ends itself then, and is waited for
         try:
-            self._greet(setup, launcher.hosts)
+            self._watch.start()
+            self._greet(setup, launcher)
         except BaseException:
             self.stop(timeout_s=1.0)
             raise
 
-    def _greet(self, setup: Setup, hosts: Mapping[int, str]) -> None:
+    def _greet(self, setup: Setup, launcher: Launcher) -> None:
+        watch = self._watch
+        watch.wait_until(lambda: watch.launched, threading.TIMEOUT_MAX)
+        if watch.launch_error is not None:
+            raise watch.launch_error
         self.wait_ready("hello", START_TIMEOUT_S)
-        for member in self._watch.members:
-            self._send(member, MESSAGE, _encode(_setup_of(setup, member.rank, hosts)))
+        for member in watch.members:
+            rank = member.rank
+            mapping = {**setup.mapping, "rank": rank}
+            index = launcher.device_indices[rank]
+            own = msgspec.structs.replace(setup, rank=rank, mapping=mapping, device_index=index)
+            self._send(member, MESSAGE, _encode(own))
 
     @property
     def failure(self) -> WorkerError | None:
@@ -92,7 +94,7 @@ class Crew:
 
     def set_phase(self, phase: str) -> None:
         """Says what the engine is at ("load", "start", "prefill", "decode"), for messages; costs nothing."""
-        self._watch.phase = phase
+        self._watch.set_phase(phase)
 
     def expect(self, step: int | None) -> None:
         """Says that rank 0 waits for all workers to have done ``step`` steps (`Heartbeat.step`); None: for nothing.
@@ -163,12 +165,3 @@ class Crew:
         """
         if self._watch.stop(timeout_s):
             self._release.detach()
-
-
-def _setup_of(setup: Setup, rank: int, hosts: Mapping[int, str]) -> Setup:
-    """Returns what ``rank`` is told: its rank, and the device that is its own among the ranks of its machine."""
-    on_same_machine = sum(hosts[other] == hosts[rank] for other in range(rank))
-    first_index = setup.device_index if hosts[rank] == hosts[0] else 0
-    return msgspec.structs.replace(
-        setup, rank=rank, device_index=first_index + on_same_machine, mapping={**setup.mapping, "rank": rank}
-    )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from lamella_core import __version__
 from lamella_core.errors import ConfigError
 from lamella_executor.worker.channel import Channel, ChannelError
-from lamella_executor.worker.messages import Failed, Heartbeat, Hello, Log, Setup
+from lamella_executor.worker.messages import Failed, Heartbeat, Hello, Log, Setup, Stop
 
 HEARTBEAT_S = 0.5
 LINGER_S = 10.0  # after a failure, for rank 0 to take note of it and kill this process
@@ -39,9 +39,9 @@ def run_worker(channel: Channel, parent_pid: int) -> int:
     channel.send(Hello(os.getpid(), __version__))
     try:
         frame = channel.receive()
-        if frame is None:
+        setup = Stop() if frame is None else frame.message()
+        if isinstance(setup, Stop):
             return 0
-        setup = frame.message()
         if not isinstance(setup, Setup):
             raise ChannelError(f"a {type(setup).__name__} came before the Setup")
         _start_heartbeat(channel, state, parent_pid, min(HEARTBEAT_S, setup.worker_timeout_s / 4))

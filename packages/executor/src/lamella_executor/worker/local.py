@@ -47,12 +47,7 @@ class LocalProcess:
         return None if code is None else describe_exit(code)
 
     def state(self) -> str | None:
-        try:
-            text = Path(f"/proc/{self._process.pid}/stat").read_text()
-        except OSError:  # no /proc, or gone
-            return None
-        letter = text.rpartition(")")[2].split()[0]
-        return _STATES.get(letter, f"its heartbeat thread does not run, though the process does (state {letter})")
+        return process_state(self._process.pid)
 
     def output_fileno(self) -> int | None:
         return self._output
@@ -116,6 +111,7 @@ class LocalLauncher:
 
     def __init__(self, world_size: int) -> None:
         self.hosts = {rank: "127.0.0.1" for rank in range(world_size)}
+        self.device_indices = {rank: rank for rank in range(world_size)}
 
     def launch(self, ranks: range, environment: Mapping[str, str]) -> list[WorkerProcess]:
         """Starts one process for each rank.
@@ -139,6 +135,16 @@ class LocalLauncher:
 
     def close(self) -> None:
         """Holds nothing."""
+
+
+def process_state(pid: int) -> str | None:
+    """Returns what is known about a process of this machine that lives but is silent, or None."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # no /proc, or gone
+        return None
+    letter = text.rpartition(")")[2].split()[0]
+    return _STATES.get(letter, f"its heartbeat thread does not run, though the process does (state {letter})")
 
 
 def worker_environment(extra: Mapping[str, str]) -> dict[str, str]:

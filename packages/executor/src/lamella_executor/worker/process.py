@@ -59,6 +59,11 @@ class Launcher(Protocol):
         """Rank -> the address that the data plane uses to reach it."""
         ...
 
+    @property
+    def device_indices(self) -> Mapping[int, int]:
+        """Rank -> the index of its GPU among those that its process sees."""
+        ...
+
     def launch(self, ranks: range, environment: Mapping[str, str]) -> list[WorkerProcess]:
         """Starts one process for each rank, with ``environment`` added to the usual one.
 
