@@ -81,7 +81,7 @@ def test_a_checkpoint_becomes_an_engine(model: Path, tmp_path: Path) -> None:
     checkpoint = ("--checkpoint_dir", tmp_path / "checkpoint", "--output_dir", tmp_path / "engine")
     assert run(*checkpoint).exit_code == 0
     assert Engine.load(tmp_path / "engine").spec.model.architecture == "LlamaForCausalLM"
-    assert "converted for tp_size 1 x pp_size 1" in failed(run(*checkpoint, "--tp_size", 2), 1)
+    assert "was made for 1 rank, tp_size 1 x pp_size 1" in failed(run(*checkpoint, "--tp_size", 2), 1)
     assert "is an engine already" in failed(run("--model", tmp_path / "engine"), 1)
 
 

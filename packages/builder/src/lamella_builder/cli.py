@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from lamella_builder.sizes import ParallelSizes, parse_partition
 from lamella_core.engine import BuildConfig
 from lamella_core.errors import ConfigError, LamellaError
 from lamella_core.quantization.config import parse_options
@@ -42,6 +43,15 @@ def lamella_build(  # noqa: PLR0913 - one parameter per option of the command
     kernel_selection: Annotated[str | None, _option("kernel_selection", "timed or default.")] = None,
     tp_size: Annotated[int | None, _option("tp_size", "Tensor-parallel ranks.")] = None,
     pp_size: Annotated[int | None, _option("pp_size", "Pipeline stages.")] = None,
+    moe_tp_size: Annotated[int | None, _option("moe_tp_size", "Ranks that share an expert; -1: derived.")] = None,
+    moe_ep_size: Annotated[int | None, _option("moe_ep_size", "Ranks that share the experts out; -1: derived.")] = None,
+    pp_partition: Annotated[str | None, _option("pp_partition", "Layers of each stage, such as 20,12.")] = None,
+    auto_parallel: Annotated[
+        bool, _option("auto_parallel", "Choose the sizes for --world_size ranks, and say why.")
+    ] = False,
+    world_size: Annotated[int | None, _option("world_size", "Ranks in all; needed by --auto_parallel.")] = None,
+    gpus_per_node: Annotated[int | None, _option("gpus_per_node", "Ranks of one machine; default: 8.")] = None,
+    workers: Annotated[int, _option("workers", "Ranks built at once, each in its own process.")] = 1,
     quant: Annotated[
         str | None, _option("quant", "fp8 or fp8_per_channel_per_token; default: as the weights are.")
     ] = None,
@@ -67,15 +77,19 @@ def lamella_build(  # noqa: PLR0913 - one parameter per option of the command
                 "model": checkpoint_dir if model is None else model,
                 "output_dir": output_dir,
                 "build_config": BuildConfig(**{name: value for name, value in limits.items() if value is not None}),
-                "tp_size": tp_size,
-                "pp_size": pp_size,
+                "sizes": ParallelSizes(
+                    tp_size=tp_size, pp_size=pp_size, moe_tp_size=moe_tp_size, moe_ep_size=moe_ep_size,
+                    pp_partition=parse_partition(pp_partition), auto_parallel=auto_parallel, world_size=world_size,
+                    gpus_per_node=gpus_per_node,
+                ),
+                "workers": workers,
                 "load_format": load_format,
                 "quant_config": parse_options(quant, kv_cache_dtype),
             },
             dry_run,
             out,
             err,
-        )
+        )  # fmt: skip
     except LamellaError as error:
         err.print(f"lamella-build: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -85,6 +99,8 @@ def _run(request: dict[str, Any], dry_run: bool, out: Console, err: Console) -> 
     from lamella_builder import job, report  # import torch: `lamella-build --help` answers without
 
     work = job.BuildJob(job.BuildRequest(**request))
+    if work.choice is not None:
+        out.print(work.choice.explain(), markup=False, highlight=False)
     report.show_plan(out, work.config, work.build_config, work.plan)
     work.plan.check()
     if dry_run:
@@ -94,7 +110,8 @@ def _run(request: dict[str, Any], dry_run: bool, out: Console, err: Console) -> 
     report.show_seconds(out, seconds)
     out.print(f"engine written to {request['output_dir']}", markup=False, highlight=False)
     if work.config.mapping.world_size > 1:
-        out.print(f"it has {work.config.mapping.world_size} ranks and needs as many processes to run", highlight=False)
+        ranks = work.config.mapping.world_size
+        out.print(f"it has {ranks} ranks and needs as many processes to run, which LLM starts itself", highlight=False)
 
 
 def _configure_logging(level: str, console: Console) -> None:

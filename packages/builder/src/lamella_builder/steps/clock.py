@@ -16,11 +16,12 @@ class StepClock:
 
     Attributes:
         seconds: wall time per finished step, in order.
+        progress: what it reports to.
     """
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.seconds: dict[str, float] = {}
-        self._progress = progress
+        self.progress = progress
 
     @contextmanager
     def step(self, name: str) -> Iterator[Advance]:
@@ -29,8 +30,8 @@ class StepClock:
 
         def advance(done: int, total: int) -> None:
             totals[0] = max(total, 1)
-            if self._progress is not None:
-                self._progress(name, done, totals[0])
+            if self.progress is not None:
+                self.progress(name, done, totals[0])
 
         advance(0, 1)
         begin = time.perf_counter()

@@ -82,8 +82,17 @@ class EngineWriter:
         finally:
             shutil.rmtree(self._work, ignore_errors=True)
 
+    @property
+    def work_dir(self) -> Path:
+        """Where the files are until the block ends; `write_rank` writes there from other processes."""
+        return self._work
+
     def add_rank(self, rank: int, spec: EngineSpec, weights: Mapping[str, torch.Tensor]) -> None:
         """Writes one rank's file. The spec of the first rank is kept; plans of later ranks' own layers are added."""
+        self.adopt_rank(rank, spec, write_rank(self._work, rank, weights))
+
+    def adopt_rank(self, rank: int, spec: EngineSpec, entry: Mapping[str, Any]) -> None:
+        """Takes over a file that `write_rank` wrote into `work_dir`, and returned ``entry`` for."""
         if self._spec is None:
             self._spec = spec
         else:
@@ -91,12 +100,7 @@ class EngineWriter:
             if any(spec.plans[name] != merged[name] for name in spec.plans):
                 raise EngineFormatError(f"rank {rank} was built with other kernels than the ranks before: pass like=")
             self._spec = replace(self._spec, plans=merged)
-        path = self._work / rank_file(rank)
-        write_safetensors(path, weights)
-        self._ranks[rank] = {
-            "bytes": path.stat().st_size,
-            "checksums": {name: tensor_checksum(tensor) for name, tensor in weights.items()},
-        }
+        self._ranks[rank] = dict(entry)
 
     def _commit(self) -> None:
         if self._spec is None:
@@ -129,6 +133,16 @@ class EngineWriter:
             except OSError as error:
                 raise CheckpointError(f"{self._tokenizer_dir / name} cannot be copied: {error}") from error
         return present
+
+
+def write_rank(directory: Path, rank: int, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Writes one rank's weights; returns what engine.json says of the file, JSON-ready."""
+    path = directory / rank_file(rank)
+    write_safetensors(path, weights)
+    return {
+        "bytes": path.stat().st_size,
+        "checksums": {name: tensor_checksum(tensor) for name, tensor in weights.items()},
+    }
 
 
 def _refuse_foreign(directory: Path) -> None:
