@@ -192,3 +192,15 @@ def test_sizes_by_themselves() -> None:
 
     with pytest.raises(LamellaError, match="2"):
         ParallelSizes(tp_size=2).resolve(read, DEFAULT)
+
+
+def test_each_gpu_holds_one_rank_and_a_cpu_all(model: Path) -> None:
+    request = BuildRequest(str(model), Path("unused"), DEFAULT, ParallelSizes(tp_size=2))
+    host = BuildJob(request).plan
+    assert host.world_size == 2 and host.run_bytes > 2 * max(host.weight_bytes) + 2 * host.base_bytes
+    gpu = replace(host, device="cuda", total_bytes=80 << 30, available_bytes=70 << 30)
+    assert gpu.run_bytes < max(gpu.weight_bytes) + 2 * gpu.base_bytes
+    gpu.check()
+    with pytest.raises(OutOfMemoryError, match="running takes at least"):
+        replace(gpu, activation_bytes=80 << 30).check()
+    replace(host, activation_bytes=1 << 50).check()  # where ranks on CPUs will run is not known

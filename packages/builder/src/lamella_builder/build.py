@@ -48,7 +48,8 @@ def build(
         config = wanted.resolved(model.config)
     with clock.step("plan memory"):
         loaded = model.weight_bytes() if model.device == config.device else 0
-        steps.plan_memory(model.config, wanted, loaded_bytes=loaded).check()
+        mine = [model.config.mapping.rank]
+        steps.plan_memory(model.config, wanted, loaded_bytes=loaded, ranks=mine).check()
     with clock.step("move weights") as advance:
         steps.to_plain(model)
         steps.place(model, config.device, advance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,10 @@ _GIB = 1 << 30
 class MemoryPlan:
     """What building and running an engine takes. Bytes are of one rank where not said otherwise.
 
+    On a CPU all ranks are taken to run on this machine; on GPUs each has one like this machine's to itself.
+
     Attributes:
-        weight_bytes: weights of each rank, in rank order.
+        weight_bytes: weights of each planned rank, in rank order.
         largest_weight_bytes: the largest parameter of any rank, held twice while it is laid out.
         kv_bytes_per_token: keys and values of all layers of the rank that holds most.
         kv_tokens_wanted: tokens that fill every limit: max_batch_size x max_beam_width x max_seq_len.
@@ -37,6 +40,7 @@ class MemoryPlan:
         loaded_bytes: weights that are in that memory already.
         device: "cpu" or "cuda", whose memory this is about.
         total_bytes: memory of the GPU.
+        world_size: ranks of the model, planned or not.
     """
 
     weight_bytes: tuple[int, ...]
@@ -49,6 +53,7 @@ class MemoryPlan:
     loaded_bytes: int = 0
     device: str = "cpu"
     total_bytes: int = 0
+    world_size: int = 1
 
     @property
     def base_bytes(self) -> int:
@@ -64,21 +69,29 @@ class MemoryPlan:
         return max(self.weight_bytes) + timing + self.base_bytes
 
     @property
+    def _shares(self) -> tuple[int, int]:
+        """Weights, and number of ranks, that one memory has to hold."""
+        if self.device == "cuda":
+            return max(self.weight_bytes), 1
+        return sum(self.weight_bytes), len(self.weight_bytes)
+
+    @property
     def run_bytes(self) -> int:
-        """The least that running all ranks on this machine takes: weights, one step, one full request."""
+        """The least that running takes of this machine, or of each GPU: weights, one step, one full request."""
+        weights, ranks = self._shares
         per_rank = self.activation_bytes + self.kv_tokens_least * self.kv_bytes_per_token + self.base_bytes
-        return sum(self.weight_bytes) + per_rank * len(self.weight_bytes)
+        return weights + per_rank * ranks
 
     @property
     def kv_tokens_that_fit(self) -> int:
         """Tokens whose keys and values fit in what weights and one step leave free."""
-        ranks = len(self.weight_bytes)
-        fixed = sum(self.weight_bytes) + (self.activation_bytes + self.base_bytes) * ranks
+        weights, ranks = self._shares
+        fixed = weights + (self.activation_bytes + self.base_bytes) * ranks
         left = self.available_bytes + self.loaded_bytes - fixed
         return max(0, left // max(1, self.kv_bytes_per_token * ranks))
 
     def check(self) -> None:
-        """Refuses what cannot work on this machine.
+        """Refuses what cannot work on this machine; whether several ranks on CPUs fit depends on where they will run.
 
         Raises:
             OutOfMemoryError: building, or serving one request of max_seq_len, needs more than there is.
@@ -94,23 +107,26 @@ class MemoryPlan:
                 f"{size(free)}{where} are free; choose a smaller dtype, raise tp_size or pp_size, or free memory"
                 f"{instead}"
             )
-        if len(self.weight_bytes) == 1 and self.run_bytes > free:
+        if (self.world_size == 1 or self.device == "cuda") and self.run_bytes > free:
             kv = self.kv_tokens_least * self.kv_bytes_per_token
             raise OutOfMemoryError(
-                f"running takes at least {size(self.run_bytes)}: weights {size(sum(self.weight_bytes))}, one step "
+                f"running takes at least {size(self.run_bytes)}: weights {size(self._shares[0])}, one step "
                 f"{size(self.activation_bytes)}, keys and values of one request {size(kv)}; {size(free)}{where} are "
                 "free. Lower max_seq_len or max_beam_width (keys and values), max_num_tokens or max_batch_size (step), "
                 f"or choose a smaller dtype{instead}"
             )
 
 
-def plan_memory(config: ModelConfig, build: BuildConfig, *, loaded_bytes: int = 0) -> MemoryPlan:
-    """Returns the memory plan for all ranks of ``config.mapping``.
+def plan_memory(
+    config: ModelConfig, build: BuildConfig, *, loaded_bytes: int = 0, ranks: Sequence[int] | None = None
+) -> MemoryPlan:
+    """Returns the memory plan for the ranks of ``config.mapping``.
 
     Args:
         config: the model, from any rank.
         build: limits as the user gave them.
         loaded_bytes: weights that are in the device's memory already.
+        ranks: those to plan for; None: all.
 
     Raises:
         ConfigError: limits that the model rules out.
@@ -119,20 +135,20 @@ def plan_memory(config: ModelConfig, build: BuildConfig, *, loaded_bytes: int = 
     build = build.resolved(config)
     model_class = get_model_class(config.architecture, config.model_type)
     config = replace(config, dtype=build.dtype or config.dtype)
-    ranks = [
+    models = [
         model_class.empty(config.with_mapping(config.mapping.with_rank(rank)), build.device)
-        for rank in range(config.mapping.world_size)
+        for rank in (range(config.mapping.world_size) if ranks is None else ranks)
     ]
     seq_len = build.max_seq_len or config.max_position_embeddings
-    least = _resident_tokens(ranks, seq_len) if wants_whole else build.tokens_per_block
+    least = _resident_tokens(models, seq_len) if wants_whole else build.tokens_per_block
     sequences = build.max_batch_size * build.max_beam_width
     free, total = free_gpu_bytes() if build.device == "cuda" else (available_bytes(), 0)
     return MemoryPlan(
-        weight_bytes=tuple(model.weight_bytes() for model in ranks),
-        largest_weight_bytes=max(p.nbytes for model in ranks for p in model.parameters()),
+        weight_bytes=tuple(model.weight_bytes() for model in models),
+        largest_weight_bytes=max(p.nbytes for model in models for p in model.parameters()),
         kv_bytes_per_token=0
         if build.kv_cache_type == "disabled"
-        else max(kv_bytes_per_token(model, build.device) for model in ranks),
+        else max(kv_bytes_per_token(model, build.device) for model in models),
         kv_tokens_wanted=sequences * seq_len,
         kv_tokens_least=least * build.max_beam_width,
         activation_bytes=activation_bytes(config, build),
@@ -140,6 +156,7 @@ def plan_memory(config: ModelConfig, build: BuildConfig, *, loaded_bytes: int = 
         loaded_bytes=loaded_bytes,
         device=build.device,
         total_bytes=total,
+        world_size=config.mapping.world_size,
     )
 
 
@@ -158,8 +175,8 @@ def base_bytes(device: str) -> int:
     return _GPU_BASE_BYTES if device == "cuda" else _BASE_BYTES
 
 
-def _resident_tokens(ranks: list[CausalLM], max_seq_len: int) -> int:
-    windows = [spec.sliding_window or max_seq_len for model in ranks for spec in model.attention_specs()]
+def _resident_tokens(models: list[CausalLM], max_seq_len: int) -> int:
+    windows = [spec.sliding_window or max_seq_len for model in models for spec in model.attention_specs()]
     return min(max_seq_len, max(windows, default=max_seq_len))
 
 
