@@ -35,7 +35,7 @@ def chunked(model: Any, prompt: list[int], size: int) -> torch.Tensor:
 
 
 def test_every_architecture_has_tiny_models() -> None:
-    assert sorted(TINY) == registered_architectures()
+    assert sorted(TINY) == registered_architectures("generate")
 
 
 def test_logits_equal_transformers(case: tuple[str, str], model: Any, prompts: list[list[int]]) -> None:

@@ -55,6 +55,9 @@ class Reference:
     def named_parameters(self) -> list[tuple[str, Tensor]]:
         return list(self.weights.items())
 
+    def named_buffers(self) -> list[tuple[str, Tensor]]:
+        return []
+
     def state_dict(self) -> dict[str, Tensor]:
         return self.weights
 

@@ -53,13 +53,13 @@ def make_request(
     """
     if not isinstance(params, SamplingParams):
         raise RequestError(f"sampling_params is a {type(params).__name__}; pass a SamplingParams")
-    prompt = _token_ids("prompt_token_ids", prompt_token_ids, limits.vocab_size)
+    prompt = check_token_ids("prompt_token_ids", prompt_token_ids, limits.vocab_size)
     if params.truncate_prompt_tokens is not None:
         prompt = prompt[-params.truncate_prompt_tokens :]
     _check_prompt(prompt, limits)
     _check_params(params, limits, decoder)
     bad_words = tuple(
-        tuple(_token_ids(f"bad_words_ids[{i}]", word, limits.vocab_size)) for i, word in enumerate(bad_words_ids)
+        tuple(check_token_ids(f"bad_words_ids[{i}]", word, limits.vocab_size)) for i, word in enumerate(bad_words_ids)
     )
     _check_bad_words(params, bad_words)
     eos = _end_ids(params, limits)
@@ -85,8 +85,12 @@ def _end_ids(params: SamplingParams, limits: EngineLimits) -> tuple[int, ...]:
     return tuple(token for token in limits.eos_token_ids if 0 <= token < limits.vocab_size)  # others never come
 
 
-def _token_ids(name: str, ids: SequenceOf[int], vocab_size: int) -> list[int]:
-    """Returns the ids as a new list of ints; numpy and torch integers are accepted."""
+def check_token_ids(name: str, ids: SequenceOf[int], vocab_size: int) -> list[int]:
+    """Returns the ids as a new list of ints; numpy and torch integers are accepted.
+
+    Raises:
+        RequestError: they are no integers, or not below ``vocab_size``; ``name`` is named.
+    """
     if isinstance(ids, str | bytes):
         raise RequestError(f"{name} is a {type(ids).__name__}; it must be token ids. Tokenize the text, or use LLM")
     if isinstance(ids, Set | Mapping):
@@ -141,8 +145,8 @@ def _check_params(params: SamplingParams, limits: EngineLimits, decoder: TextDec
             "with a tokenizer, or use stop_token_ids"
         )
     vocab = limits.vocab_size
-    _token_ids("SamplingParams.stop_token_ids", params.stop_token_ids or (), vocab)
-    _token_ids("SamplingParams.bad_token_ids", params.bad_token_ids or (), vocab)
+    check_token_ids("SamplingParams.stop_token_ids", params.stop_token_ids or (), vocab)
+    check_token_ids("SamplingParams.bad_token_ids", params.bad_token_ids or (), vocab)
     if params.end_id is not None and params.end_id >= vocab:
         raise RequestError(
             f"SamplingParams.end_id is {params.end_id}; it must be in 0..{vocab - 1} (vocab_size {vocab}), -1 for "

@@ -53,7 +53,7 @@ def assemble(
     attn_backend: str = "auto",
 ) -> ExecutorParts:
     """Loads the model, sizes and reserves the KV cache, and connects the parts; see `GenerationExecutor.create`."""
-    engine = _load(engine)
+    engine = load_engine(engine)
     engine.check_processes(1)
     setup = _setup(engine, kv_config, max_batch_size, max_num_tokens)
     limits, window = setup.limits, _widest(setup.windows)
@@ -92,7 +92,7 @@ def _setup(
             "KvCacheConfig.dtype is 'fp8', but the engine's KV cache has the model's dtype; build it with "
             "QuantConfig(kv_cache_quant_algo='FP8')"
         )
-    limits = _limits(engine, max_batch_size, max_num_tokens)
+    limits = engine_limits(engine, max_batch_size, max_num_tokens)
     model = engine.model()
     model.set_max_seq_len(limits.max_seq_len)
     specs = model.attention_specs()
@@ -119,7 +119,7 @@ def _start(engine: Engine, setup: RunnerSetup, attn_backend: str) -> tuple[Runne
     return ModelRunner(setup.model, cache, setup.windows), plan
 
 
-def _load(engine: Engine | EngineRecipe | str | Path) -> Engine:
+def load_engine(engine: Engine | EngineRecipe | str | Path) -> Engine:
     if isinstance(engine, Engine):
         return engine
     if isinstance(engine, EngineRecipe):
@@ -134,7 +134,7 @@ def _load(engine: Engine | EngineRecipe | str | Path) -> Engine:
     return Engine.load(engine)
 
 
-def _limits(engine: Engine, max_batch_size: int | None, max_num_tokens: int | None) -> EngineLimits:
+def engine_limits(engine: Engine, max_batch_size: int | None, max_num_tokens: int | None) -> EngineLimits:
     build, config = engine.spec.build, engine.spec.model
     return EngineLimits(
         vocab_size=config.vocab_size,

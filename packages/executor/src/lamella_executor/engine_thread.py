@@ -8,10 +8,10 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from lamella_executor.failures import detach
-from lamella_executor.mailbox import Abort, Command, Mailbox, Submit
+from lamella_executor.mailbox import Abort, Command, Mailbox
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Loop(Protocol):
     @property
     def has_work(self) -> bool: ...
 
-    def submit(self, command: Submit) -> None: ...
+    def submit(self, command: Any) -> None: ...
 
     def abort(self, request_id: int) -> None: ...
 
@@ -98,7 +98,7 @@ def _run(loop: Loop, mailbox: Mailbox, ended: Callable[[], None]) -> None:
     finally:
         mailbox.close(RuntimeError("the engine thread ended unexpectedly"))
         for command in (*taken, *mailbox.take_rest()):
-            if isinstance(command, Submit) and not command.result.done:
+            if not isinstance(command, Abort) and not command.done:
                 command.fail(mailbox.dead_error())
         ended()
 

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lamella_core.errors import EngineDeadError
 from lamella_executor.request import RequestStatus, RequestUpdate
@@ -23,6 +23,11 @@ class Submit:
     request: RequestState
     result: GenerationResult
 
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended."""
+        return self.result.done
+
     def fail(self, error: Exception) -> None:
         """Ends the request before the loop has seen it."""
         self.result.publish(RequestUpdate(RequestStatus.FAILED, error=error))
@@ -35,7 +40,7 @@ class Abort:
     request_id: int
 
 
-Command = Submit | Abort
+Command = Any  # a request, with ``done`` and ``fail`` as `Submit` has them, or an `Abort`
 
 
 class Mailbox:

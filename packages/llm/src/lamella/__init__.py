@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lamella.llm import LLM
     from lamella.outputs import BatchError, RequestOutput
+    from lamella.scoring import EncodingOutput
     from lamella.tokenizer import TokenizerBase
     from lamella_core.engine import BuildConfig
     from lamella_core.errors import LamellaError, RequestError
@@ -29,6 +30,7 @@ _HOMES = {
     "BuildConfig": "lamella_core.engine",
     "CapacitySchedulerPolicy": "lamella_executor",
     "CompletionOutput": "lamella_executor",
+    "EncodingOutput": "lamella.scoring",
     "KvCacheConfig": "lamella_executor",
     "LamellaError": "lamella_core.errors",
     "QuantAlgo": "lamella_core.quantization.config",
@@ -46,6 +48,7 @@ __all__ = [
     "BuildConfig",
     "CapacitySchedulerPolicy",
     "CompletionOutput",
+    "EncodingOutput",
     "KvCacheConfig",
     "LamellaError",
     "QuantAlgo",

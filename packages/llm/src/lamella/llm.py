@@ -12,11 +12,13 @@ from lamella.args import LlmArgs
 from lamella.loading import open_engine, save_engine
 from lamella.outputs import RequestOutput, raise_failed, wait_all
 from lamella.prompts import PromptInput, is_single, one_params, params_for, prepare
+from lamella.scoring import EncodingOutput, Scorer
 from lamella.submission import submit, submit_batch
 from lamella.tokenizer import TokenizerBase
 from lamella.tokenizer_loading import load_tokenizer
 from lamella_core.errors import RequestError
 from lamella_executor import GenerationExecutor, SamplingParams
+from lamella_executor.scoring.executor import ScoringExecutor, is_scoring
 
 if TYPE_CHECKING:
     from lamella_core.engine import Engine
@@ -80,7 +82,18 @@ class LLM:
                 mode=args.tokenizer_mode,
                 revision=args.tokenizer_revision or args.revision,
             )
-        self._executor = GenerationExecutor.create(
+        self._generator: GenerationExecutor | None = None
+        self._scorer: Scorer | None = None
+        if is_scoring(self._engine):
+            scoring = ScoringExecutor.create(
+                self._engine, max_batch_size=args.max_batch_size, max_num_tokens=args.max_num_tokens
+            )
+            self._scorer = Scorer(scoring, self._tokenizer, self._engine.spec.model)
+        else:
+            self._generator = self._start_generator(args)
+
+    def _start_generator(self, args: LlmArgs) -> GenerationExecutor:
+        return GenerationExecutor.create(
             self._engine,
             args.kv_cache_config,
             args.resolved_scheduler_config(),
@@ -89,6 +102,19 @@ class LLM:
             stats_capacity=args.max_stats_len,
             attn_backend=args.attn_backend,
         )
+
+    @property
+    def _executor(self) -> GenerationExecutor:
+        """What generates.
+
+        Raises:
+            RequestError: the model scores texts.
+        """
+        if self._generator is None:
+            raise RequestError(
+                f"{self._engine.spec.model.architecture} scores texts and generates none; use LLM.encode"
+            )
+        return self._generator
 
     @property
     def tokenizer(self) -> TokenizerBase | None:
@@ -172,6 +198,32 @@ class LLM:
             raise RequestError("generate_async takes one prompt; call it once per prompt, or use generate for a list")
         return submit(self._executor, prepare(inputs, one_params(sampling_params), self._tokenizer), streaming)
 
+    def encode(
+        self, inputs: Any, *, use_tqdm: bool = True, step_token: str | int | None = None
+    ) -> EncodingOutput | list[EncodingOutput]:
+        """Scores one text or a list of texts with a classifier or reward model; one in, one out.
+
+        Args:
+            inputs: text, a pair of texts (a tuple), a list of token ids, or a dict with ``prompt`` (and ``text_pair``)
+                or ``prompt_token_ids`` (and ``token_type_ids``); or a list of these.
+            use_tqdm: show a progress bar for lists, on a terminal.
+            step_token: of a process-reward model: what ends a step, text or its id; default "<extra_0>". Without it and
+                without a tokenizer every token is scored.
+
+        Raises:
+            RequestError: an input is invalid, and nothing runs; or the model generates text and has no scores; or the
+                step that computed one failed.
+            EngineDeadError: the LLM was shut down or its engine died.
+        """
+        if self._scorer is None:
+            raise RequestError(
+                f"{self._engine.spec.model.architecture} generates text and has no scores; encode needs a classifier "
+                "or reward model, such as LlamaForSequenceClassification"
+            )
+        single = is_single(inputs) or isinstance(inputs, tuple)
+        outputs = self._scorer.encode_all([inputs] if single else list(inputs), step_token, use_tqdm and not single)
+        return outputs[0] if single else outputs
+
     def save(self, engine_dir: str | Path) -> None:
         """Writes the engine and its tokenizer; ``LLM(engine_dir)`` opens it without building.
 
@@ -196,7 +248,9 @@ class LLM:
 
     def shutdown(self) -> None:
         """Stops the engine; requests that are not done fail with EngineDeadError. Idempotent."""
-        self._executor.shutdown()
+        for part in (self._generator, self._scorer):
+            if part is not None:
+                part.shutdown()
 
     def __enter__(self) -> LLM:
         return self

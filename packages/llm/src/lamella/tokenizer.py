@@ -52,6 +52,16 @@ class TokenizerBase(ABC):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Returns the token ids of ``text``; ``add_special_tokens`` puts what the model expects around it (bos)."""
 
+    def encode_pair(self, text: str, text_pair: str) -> tuple[list[int], list[int]]:
+        """Returns the token ids of two texts as the model expects a pair, and which of them each token is in.
+
+        Raises:
+            RequestError: this tokenizer does not know how pairs are written.
+        """
+        raise RequestError(
+            f"{type(self).__name__} cannot encode pairs of texts; pass prompt_token_ids and token_type_ids"
+        )
+
     @abstractmethod
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
@@ -114,6 +124,10 @@ class TokenizersTokenizer(TokenizerBase):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_pair(self, text: str, text_pair: str) -> tuple[list[int], list[int]]:
+        encoding = self._backend.encode(text, text_pair)
+        return encoding.ids, encoding.type_ids
+
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
@@ -172,6 +186,10 @@ class TransformersTokenizer(TokenizerBase):
         if self._backend is not None:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def encode_pair(self, text: str, text_pair: str) -> tuple[list[int], list[int]]:
+        encoding = self._tokenizer(text, text_pair, return_token_type_ids=True)
+        return list(encoding["input_ids"]), list(encoding["token_type_ids"])
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

@@ -74,6 +74,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": quick_gelu,
     "relu": torch.relu,
     "relu2": relu_squared,
+    "tanh": torch.tanh,
 }
 
 

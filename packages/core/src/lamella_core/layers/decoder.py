@@ -1,9 +1,9 @@
 """Decoder layers: attention and feed-forward, each added to the stream.
 
 `DecoderLayer` norms before each (most decoders), and after them too if asked; `PostNormDecoderLayer` only after;
-`ParallelDecoderLayer` computes both from the same stream; `SkippedLayer` stands where there is neither. Each takes and
-returns (hidden [T, H], residual [T, H] or None): their sum is the stream, added by the next norm. With ``rows`` [R]
-only those tokens go on after the attention, which sees all; the results are [R, H].
+`NormAfterLayer` norms the stream itself; `ParallelDecoderLayer` computes both from the same stream; `SkippedLayer`
+stands where there is neither. Each takes and returns (hidden [T, H], residual [T, H] or None): their sum is the stream,
+added by the next norm. With ``rows`` [R] only those tokens go on after the attention, which sees all; the results are [R, H].
 """
 
 from __future__ import annotations
@@ -76,6 +76,23 @@ class DecoderLayer(nn.Module):
         if norm is not None:
             x = norm(x)[0]
         return x if self.residual_scale == 1.0 else x * self.residual_scale
+
+
+class NormAfterLayer(DecoderLayer):
+    """Norms the stream after each addition (Vaswani et al. 2017): ``input_norm`` after the attention's."""
+
+    selects_rows = False
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: Rotation | None,
+        ctx: ForwardContext,
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        hidden, _ = self.input_norm(self.attention(hidden, rotation, ctx), hidden)
+        return self.mlp_norm(self.mlp(hidden, ctx), hidden)[0], None
 
 
 class PostNormDecoderLayer(nn.Module):

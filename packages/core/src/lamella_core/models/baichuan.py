@@ -15,6 +15,7 @@ from lamella_core.hf_config import HfConfig
 from lamella_core.layers.alibi import alibi_slopes
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.decoder import DecoderLayer
+from lamella_core.layers.embedding import LMHead
 from lamella_core.layers.mlp import GatedMLP
 from lamella_core.layers.norm import RMSNorm
 from lamella_core.models._rules import gated_mlp_rules, module_rules, norm_rules, vocabulary_rules
@@ -97,7 +98,7 @@ class BaichuanForCausalLM(CausalLM):
         return RMSNorm(self.config.hidden_size, self.config.norm_eps, self.config.torch_dtype)
 
     def finish_loading(self) -> None:
-        if self.lm_head is not None and self.config.normalized_head:
+        if isinstance(self.lm_head, LMHead) and self.config.normalized_head:
             with torch.no_grad():
                 for rows in self.lm_head.weight.split(_ROWS):
                     rows.copy_(F.normalize(rows.float(), dim=1))

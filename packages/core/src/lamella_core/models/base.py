@@ -29,7 +29,7 @@ from lamella_core.hf_config import read_hf_config
 from lamella_core.hub import resolve_model_dir
 from lamella_core.kernels.matmul import planning_for
 from lamella_core.layers.attention import Attention
-from lamella_core.layers.embedding import LMHead, VocabParallelEmbedding
+from lamella_core.layers.embedding import LMHead, VocabMatrix, VocabParallelEmbedding
 from lamella_core.layers.latent_attention import LatentAttention
 from lamella_core.layers.mixer import RecurrentMixer
 from lamella_core.layers.norm import Norm
@@ -66,6 +66,9 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
     WEIGHTS: ClassVar[Sequence[WeightRule]]
     SOURCE_PREFIX: ClassVar[str] = "model."  # that source names may lack (saved from the bare decoder)
     IGNORED: ClassVar[Sequence[str]] = ()  # name patterns of source tensors that hold no weights
+    task: ClassVar[str] = "generate"  # or "score": the output layer's rows are scores, and no text is generated
+    pooling: ClassVar[str] = "last"  # of a model that scores: the "first" or "last" token is read, or all "tokens"
+    is_causal: ClassVar[bool] = True  # False: every token sees the whole text
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -84,7 +87,7 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         )
         self.norm = self.make_norm() if mapping.is_last_pp_rank else None
         tied = self.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = LMHead(config, tied, config.lm_head_bias) if mapping.is_last_pp_rank else None
+        self.lm_head = self.make_head(tied) if mapping.is_last_pp_rank else None
 
     def make_layer(self, index: int) -> nn.Module:
         """Returns layer ``index``: called with (hidden, residual, rotation, ctx), returns (hidden, residual)."""
@@ -93,6 +96,10 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
     def make_norm(self) -> Norm | None:
         """Returns the norm before the output layer, if there is one."""
         raise NotImplementedError
+
+    def make_head(self, tied: VocabMatrix | None) -> nn.Module:
+        """Returns the output layer, which may share the embedding's weight: (hidden [R, H], ctx, dtype) -> [R, ...]."""
+        return LMHead(self.config, tied, self.config.lm_head_bias)
 
     def embed(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """Returns the first layer's input [T, H]. Runs on the first pipeline stage only."""

@@ -56,7 +56,6 @@ class MllamaForCausalLM(LlamaForCausalLM):
 
     config: MllamaConfig
     config_class = MllamaConfig
-    IGNORED = (*LlamaForCausalLM.IGNORED, "vision_model.*", "model.vision_model.*", "*multi_modal_projector.*")
 
     def __init__(self, config: MllamaConfig) -> None:
         super().__init__(config)
@@ -67,7 +66,8 @@ class MllamaForCausalLM(LlamaForCausalLM):
         return SkippedLayer() if index in self.config.cross_attention_layers else super().make_layer(index)
 
     def ignored_sources(self) -> Sequence[str]:
-        return (*self.IGNORED, *(f"*model.layers.{index}.*" for index in self.config.cross_attention_layers))
+        skipped = (f"*model.layers.{index}.*" for index in self.config.cross_attention_layers)
+        return (*self.IGNORED, "vision_model.*", "model.vision_model.*", "*multi_modal_projector.*", *skipped)
 
     def weight_rules(self, source_names: Collection[str]) -> list[WeightRule]:
         bare = [name.removeprefix(_PUBLISHED) for name in source_names if name.startswith(_PUBLISHED)]

@@ -17,12 +17,11 @@ from lamella_core.config import ModelConfig
 from lamella_core.context import ForwardContext
 from lamella_core.hf_config import HfConfig
 from lamella_core.layers.attention import Attention
-from lamella_core.layers.decoder import DecoderLayer
+from lamella_core.layers.decoder import DecoderLayer, NormAfterLayer
 from lamella_core.layers.embedding import PositionEmbedding
 from lamella_core.layers.linear import ReplicatedLinear
 from lamella_core.layers.mlp import MLP
 from lamella_core.layers.norm import LayerNorm
-from lamella_core.layers.rotary import Rotation
 from lamella_core.models._rules import module_rules
 from lamella_core.models.base import CausalLM
 from lamella_core.models.registry import register
@@ -65,23 +64,6 @@ class OPTConfig(ModelConfig):
             "layer_norm_elementwise_affine": hf.flag("layer_norm_elementwise_affine", default=True),
             **hf.token_ids(),
         }
-
-
-class NormAfterLayer(DecoderLayer):
-    """Norms the stream after each addition (Vaswani et al. 2017): ``input_norm`` after the attention's."""
-
-    selects_rows = False
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        rotation: Rotation | None,
-        ctx: ForwardContext,
-        rows: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, None]:
-        hidden, _ = self.input_norm(self.attention(hidden, rotation, ctx), hidden)
-        return self.mlp_norm(self.mlp(hidden, ctx), hidden)[0], None
 
 
 def _rules() -> list[WeightRule]:

@@ -42,10 +42,10 @@ def _import_all() -> None:
         import_module(f"{models.__name__}.{module.name}")
 
 
-def registered_architectures() -> list[str]:
-    """Returns the names of all supported architectures, sorted."""
+def registered_architectures(task: str | None = None) -> list[str]:
+    """Returns the names of all supported architectures, or of those with this `CausalLM.task`, sorted."""
     _import_all()
-    return sorted(_ARCHITECTURES)
+    return sorted(name for name, cls in _ARCHITECTURES.items() if task in (None, cls.task))
 
 
 def get_model_class(architecture: str, model_type: str | None = None) -> type[CausalLM]:
