@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from tests.support.reference_context import ReferenceCache, forward_step, greedy, run_ranks
 from tests.support.tiny_models import TINY, has_experts, hf_model, tiny_cases, weight_spellings
+from tests.support.tiny_state_space import COUNTS_FROM_ZERO
 
 from lamella_core.mapping import Mapping
 from lamella_core.models.registry import get_model_class, registered_architectures
@@ -56,7 +57,9 @@ def test_greedy_tokens_equal_transformers(case: tuple[str, str], model: Any, pro
         ids, cache, tokens = torch.tensor([prompt]), None, []
         for _ in range(NEW_TOKENS):
             with torch.no_grad():
-                step = oracle(ids, **{cache_name: cache}, use_cache=True)
+                end = len(prompt) + len(tokens)
+                more = {"position_ids": torch.arange(end)[None, -ids.shape[1] :]} if case[0] in COUNTS_FROM_ZERO else {}
+                step = oracle(ids, **{cache_name: cache}, use_cache=True, **more)
             cache, ids = step[cache_name], step.logits[:, -1:].argmax(-1)
             tokens.append(int(ids))
         expected.append(tokens)
@@ -146,6 +149,7 @@ def test_two_stages_equal_one(case: tuple[str, str], hf_dir: Path, model: Any, p
     )
     assert [*first.attention_specs(), *last.attention_specs()] == model.attention_specs()
     assert [*first.state_specs(), *last.state_specs()] == model.state_specs()
+    assert model.has_states == bool(model.state_specs())
     for logits, one in zip(whole(first, prompts, stages=[last]), whole(model, prompts), strict=True):
         assert torch.equal(logits, one)
 

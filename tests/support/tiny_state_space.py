@@ -6,9 +6,28 @@ from typing import Any
 
 from tests.support.tiny_base import BASE
 
+COUNTS_FROM_ZERO = ("BambaForCausalLM",)  # transformers' forward with a cache does, unless it is told positions
+
+_KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+
+
+def _blocks(pattern: str) -> list[str]:
+    return [_KINDS[letter] for letter in pattern]
+
+
 _MAMBA = {name: BASE[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "bos_token_id",
                                         "eos_token_id")}  # fmt: skip
 _MAMBA["state_size"] = 8
+_BAMBA = {**BASE, "mamba_n_heads": 8, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8}
+_NEMOTRON_H = {
+    **BASE,
+    "head_dim": 8,
+    "ssm_state_size": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "chunk_size": 8,
+}
 _MAMBA2 = {**_MAMBA, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
 
 STATE_SPACE: dict[str, dict[str, dict[str, Any]]] = {
@@ -28,5 +47,19 @@ STATE_SPACE: dict[str, dict[str, dict[str, Any]]] = {
         "one_group_tied": {**_MAMBA2, "n_groups": 1, "tie_word_embeddings": True, "use_conv_bias": False},
         "biased_odd_state": {**_MAMBA2, "n_groups": 4, "use_bias": True, "state_size": 19, "conv_kernel": 3,
                              "head_dim": 24, "expand": 6},
+    },
+    "BambaForCausalLM": {
+        "attention_last": {**_BAMBA, "attn_layer_indices": [1]},
+        "attention_first_biased": {**_BAMBA, "attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True,
+                                   "mamba_proj_bias": True, "mamba_n_groups": 1, "tie_word_embeddings": True},
+        "odd_state": {**_BAMBA, "attn_layer_indices": [1], "num_hidden_layers": 3, "mamba_conv_bias": False,
+                      "mamba_d_conv": 2, "mamba_d_state": 11},
+    },
+    "NemotronHForCausalLM": {
+        "all_kinds": {**_NEMOTRON_H, "layers_block_type": _blocks("M-*M")},
+        "biased": {**_NEMOTRON_H, "layers_block_type": _blocks("*M-"), "use_bias": True, "mlp_bias": True,
+                   "use_conv_bias": False, "n_groups": 1, "num_key_value_heads": 1},
+        "wide_heads": {**_NEMOTRON_H, "layers_block_type": _blocks("MM-*-"), "head_dim": 12, "mamba_head_dim": 12,
+                       "conv_kernel": 3, "ssm_state_size": 5, "mlp_hidden_act": "gelu"},
     },
 }  # fmt: skip

@@ -70,6 +70,8 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
     pooling: ClassVar[str] = "last"  # of a model that scores: the "first" or "last" token is read, or all "tokens"
     is_causal: ClassVar[bool] = True  # False: every token sees the whole text
 
+    has_states: ClassVar[bool] = False  # True: some layers keep a state per sequence, see `state_specs`
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if not isinstance(config, self.config_class):

@@ -65,6 +65,7 @@ class MambaForCausalLM(CausalLM):
     config: MambaConfig
     config_class: ClassVar[type[ModelConfig]] = MambaConfig
     SOURCE_PREFIX = "backbone."
+    has_states = True
     WEIGHTS = (*backbone_rules(), *mixer_rules())
 
     def make_layer(self, index: int) -> nn.Module:

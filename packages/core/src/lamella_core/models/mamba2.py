@@ -80,6 +80,7 @@ class Mamba2ForCausalLM(CausalLM):
     config: Mamba2Config
     config_class = Mamba2Config
     SOURCE_PREFIX = "backbone."
+    has_states = True
     WEIGHTS = (*backbone_rules(), *mixer_rules())
 
     def make_layer(self, index: int) -> nn.Module:

@@ -1,8 +1,8 @@
 """CPU operations of state-space layers: causal convolution and selective scan over packed sequences.
 
 Legend: T tokens, S sequences, C channels, W width of the convolution; H heads of P channels with states of N numbers,
-G groups of heads that share b and c. In float32 a sequence's results and states are the same bits however its tokens are
-divided into calls, and whatever runs beside it.
+G groups of heads that share b and c. In float32 a sequence has the same results and states bit by bit however its tokens
+are divided into calls, and whatever runs beside it.
 """
 
 from __future__ import annotations
