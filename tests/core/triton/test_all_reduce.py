@@ -1,0 +1,87 @@
+"""Kernels that sum over ranks: two and three processes write into memory that they share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.support import all_reduce_rank
+from tests.support.triton_compiler import compile_in_subprocess
+
+from lamella_core.kernels.cpu import reference
+from lamella_core.kernels.fp8 import quantize
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def results(request, tmp_path_factory):
+    """By rank, what it computed; ending at all proves that the abort word ended rank 0's last calls."""
+    size, folder = request.param, tmp_path_factory.mktemp("ranks")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
+    command = [sys.executable, "-m", "tests.support.all_reduce_rank"]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(size), str(folder)], cwd=ROOT, env=environment)
+        for rank in range(size)
+    ]
+    try:
+        assert [process.wait(timeout=200) for process in processes] == [0] * size
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [load_file(folder / f"results{rank}") for rank in range(size)]
+
+
+def same_bits(a, b):
+    return a.dtype is b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def total(parts):
+    """In rank order in float32, rounded once."""
+    wide = parts[0].float()
+    for part in parts[1:]:
+        wide = wide + part.float()
+    return wide.to(parts[0].dtype)
+
+
+def test_all_ranks_have_equal_bits(results):
+    for key, value in results[0].items():
+        assert all(same_bits(value, other[key]) for other in results[1:]), key
+
+
+@pytest.mark.parametrize("name", list(all_reduce_rank.DTYPES))
+@pytest.mark.parametrize("kernel", ["one", "two"])
+def test_sums_are_exact_and_keep_apart(results, kernel, name):
+    for words in all_reduce_rank.WORDS:
+        for round_ in range(all_reduce_rank.ROUNDS):
+            parts = [all_reduce_rank.summand(rank, name, words, round_) for rank in range(len(results))]
+            assert same_bits(results[0][f"{kernel} {name} {words} {round_}"], total(parts)), (words, round_)
+
+
+@pytest.mark.parametrize("name", list(all_reduce_rank.DTYPES))
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_norm_of_the_sum(results, name, unit_offset):
+    inputs = [all_reduce_rank.norm_inputs(rank, name) for rank in range(len(results))]
+    _, residual, weight = inputs[0]
+    x = total([rank[0] for rank in inputs])
+    normed, stream = reference.rms_norm(x, weight, all_reduce_rank.EPS, residual, unit_offset)
+    assert same_bits(results[0][f"total {name} {unit_offset}"], stream)
+    step = torch.finfo(x.dtype).eps
+    torch.testing.assert_close(results[0][f"normed {name} {unit_offset}"], normed, rtol=2 * step, atol=step)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_norm_as_float8(results, name):
+    expected = quantize(results[0][f"normed {name} False"], torch.tensor(0.05)).float()
+    assert torch.equal(results[0][f"float8 {name}"], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90], ids=["no_float8_no_pdl", "hopper"])
+def test_kernels_compile(capability, tmp_path):
+    found = set(compile_in_subprocess(capability, "tests.support.all_reduce_calls", tmp_path))
+    assert found == {"_one_shot_kernel", "_two_shot_kernel", "_sum_norm_kernel"}

@@ -1,0 +1,26 @@
+"""One call of each kernel that sums over ranks, in each of its variants, for `tests.support.triton_compiler`."""
+
+from __future__ import annotations
+
+import torch
+
+from lamella_core.kernels.triton import all_reduce
+
+BF16 = torch.bfloat16
+
+
+def calls() -> None:
+    for size in (2, 3, 8):
+        table = torch.zeros(size + 1, dtype=torch.int64)
+        peers = all_reduce.Peers(1, size, table, torch.zeros(all_reduce.CHANNELS, dtype=torch.int32))
+        for dtype in (BF16, torch.float16, torch.float32):
+            x = torch.zeros(8, 4096, dtype=dtype)
+            all_reduce.one_shot(x, peers)
+            all_reduce.two_shot(x, peers)
+    peers = all_reduce.Peers(0, 4, torch.zeros(5, dtype=torch.int64), peers.epochs)
+    for dtype in (BF16, torch.float32):
+        x, weight, scale = torch.zeros(4, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype), torch.ones(())
+        all_reduce.sum_and_norm(x, x, weight, 1e-5, peers)
+        all_reduce.sum_and_norm(x, x, weight, 1e-5, peers, unit_offset=True)
+        if dtype is BF16:
+            all_reduce.sum_and_norm(x, x, weight, 1e-5, peers, scale)

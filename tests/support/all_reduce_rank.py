@@ -1,0 +1,93 @@
+"""One rank of a test of the kernels that sum over ranks, in triton's interpreter and a process of its own.
+
+    python -m tests.support.all_reduce_rank RANK SIZE FOLDER
+
+maps the slots of all ranks from files in FOLDER and writes its results there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from safetensors.torch import save_file
+from tests.support.triton_interpreter import repair_interpreter
+
+from lamella_core.kernels.triton import all_reduce
+from lamella_core.kernels.triton.all_reduce import Peers
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WORDS = (2, 600)  # of one message; the last takes every channel several tiles
+ROUNDS = 3  # of the same shape: both of a channel's slots, and one of them again
+H, EPS = 24, 1e-5
+
+
+def summand(rank: int, name: str, words: int, round_: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * rank + 10 * words + round_)
+    dtype = DTYPES[name]
+    return torch.randn(words * 4 // dtype.itemsize, generator=generator).to(dtype)
+
+
+def norm_inputs(rank: int, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x of a rank, residual and weight of all."""
+    own, common = torch.Generator().manual_seed(rank), torch.Generator().manual_seed(99)
+    dtype = DTYPES[name]
+    residual, weight = torch.randn(3, H, generator=common), torch.randn(H, generator=common)
+    return torch.randn(3, H, generator=own).to(dtype), residual.to(dtype), weight.to(dtype)
+
+
+def map_peers(rank: int, size: int, folder: Path) -> tuple[Peers, list[torch.Tensor]]:
+    """Returns the peers, and the tensors that own their memory; the last is the abort word, this rank's own."""
+    count = all_reduce.slots_bytes(size) // 8
+    slots = [torch.from_file(str(folder / f"slots{r}"), True, count, dtype=torch.int64) for r in range(size)]
+    abort = torch.zeros(1, dtype=torch.int32)
+    table = torch.tensor([x.data_ptr() for x in (*slots, abort)])
+    return Peers(rank, size, table, torch.zeros(all_reduce.CHANNELS, dtype=torch.int32)), [*slots, abort]
+
+
+def results(peers: Peers) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in DTYPES:
+        for words in WORDS:
+            for round_ in range(ROUNDS):
+                x = summand(peers.rank, name, words, round_)
+                found[f"one {name} {words} {round_}"] = all_reduce.one_shot(x, peers)
+                found[f"two {name} {words} {round_}"] = all_reduce.two_shot(x, peers)
+        x, residual, weight = norm_inputs(peers.rank, name)
+        for unit_offset in (False, True):
+            got = all_reduce.sum_and_norm(x, residual, weight, EPS, peers, unit_offset=unit_offset)
+            found[f"normed {name} {unit_offset}"], found[f"total {name} {unit_offset}"] = got
+        if x.element_size() == 2:
+            scale = torch.tensor(0.05)
+            found[f"float8 {name}"] = all_reduce.sum_and_norm(x, residual, weight, EPS, peers, scale)[0].float()
+    return found
+
+
+def aborted(peers: Peers, abort: torch.Tensor) -> None:
+    """Rank 0 waits for a rank that does not come, until its abort word is set."""
+    threading.Timer(0.5, lambda: abort.fill_(1)).start()
+    all_reduce.one_shot(torch.ones(2), peers)
+    all_reduce.two_shot(torch.ones(2), peers)
+
+
+def main() -> None:
+    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    repair_interpreter()
+    all_reduce.CHANNELS = 2  # so that programs take several tiles
+    all_reduce._LEAST_BLOCK = 64
+    all_reduce.SLOT_WORDS = 128
+    peers, owners = map_peers(rank, size, folder)
+    found = results(peers)
+    save_file({key: value.contiguous() for key, value in found.items()}, folder / f"results{rank}")
+    if rank == 0:
+        aborted(peers, owners[-1])
+
+
+if __name__ == "__main__":
+    main()
