@@ -23,7 +23,7 @@ def generate(architecture: str, variant: str | None, monkeypatch: pytest.MonkeyP
     replayed = []
     original = recorded._RecordedStep.run
     monkeypatch.setattr(
-        recorded._RecordedStep, "run", lambda self, batch: (replayed.append(1), original(self, batch))[1]
+        recorded._RecordedStep, "run", lambda self, *step: (replayed.append(1), original(self, *step))[1]
     )
     monkeypatch.setattr(recorded, "MOST_ROWS", 16 if replay else 0)
     directory = hf_dir(architecture, variant or next(iter(TINY[architecture])))
@@ -60,7 +60,7 @@ def test_recordings_follow_the_thread_count(monkeypatch):
     keys = []
     original = recorded.RecordedDecode._record
     monkeypatch.setattr(
-        recorded.RecordedDecode, "_record", lambda self, key, batch: (keys.append(key), original(self, key, batch))[1]
+        recorded.RecordedDecode, "_record", lambda self, key, *step: (keys.append(key), original(self, key, *step))[1]
     )
     before = torch.get_num_threads()
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from lamella_core.config import ModelConfig
 from lamella_core.context import Communicator, SingleRank
 from lamella_core.models.base import CausalLM
 from lamella_executor.attention.paged_cpu import LayerWindow, PagedAttentionContext, PagedKvCache, make_batch
@@ -35,15 +37,38 @@ class ModelRunner:
         self._tp = tp or SingleRank()
         self._decode = RecordedDecode(model, cache, windows, self._tp)
 
-    @torch.inference_mode()
-    def run(self, plan: StepPlan) -> torch.Tensor:
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration on this rank."""
+        return self._model.config
+
+    def run(self, plan: StepPlan) -> Tensor:
         """Returns logits [plan.num_logits, vocab_size] float32; see `Runner.run`."""
+        return self.run_stage(plan)
+
+    @torch.inference_mode()
+    def run_stage(self, plan: StepPlan, hidden: Tensor | None = None) -> Tensor:
+        """Computes this rank's layers.
+
+        Args:
+            plan: the step.
+            hidden: [T, H] from the previous pipeline stage; None on the first one.
+
+        Returns:
+            What `run` returns; on a stage before the last, hidden states [T, H], the next one's ``hidden``.
+        """
         self._cache.copy_blocks(plan.block_copies)
         batch = make_batch(plan, self._cache.tokens_per_block)
         ctx = PagedAttentionContext(self._cache, batch, self._windows, self._tp)
-        hidden = self._decode.run(batch) if all(item.num_tokens == 1 for item in plan.items) else None
-        if hidden is None:
-            hidden = self._model(batch.input_ids, batch.positions, ctx, rows=batch.logit_rows)  # [R, H]
-        if not hidden.shape[0]:
+        is_last = self._model.lm_head is not None
+        rows = batch.logit_rows if is_last else None  # None: all
+        out: Tensor | None = None
+        if rows is None and all(item.num_tokens == 1 for item in plan.items):
+            out = self._decode.run(batch, hidden)
+        if out is None:
+            out = self._model(batch.input_ids, batch.positions, ctx, hidden=hidden, rows=rows)  # [R, H]
+        if not is_last:
+            return out
+        if not out.shape[0]:
             return torch.empty(0, self._model.config.vocab_size)
-        return self._model.compute_logits(hidden, ctx)
+        return self._model.compute_logits(out, ctx)

@@ -48,12 +48,13 @@ class RecordedDecode:
         self._tp = tp
         self._steps: dict[_Key, _RecordedStep] = {}  # the least recently used first
         self._seen: set[_Key] = set()
-        self._is_possible = tp.size == 1
+        self._is_possible = tp.size == 1 and model.lm_head is not None
 
-    def run(self, batch: StepBatch) -> Tensor | None:
+    def run(self, batch: StepBatch, hidden: Tensor | None = None) -> Tensor | None:
         """Returns hidden states [T, H] of a batch of single tokens, or None if it must run eagerly.
 
-        The result is overwritten by the next step of the same size.
+        The result is overwritten by the next step of the same size. ``hidden`` [T, H] comes from the pipeline stage
+        before; on a stage before the last nothing is recorded, for PyTorch adds up what goes to the next one.
         """
         rows, width = batch.block_tables.shape
         if rows > MOST_ROWS or not self._is_possible:
@@ -65,17 +66,17 @@ class RecordedDecode:
             return None
         step = self._steps.pop(key, None)
         if step is None:
-            step = self._record(key, batch)
+            step = self._record(key, batch, hidden)
             if step is None:
                 return None
             if len(self._steps) >= MOST_TAPES:
                 del self._steps[next(iter(self._steps))]
         self._steps[key] = step
-        return step.run(batch)
+        return step.run(batch, hidden)
 
-    def _record(self, key: _Key, batch: StepBatch) -> _RecordedStep | None:
+    def _record(self, key: _Key, batch: StepBatch, hidden: Tensor | None) -> _RecordedStep | None:
         try:
-            return _RecordedStep(self._model, self._cache, self._windows, self._tp, key, batch)
+            return _RecordedStep(self._model, self._cache, self._windows, self._tp, key, batch, hidden)
         except NotReplayableError as error:
             logger.debug("decoding steps of %s run eagerly: %s", type(self._model).__name__, error)
             self._is_possible = False
@@ -93,6 +94,7 @@ class _RecordedStep:
         tp: Communicator,
         key: _Key,
         batch: StepBatch,
+        hidden: Tensor | None,
     ) -> None:
         rows = key.rows
         self._model = model
@@ -109,22 +111,24 @@ class _RecordedStep:
             logit_rows=None,
         )
         self._ctx = PagedAttentionContext(cache, own, windows, tp)
-        self._hidden, self._rotation = self._inputs(batch)
+        first, self._rotation = self._inputs(batch, hidden)
+        self._hidden = first.clone() if first is hidden else first
         self._fill(batch)
         self._tape: Tape = record(lambda: model.run_layers(self._hidden, self._rotation, self._ctx))
 
-    def run(self, batch: StepBatch) -> Tensor:
-        hidden, rotation = self._inputs(batch)
-        self._hidden.copy_(hidden)
+    def run(self, batch: StepBatch, hidden: Tensor | None) -> Tensor:
+        first, rotation = self._inputs(batch, hidden)
+        self._hidden.copy_(first)
         if rotation is not None and self._rotation is not None:
             self._rotation.copy_(rotation)
         self._fill(batch)
         return self._tape.replay()
 
-    def _inputs(self, batch: StepBatch) -> tuple[Tensor, Rotation | None]:
+    def _inputs(self, batch: StepBatch, hidden: Tensor | None) -> tuple[Tensor, Rotation | None]:
         """Returns the first layer's input and the rotations, which PyTorch looks up."""
         model = self._model
-        hidden = model.embed(batch.input_ids, batch.positions, self._ctx)
+        if hidden is None:
+            hidden = model.embed(batch.input_ids, batch.positions, self._ctx)
         return hidden, model.rotary(batch.positions) if model.rotary is not None else None
 
     def _fill(self, batch: StepBatch) -> None:
