@@ -17,6 +17,9 @@ _PACKED["rms_norm_eps"] = 1e-6
 _QWEN = {**_PACKED, "intermediate_size": 96, "kv_channels": 8, "max_position_embeddings": 64, "rotary_emb_base": 10000,
          "layer_norm_epsilon": 1e-6, "use_dynamic_ntk": True, "use_logn_attn": True, "no_bias": True}  # fmt: skip
 
+_CHATGLM = {"padded_vocab_size": 131, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "kv_channels": 8,
+            "ffn_hidden_size": 48, "seq_length": 64, "layernorm_epsilon": 1e-5, "multi_query_group_num": 2,
+            "add_qkv_bias": True, "add_bias_linear": False, "eos_token_id": 2}  # fmt: skip
 _NAS = {**{name: BASE[name] for name in ("vocab_size", "hidden_size", "num_attention_heads", "bos_token_id",
                                          "eos_token_id", "max_position_embeddings")},
         "rms_norm_eps": 1e-5, "rope_theta": 500.0}  # fmt: skip
@@ -41,6 +44,14 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "BaiChuanForCausalLM": {
         "rotary": {**_PACKED, "max_position_embeddings": 64},
+    },
+    "ChatGLMModel": {
+        "grouped": _CHATGLM,
+        "wide_heads_long": {**_CHATGLM, "kv_channels": 16, "rope_ratio": 500, "multi_query_group_num": 4},
+        "all_biased": {**_CHATGLM, "add_bias_linear": True, "multi_query_group_num": 1, "kv_channels": 12},
+    },
+    "ChatGLMForConditionalGeneration": {
+        "unbiased": {**_CHATGLM, "add_qkv_bias": False},
     },
     "DeciLMForCausalLM": {
         "heads_by_layer": {**_NAS, "num_hidden_layers": 2, "intermediate_size": 48,
