@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from lamella_core.kernels.triton.attention import common, decode, decode_plan, prefill
+from lamella_core.kernels.triton.attention import common, decode, decode_plan, mla, mla_plan, prefill
 
 BF16, FLOAT8 = torch.bfloat16, torch.float8_e4m3fn
 PAGE = 32
 
 
 def calls() -> None:
-    common.num_processors = decode.num_processors = decode_plan.num_processors = lambda device: 132
-    common.shared_memory = prefill.shared_memory = decode_plan.shared_memory = lambda device: 227 << 10
+    for module in (common, decode, decode_plan, mla, mla_plan):
+        module.num_processors = lambda device: 132
+    for module in (common, prefill, decode_plan, mla_plan):
+        module.shared_memory = lambda device: 227 << 10
     for cache in (BF16, FLOAT8):
         for count, longest in ((1, 8192), (64, 8192), (1024, 256)):
             decoded(cache, count, longest)
@@ -22,6 +24,9 @@ def calls() -> None:
         whole(count)
     whole(128, sliding_window=64, softcap=30.0)
     whole(128, out_scale=torch.ones(()))
+    for cache in (BF16, FLOAT8):
+        for heads in (16, 128):
+            latent(cache, heads)
 
 
 def _layer(cache: torch.dtype, tokens: int) -> tuple[torch.Tensor, ...]:
@@ -55,3 +60,13 @@ def whole(count: int, **options: object) -> None:
     q, k, v = torch.zeros(count, 48, 128, dtype=BF16).split([32, 8, 8], dim=1)
     starts = torch.tensor([0, count], dtype=torch.int32)
     prefill.ragged_attention(q, k, v, starts, scale=1.0, max_query_len=count, **options)  # type: ignore[arg-type]
+
+
+def latent(cache: torch.dtype, heads: int) -> None:
+    """DeepSeek's sizes: a step that decodes in parts, and a chunk."""
+    stored = torch.zeros(3, 1, PAGE, 576, dtype=torch.uint8 if cache.itemsize == 1 else cache).view(cache)
+    tables, rows = torch.zeros(4, 8, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    q, starts = torch.zeros(64, heads, 576, dtype=BF16), torch.tensor([0, 64], dtype=torch.int32)
+    inputs = (stored, 512, tables, rows)
+    mla.latent_decode(q[:1], *inputs, rows, scale=1.0, max_context_len=8192, kv_scales=_scales(cache))
+    mla.latent_prefill(q, *inputs, starts, rows, scale=1.0, max_query_len=64, kv_scales=_scales(cache))

@@ -31,6 +31,7 @@ class PagedCase:
     device: str = "cpu"
     options: dict = field(default_factory=dict)  # keywords of the kernels and the reference
     kv_scales: tuple[float, float] | None = None
+    value_dim: int = 0  # of a latent cache: values are the last so many numbers of keys; 0: they have a cache
 
     def __post_init__(self) -> None:
         random = torch.Generator().manual_seed(11)
@@ -55,6 +56,8 @@ class PagedCase:
                 for cache in (self.k, self.v):
                     values = torch.randn(self.kv_heads, filled, self.dim, generator=random)
                     cache.view(_bits(stored))[block, :, :filled] = values.to(stored).view(_bits(stored))
+        if self.value_dim:
+            self.v = self.k[..., self.dim - self.value_dim :]
         self._evict()
         self.starts = torch.tensor([0, *self.queries]).cumsum(0).int()
         self.context = torch.tensor(self.lengths, dtype=torch.int32)

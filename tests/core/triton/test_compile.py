@@ -16,7 +16,7 @@ KERNELS = {
     "masses_kernel",
     "draw_kernel",
 }
-ATTENTION = {"_decode_kernel", "_prefill_kernel"}
+ATTENTION = {"_decode_kernel", "_prefill_kernel", "_latent_kernel", "_join_kernel"}
 
 
 @pytest.mark.slow

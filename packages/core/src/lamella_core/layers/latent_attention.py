@@ -14,13 +14,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from lamella_core.config import ModelConfig
 from lamella_core.context import AttentionSpec, ForwardContext
 from lamella_core.kernels import ops
 from lamella_core.kernels.gpu_matmul import cublas_stacked
 from lamella_core.layers.linear import ColumnParallelLinear, Linear, RowParallelLinear
+from lamella_core.layers.mixer import TokenMixer
 from lamella_core.layers.norm import RMSNorm
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.rotary import Rotation
@@ -62,7 +62,7 @@ class HeadwiseLinear(Linear):
         return out
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(TokenMixer):
     """[T, hidden] -> [T, hidden], heads split over the tensor-parallel ranks; what `Attention` is for MLA.
 
     Args:

@@ -62,10 +62,10 @@ class LayerCall:
     spec: AttentionSpec
     window: LayerWindow
     k_cache: Tensor  # [N + 1, Hkv, P, D], this step's keys included
-    v_cache: Tensor  # [N + 1, Hkv, P, D]
+    v_cache: Tensor  # [N + 1, Hkv, P, D]; of a latent layer a view of k_cache: the last ``spec.value_dim`` numbers
     alibi_slopes: Tensor | None  # [Hq] float32
     sink_logits: Tensor | None  # [Hq]
-    kv_scales: Tensor | None  # [2] float32, of keys and values of a float8 cache
+    kv_scales: Tensor | None  # [2] float32, of keys and values of a float8 cache; of latents equal, only [0] has memory
     out_scale: Tensor | None  # [] float32: the result may come as float8, divided by it
     # [T - D_, Hkv, D] in the queries' dtype: rotated keys, and values, of the tokens that are not decoding; the last
     # `num_whole` sequences of the step may be attended over these instead of a float8 cache
@@ -73,7 +73,7 @@ class LayerCall:
 
 
 class StepAttention(Protocol):
-    """Attention of one step."""
+    """Attention of one step. Over a latent cache results have ``spec.value_dim`` numbers instead of D."""
 
     def decode(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         """Returns [D_, Hq, D] for the first D_ queries, in q's dtype or, with an ``out_scale``, perhaps in float8.

@@ -87,6 +87,7 @@ class XqaDecode:
             (q.dtype in HALVES, f"queries of {q.dtype}"),
             (cache.dtype in (q.dtype, torch.float8_e4m3fn), f"a cache of {cache.dtype}"),
             (cache.shape[2] in PAGE_SIZES, f"blocks of {cache.shape[2]} tokens"),
+            (not spec.is_latent, "a latent cache"),
             (spec.head_dim in HEAD_DIMS, f"head_dim {spec.head_dim}"),
             (spec.num_heads <= MOST_HEADS_PER_GROUP * spec.num_kv_heads, "more than 32 heads per KV head"),
             (not spec.softcap, "soft-capped scores"),

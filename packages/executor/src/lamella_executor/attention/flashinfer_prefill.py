@@ -94,6 +94,7 @@ class PagedPrefill:
             (q.dtype in HALVES, f"queries of {q.dtype}"),
             (cache.dtype in (q.dtype, torch.float8_e4m3fn), f"a cache of {cache.dtype}"),
             (kernel != "fa3" or cache.dtype == q.dtype, f"a cache of {cache.dtype} with fa3"),
+            (not spec.is_latent, "a latent cache"),
             (spec.head_dim in HEAD_DIMS, f"head_dim {spec.head_dim}"),
             (not spec.softcap, "soft-capped scores"),
             (layer.alibi_slopes is None, "ALiBi"),

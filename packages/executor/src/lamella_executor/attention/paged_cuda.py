@@ -24,8 +24,8 @@ COPY_TILE = 16  # blocks copied at a time: bounds the temporary memory
 class DeviceKvCache:
     """Keys and values of every attention layer on a device; owns the memory, which is zero at first.
 
-    Layers of one shape share an allocation. Block N, one more than there are, is scratch: rows that only pad a step
-    write there.
+    Layers of one shape share an allocation. Latent ones have keys alone, of which values are a view. Block N, one more
+    than there are, is scratch: rows that only pad a step write there.
     """
 
     def __init__(
@@ -40,17 +40,21 @@ class DeviceKvCache:
         self.tokens_per_block = tokens_per_block
         self.dtype = dtype
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._pools: list[Tensor] = []  # [2 * layers, N + 1, Hkv, P, D], as bytes if float8
-        alike: dict[tuple[int, int], list[AttentionSpec]] = defaultdict(list)
+        self._pools: list[Tensor] = []  # [2 * layers (latent: layers), N + 1, Hkv, P, D], as bytes if float8
+        alike: dict[tuple[int, int, bool], list[AttentionSpec]] = defaultdict(list)
         for spec in specs:
-            alike[spec.num_kv_heads, spec.head_dim].append(spec)
-        for (kv_heads, head_dim), members in alike.items():
-            shape = (2 * len(members), num_blocks + 1, kv_heads, tokens_per_block, head_dim)
+            alike[spec.num_kv_heads, spec.head_dim, spec.is_latent].append(spec)
+        for (kv_heads, head_dim, is_latent), members in alike.items():
+            count = len(members) * (1 if is_latent else 2)
+            shape = (count, num_blocks + 1, kv_heads, tokens_per_block, head_dim)
             raw = torch.zeros(shape, dtype=torch.uint8 if dtype.itemsize == 1 else dtype, device=device)
             self._pools.append(raw)
             pool = raw.view(dtype)
             for place, spec in enumerate(members):
-                self._layers[spec.layer_idx] = (pool[2 * place], pool[2 * place + 1])
+                if is_latent:
+                    self._layers[spec.layer_idx] = (pool[place], pool[place][..., head_dim - spec.out_dim :])
+                else:
+                    self._layers[spec.layer_idx] = (pool[2 * place], pool[2 * place + 1])
 
     @property
     def scratch_block(self) -> int:
@@ -82,14 +86,14 @@ class DeviceKvCache:
 class RopeAndCache(Protocol):
     """Rotates q [T, Hq, D] and k [T, Hkv, D], and stores k and v at ``slots`` [T] int64; q is rotated in place.
 
-    So is k if ``rotate_keys``; it may be anyway.
+    So is k if ``rotate_keys``; it may be anyway. Without v nothing is stored of it.
     """
 
     def __call__(
         self,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         rotation: Rotation | None,
         caches: tuple[Tensor, Tensor],
         slots: Tensor,
@@ -126,7 +130,7 @@ class CudaStepContext:
         spec: AttentionSpec,
         q: Tensor,  # [T, Hq, D]
         k: Tensor,  # [T, Hkv, D]
-        v: Tensor,  # [T, Hkv, D]
+        v: Tensor | None,  # [T, Hkv, D]; None: the cache is latent
         *,
         rotation: Rotation | None = None,
         alibi_slopes: Tensor | None = None,
@@ -137,13 +141,16 @@ class CudaStepContext:
         """Rotates, writes this step's keys and values, then attends over the cache; returns [T, Hq, D].
 
         Prompts that begin in this step attend over their own keys and values where the cache is float8: they need
-        nothing else, and these are neither rounded nor to be converted.
+        nothing else, and these are neither rounded nor to be converted. Latent caches are read always.
         """
         caches = self._cache.layer(spec.layer_idx)
         scales = kv_scales if self._cache.is_float8 else None
-        self._rope_and_cache(q, k, v, rotation, caches, self._slots, scales, self._has_own)
+        if spec.is_latent and scales is not None:
+            scales = scales[:1].expand(2)  # keys and values are the same numbers
+        has_own = self._has_own and v is not None
+        self._rope_and_cache(q, k, v, rotation, caches, self._slots, scales, has_own)
         num_decode = self._num_decode
-        own = (k[num_decode:], v[num_decode:]) if self._has_own else None
+        own = (k[num_decode:], v[num_decode:]) if has_own and v is not None else None
         call = LayerCall(
             spec, self._windows[spec.layer_idx], *caches, alibi_slopes, sink_logits, scales, out_scale, own
         )  # fmt: skip
@@ -152,7 +159,7 @@ class CudaStepContext:
         if num_decode == 0:
             return self._attention.prefill(q, call)
         dtype = q.dtype if out_scale is None else torch.float8_e4m3fn
-        out = torch.empty(q.shape, dtype=dtype, device=q.device)
+        out = torch.empty(*q.shape[:2], spec.out_dim, dtype=dtype, device=q.device)
         first = self._attention.decode(q[:num_decode], call, out[:num_decode])
         rest = self._attention.prefill(q[num_decode:], call, out[num_decode:])
         is_there = first.data_ptr() == out.data_ptr() and rest.data_ptr() == out[num_decode:].data_ptr()
@@ -162,7 +169,7 @@ class CudaStepContext:
 def torch_rope_and_cache(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     rotation: Rotation | None,
     caches: tuple[Tensor, Tensor],
     slots: Tensor,
@@ -172,7 +179,7 @@ def torch_rope_and_cache(
     """`RopeAndCache` through PyTorch, for devices without triton."""
     if rotation is not None:
         rotation.apply_(q, k)
-    for index, (rows, cache) in enumerate(zip((k, v), caches)):
+    for index, (rows, cache) in enumerate(zip((k,) if v is None else (k, v), caches)):
         size = cache.shape[2]
         blocks, offsets = slots // size, slots % size
         if cache.itemsize == 1:
@@ -186,7 +193,7 @@ def torch_rope_and_cache(
 def triton_rope_and_cache(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     rotation: Rotation | None,
     caches: tuple[Tensor, Tensor],
     slots: Tensor,

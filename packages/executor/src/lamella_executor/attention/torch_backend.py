@@ -38,7 +38,7 @@ class _TorchStep:
 
     def _attend(self, q: Tensor, layer: LayerCall, first: int, last: int) -> Tensor:
         """Returns [tokens, Hq, D] of sequences ``first`` to ``last``, whose queries follow each other in ``q``."""
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(*q.shape[:2], layer.spec.out_dim, dtype=q.dtype, device=q.device)
         begin = 0
         for index in range(first, last):
             length, end = self._context[index], begin + self._query[index]
@@ -56,7 +56,7 @@ class _TorchStep:
 
 
 def _gathered(layer: LayerCall, row: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """First ``length`` keys and values of one sequence: each [length, Hkv, D] float32."""
+    """First ``length`` keys [length, Hkv, D] and values [length, Hkv, Dv] of one sequence, float32."""
     blocks = row[: -(-length // layer.k_cache.shape[2])].long()
     found = []
     for index, cache in enumerate((layer.k_cache, layer.v_cache)):
@@ -67,7 +67,7 @@ def _gathered(layer: LayerCall, row: Tensor, length: int) -> tuple[Tensor, Tenso
 
 
 def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, offset: int, layer: LayerCall) -> Tensor:
-    """Returns [n, Hq, D] float32 for queries [n, Hq, D] at positions ``offset``, ``offset + 1``, ..."""
+    """Returns [n, Hq, Dv] float32 for queries [n, Hq, D] at positions ``offset``, ``offset + 1``, ..."""
     spec, window = layer.spec, layer.window
     count, num_heads, head_dim = q.shape
     kv_heads = keys.shape[1]
@@ -88,5 +88,5 @@ def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, offset: int, layer: La
         extra = layer.sink_logits.float().view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, extra], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : keys.shape[0]]
-    mixed = torch.matmul(weights, values.permute(1, 0, 2)[:, None])  # [Hkv, G, n, D]
-    return mixed.permute(2, 0, 1, 3).reshape(count, num_heads, head_dim)
+    mixed = torch.matmul(weights, values.permute(1, 0, 2)[:, None])  # [Hkv, G, n, Dv]
+    return mixed.permute(2, 0, 1, 3).reshape(count, num_heads, values.shape[2])

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from lamella_core.kernels.triton.attention.decode import Workspace, decode_attention, decode_workspace
+from lamella_core.kernels.triton.attention.mla import latent_decode, latent_prefill
+from lamella_core.kernels.triton.attention.mla_plan import Workspace as LatentWorkspace
+from lamella_core.kernels.triton.attention.mla_plan import latent_workspace
 from lamella_core.kernels.triton.attention.prefill import prefill_attention, ragged_attention
 from lamella_executor.attention.backend import AttentionStep, LayerCall
 
@@ -21,6 +24,7 @@ class TritonAttention:
 
     def __init__(self) -> None:
         self._workspaces: dict[tuple[int, int, int], Workspace] = {}  # by heads, key/value heads and head size
+        self._latent_workspaces: dict[tuple[int, int], LatentWorkspace] = {}  # by heads and value size
 
     def begin(self, step: AttentionStep) -> _TritonStep:
         return _TritonStep(self, step)
@@ -32,6 +36,13 @@ class TritonAttention:
         if key not in self._workspaces:
             self._workspaces[key] = decode_workspace(*key, device)
         return self._workspaces[key]
+
+    def latent_workspace(self, layer: LayerCall, device: torch.device) -> LatentWorkspace:
+        """Returns what `workspace` does, for layers with a latent cache."""
+        key = (layer.spec.num_heads, layer.spec.out_dim)
+        if key not in self._latent_workspaces:
+            self._latent_workspaces[key] = latent_workspace(*key, device)
+        return self._latent_workspaces[key]
 
 
 class _TritonStep:
@@ -49,6 +60,13 @@ class _TritonStep:
 
     def decode(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         spec, window = layer.spec, layer.window
+        if spec.is_latent:
+            return latent_decode(
+                q, layer.k_cache, spec.out_dim, *self._decode,
+                scale=spec.scale, max_context_len=self._step.max_context_len, sliding_window=window.length,
+                num_sinks=window.num_sinks, kv_scales=layer.kv_scales,
+                workspace=self._backend.latent_workspace(layer, q.device), out=out,
+            )  # fmt: skip
         return decode_attention(
             q, layer.k_cache, layer.v_cache, *self._decode,
             scale=spec.scale, max_context_len=self._step.max_context_len,
@@ -76,6 +94,12 @@ class _TritonStep:
         """Attention of the first ``count`` prompts; rows of others are left as they are."""
         spec, window, step = layer.spec, layer.window, self._step
         rows, lengths = (x[step.num_decode : step.num_decode + count] for x in (step.table_rows, step.context_lens))
+        if spec.is_latent:
+            return latent_prefill(
+                q, layer.k_cache, spec.out_dim, step.block_tables, rows, step.query_start[: count + 1], lengths,
+                max_query_len=step.max_query_len, scale=spec.scale, sliding_window=window.length,
+                num_sinks=window.num_sinks, kv_scales=layer.kv_scales, out=out,
+            )  # fmt: skip
         return prefill_attention(
             q, layer.k_cache, layer.v_cache, step.block_tables, rows, step.query_start[: count + 1], lengths,
             scale=spec.scale, max_query_len=step.max_query_len, max_context_len=self._longest[0],

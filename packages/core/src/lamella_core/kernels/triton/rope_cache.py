@@ -152,6 +152,7 @@ def _rope_cache_kernel(
     INTERLEAVED: tl.constexpr,
     FLOAT8: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
     NATIVE_FLOAT8: tl.constexpr,
     ROTATE_KEYS: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -183,14 +184,15 @@ def _rope_cache_kernel(
             HALF, HEADS, INTERLEAVED, FLOAT8, NATIVE_FLOAT8, ROTATE_KEYS,
         )  # fmt: skip
         _copy(base, k_cache_ptr + place, mask, k_scale, ROTARY, HEAD_DIM, FLOAT8, NATIVE_FLOAT8)
-        base = v_ptr + token * v_stride + heads * V_HEAD_STRIDE
-        _copy(base, v_cache_ptr + place, mask, v_scale, 0, HEAD_DIM, FLOAT8, NATIVE_FLOAT8)
+        if HAS_VALUES:
+            base = v_ptr + token * v_stride + heads * V_HEAD_STRIDE
+            _copy(base, v_cache_ptr + place, mask, v_scale, 0, HEAD_DIM, FLOAT8, NATIVE_FLOAT8)
 
 
 def rope_and_cache(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     rotary_dim: int,
@@ -206,7 +208,7 @@ def rope_and_cache(
     Args:
         q: [T, Hq, D], values of a head side by side, as in a view of the fused projection. So are k and v.
         k: [T, Hkv, D].
-        v: [T, Hkv, D].
+        v: [T, Hkv, D]; None: nothing is written to ``v_cache``.
         cos: [T, rotary_dim / 2] float32, contiguous; None: nothing is rotated.
         sin: like cos.
         rotary_dim: how many values of a head are rotated; even. 0 without cos.
@@ -225,6 +227,7 @@ def rope_and_cache(
     heads = min(HEADS_PER_PROGRAM, next_power_of_2(max(q_heads, kv_heads)))
     q_groups = -(-q_heads // heads) if rotary else 0
     float8 = k_cache.dtype is float8_e4m3fn
+    has_values, v = v is not None, k if v is None else v
     _rope_cache_kernel[(num_tokens, q_groups + -(-kv_heads // heads))](
         q, k, v,
         slots if cos is None else cos,  # any pointer
@@ -235,7 +238,7 @@ def rope_and_cache(
         Q_HEADS=q_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
         Q_HEAD_STRIDE=q.stride(1), K_HEAD_STRIDE=k.stride(1), V_HEAD_STRIDE=v.stride(1),
         TOKENS_PER_BLOCK=tokens_per_block, ROTARY=rotary, Q_GROUPS=q_groups, HEADS=heads, INTERLEAVED=interleaved,
-        FLOAT8=float8, HAS_SCALES=float8 and kv_scales is not None, NATIVE_FLOAT8=has_float8(),
+        FLOAT8=float8, HAS_SCALES=float8 and kv_scales is not None, HAS_VALUES=has_values, NATIVE_FLOAT8=has_float8(),
         ROTATE_KEYS=rotate_keys, USE_PDL=use_pdl(),
         num_warps=min(8, max(1, heads * next_power_of_2(head_dim) // VALUES_PER_WARP)), **launch_options(),
     )  # fmt: skip

@@ -100,7 +100,7 @@ def fitting(tile: Tile, row_bytes: int, query_row_bytes: int, device: torch.devi
 
 
 @triton.jit
-def _find_sequence(starts_ptr, num_seqs, tile, G: tl.constexpr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
+def find_sequence(starts_ptr, num_seqs, tile, G: tl.constexpr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns the sequence that a tile number belongs to; -1: to none."""
     found = -1
     for begin in range(0, num_seqs, _SEQUENCES_AT_ONCE):
@@ -234,7 +234,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     if USE_PDL:
         gdc_wait()
         gdc_launch_dependents()
-    seq = _find_sequence(starts_ptr, num_seqs, tile, L.group, BLOCK_M)
+    seq = find_sequence(starts_ptr, num_seqs, tile, L.group, BLOCK_M)
     if seq < 0:
         return
     start, stop = tl.load(starts_ptr + seq), tl.load(starts_ptr + seq + 1)
