@@ -17,6 +17,7 @@ from lamella_core.checkpoint.native import read_checkpoint_config
 from lamella_core.engine import BuildConfig
 from lamella_core.mapping import Mapping
 from lamella_core.models.registry import get_model_class
+from lamella_core.placement import check_room
 from lamella_core.quantization.config import QuantConfig
 from lamella_core.quantization.hugging_face import loadable
 
@@ -124,5 +125,6 @@ class RankSource:
         if self.load_format == "dummy":
             return model_class.dummy(config, device)
         model = model_class.empty(config, device)
+        check_room(model, device)
         load_weights(model, self.directory, progress=advance, device=device)
         return model

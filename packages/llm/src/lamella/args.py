@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lamella_builder.sizes import ParallelSizes
+from lamella_core.checks import check_number
 from lamella_core.config import resolve_dtype
 from lamella_core.engine import BuildConfig, Engine
 from lamella_core.engine.build_config import DEVICES
@@ -41,14 +43,19 @@ class LlmArgs:
     tokenizer_mode: str = "auto"
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int | None = None  # of these, None is 1, or what the checkpoint or engine was made for
     dtype: str = "auto"
     revision: str | None = None
     tokenizer_revision: str | None = None
     # parallelism
-    pipeline_parallel_size: int = 1
+    pipeline_parallel_size: int | None = None
     moe_tensor_parallel_size: int | None = None
     moe_expert_parallel_size: int | None = None
+    pp_partition: tuple[int, ...] | list[int] | None = None  # layers of each pipeline stage
+    auto_parallel: bool = False  # choose the sizes for world_size ranks
+    world_size: int | None = None  # with auto_parallel; None: one rank for each GPU of this machine
+    gpus_per_node: int | None = None  # None: the GPUs of this machine
+    worker_timeout_s: float = 30.0  # after which the silent process of another rank counts as dead
     # loading and building
     device: str = "auto"  # "cpu", "cuda", or a GPU if there is one; overrides the field of build_config
     load_format: str = "auto"  # "dummy": random weights from config.json alone
@@ -87,29 +94,31 @@ class LlmArgs:
                 raise ConfigError(f"{name} is {value!r}; it must be a positive integer or None")
         for name, kind in _CONFIG_TYPES.items():
             object.__setattr__(self, name, _as_config(name, getattr(self, name), kind))
-        self._check_parallel()
+        self.sizes()
+        check_number("worker_timeout_s", self.worker_timeout_s, positive=True)
         if self.skip_tokenizer_init and self.tokenizer is not None:
             raise ConfigError("skip_tokenizer_init=True and tokenizer= contradict each other; drop one of them")
         if self.trust_remote_code:
             logger.warning("trust_remote_code=True has no effect: code of a model repository is never run")
 
-    def _check_parallel(self) -> None:
-        sizes = (
-            "tensor_parallel_size",
-            "pipeline_parallel_size",
-            "moe_tensor_parallel_size",
-            "moe_expert_parallel_size",
+    def sizes(self) -> ParallelSizes:
+        """Returns the ranks that are asked for.
+
+        Raises:
+            ConfigError: sizes that contradict each other.
+        """
+        partition = self.pp_partition
+        return ParallelSizes(
+            tp_size=self.tensor_parallel_size,
+            pp_size=self.pipeline_parallel_size,
+            moe_tp_size=self.moe_tensor_parallel_size,
+            moe_ep_size=self.moe_expert_parallel_size,
+            pp_partition=tuple(partition) if isinstance(partition, list) else partition,
+            auto_parallel=self.auto_parallel,
+            world_size=self.world_size,
+            gpus_per_node=self.gpus_per_node,
+            long_names=True,
         )
-        for name in sizes:
-            value = getattr(self, name)
-            if value is None or (value == 1 and type(value) is int):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
-            raise ConfigError(
-                f"{name} is {value}; this release of LLM runs a model on one rank: leave it at 1. Sharded checkpoints "
-                "and engines can be written with lamella_core.Mapping and lamella_builder.build"
-            )
 
     @classmethod
     def create(cls, **values: Any) -> LlmArgs:

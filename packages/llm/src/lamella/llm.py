@@ -16,12 +16,12 @@ from lamella.scoring import EncodingOutput, Scorer
 from lamella.submission import submit, submit_batch
 from lamella.tokenizer import TokenizerBase
 from lamella.tokenizer_loading import load_tokenizer
+from lamella_core.engine import Engine
 from lamella_core.errors import RequestError
 from lamella_executor import GenerationExecutor, SamplingParams
 from lamella_executor.scoring.executor import ScoringExecutor, is_scoring
 
 if TYPE_CHECKING:
-    from lamella_core.engine import Engine
     from lamella_executor.stats import IterationStats
 
 STATS_POLL_S = 0.05
@@ -41,7 +41,7 @@ class LLM:
         tokenizer_mode: str = "auto",
         skip_tokenizer_init: bool = False,
         trust_remote_code: bool = False,
-        tensor_parallel_size: int = 1,
+        tensor_parallel_size: int | None = None,
         dtype: str = "auto",
         revision: str | None = None,
         tokenizer_revision: str | None = None,
@@ -55,7 +55,8 @@ class LLM:
             tokenizer_mode: "auto", or "slow" for the Python implementation of `transformers`.
             skip_tokenizer_init: no tokenizer: prompts are token ids and outputs have no text.
             trust_remote_code: accepted for callers of other libraries; a repository's code is never run.
-            tensor_parallel_size: 1.
+            tensor_parallel_size: ranks that share each layer; the processes of all but the first are started here.
+                Default: 1, or what the checkpoint or engine was made for.
             dtype: of weights and activations; "auto" is what the directory says.
             revision: of a hub id.
             tokenizer_revision: of the tokenizer's hub id; default: ``revision``.
@@ -66,6 +67,7 @@ class LLM:
             CheckpointError: the directory is missing, damaged or of no known kind.
             UnsupportedModelError: the architecture is not supported; lists those that are.
             OutOfMemoryError: weights and KV cache do not fit.
+            WorkerError: the process of another rank failed while it started.
         """
         self.args = LlmArgs.create(
             model=model, tokenizer=tokenizer, tokenizer_mode=tokenizer_mode, skip_tokenizer_init=skip_tokenizer_init,
@@ -73,7 +75,7 @@ class LLM:
             revision=revision, tokenizer_revision=tokenizer_revision, **kwargs,
         )  # fmt: skip
         args = self.args
-        self._engine, model_dir = open_engine(args)
+        self._opened, model_dir = open_engine(args)
         self._tokenizer: TokenizerBase | None = None
         if not args.skip_tokenizer_init:
             self._tokenizer = load_tokenizer(
@@ -84,9 +86,9 @@ class LLM:
             )
         self._generator: GenerationExecutor | None = None
         self._scorer: Scorer | None = None
-        if is_scoring(self._engine):
+        if isinstance(self._opened, Engine) and is_scoring(self._opened):
             scoring = ScoringExecutor.create(
-                self._engine, max_batch_size=args.max_batch_size, max_num_tokens=args.max_num_tokens
+                self._opened, max_batch_size=args.max_batch_size, max_num_tokens=args.max_num_tokens
             )
             self._scorer = Scorer(scoring, self._tokenizer, self._engine.spec.model)
         else:
@@ -94,14 +96,19 @@ class LLM:
 
     def _start_generator(self, args: LlmArgs) -> GenerationExecutor:
         return GenerationExecutor.create(
-            self._engine,
+            self._opened,
             args.kv_cache_config,
             args.resolved_scheduler_config(),
             max_batch_size=args.max_batch_size,
             max_num_tokens=args.max_num_tokens,
             stats_capacity=args.max_stats_len,
             attn_backend=args.attn_backend,
+            worker_timeout_s=args.worker_timeout_s,
         )
+
+    @property
+    def _engine(self) -> Engine:
+        return self._opened if isinstance(self._opened, Engine) else self._opened.engine
 
     @property
     def _executor(self) -> GenerationExecutor:
@@ -122,7 +129,7 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """What runs: weights, limits and kernel choices."""
+        """What runs: weights, limits and kernel choices; of several ranks, what this process runs, which is rank 0."""
         return self._engine
 
     @overload
@@ -227,10 +234,12 @@ class LLM:
     def save(self, engine_dir: str | Path) -> None:
         """Writes the engine and its tokenizer; ``LLM(engine_dir)`` opens it without building.
 
+        Of several ranks it writes all, and reads those that other processes run again, one after another.
+
         Raises:
             OSError: the directory cannot be written.
         """
-        save_engine(self._engine, self._tokenizer, Path(engine_dir))
+        save_engine(self._opened, self._tokenizer, Path(engine_dir))
 
     def get_stats(self) -> list[IterationStats]:
         """Returns the most recent iterations of the engine, oldest first."""

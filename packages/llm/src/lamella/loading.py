@@ -3,85 +3,116 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from lamella.args import LlmArgs
+from lamella.progress import shown_progress
+from lamella.ranks import RankRecipe, check_ranks, engine_recipe, source_recipe
 from lamella.tokenizer import TokenizerBase
-from lamella_builder import build
-from lamella_core.auto import AutoModelForCausalLM
-from lamella_core.checkpoint.formats import detect_format
-from lamella_core.config import resolve_dtype
+from lamella_builder.job import checkpoint_config
+from lamella_builder.rank_source import RankSource
+from lamella_builder.steps import StepClock
+from lamella_core.checkpoint.formats import ENGINE_FILE, detect_format, read_json_object
+from lamella_core.config import ModelConfig, resolve_dtype
 from lamella_core.device import resolve_device
-from lamella_core.engine import Engine, EngineWriter
-from lamella_core.errors import ConfigError
+from lamella_core.engine import Engine, EngineSpec, EngineWriter
+from lamella_core.errors import ConfigError, EngineFormatError
 from lamella_core.hub import resolve_model_dir
+from lamella_core.mapping import Mapping
 from lamella_core.quantization.config import QuantConfig
 
 logger = logging.getLogger(__name__)
 
 
-def open_engine(args: LlmArgs) -> tuple[Engine, Path | None]:
-    """Opens or builds the engine that ``args.model`` names.
+def open_engine(args: LlmArgs) -> tuple[Engine | RankRecipe, Path | None]:
+    """Opens or builds the engine that ``args.model`` names; of one of several ranks, says how each rank does so.
 
     Returns:
-        The engine, and the directory to look for a tokenizer in (None: there is none).
+        The engine or recipe, and the directory to look for a tokenizer in (None: there is none).
 
     Raises:
-        CheckpointError, UnsupportedModelError, ConfigError: see `LLM`.
+        CheckpointError, UnsupportedModelError, ConfigError, OutOfMemoryError: see `LLM`.
     """
     if isinstance(args.model, Engine):
-        return _checked(args.model, args), args.model.tokenizer_dir
+        _check_built(args.model.spec, args)
+        return _whole(args.model), args.model.tokenizer_dir
     directory = resolve_model_dir(args.model, args.revision, weights=args.load_format != "dummy")
     kind = detect_format(directory)
     if kind == "engine":
-        engine = _checked(Engine.load(directory), args)
+        spec = _read_spec(directory)
+        _check_built(spec, args)
+        if spec.model.mapping.world_size > 1:
+            return engine_recipe(directory, spec), directory
+        engine = Engine.load(directory)
         return engine, engine.tokenizer_dir or directory
+    source, config = _source(args, directory, kind)
+    if config.mapping.world_size > 1:
+        check_ranks(config, source.build_config.device)
+        return source_recipe(source, shows_progress=args.enable_tqdm), directory
+    with shown_progress(args.enable_tqdm) as progress:
+        return source.engine(0, StepClock(progress)), directory
+
+
+def _source(args: LlmArgs, directory: Path, kind: str) -> tuple[RankSource, ModelConfig]:
+    """Returns where a model's ranks come from, and its configuration seen from rank 0."""
     build_config = args.resolved_build_config()
-    device = resolve_device(build_config.device)
+    build_config = replace(build_config, device=resolve_device(build_config.device))
+    sizes = args.sizes()
     if kind == "checkpoint":
-        model = AutoModelForCausalLM.from_checkpoint(directory, device=device)
-        _check_same(args, model.config.dtype, model.config.quantization, "checkpoint")
-    else:
-        model = AutoModelForCausalLM.from_hugging_face(
-            directory, dtype=args.dtype, quant_config=args.resolved_quant_config(), load_format=args.load_format,
-            device=device,
-        )  # fmt: skip
-    with _progress(args.enable_tqdm) as progress:
-        return build(model, build_config, progress=progress, tokenizer_dir=directory), directory
+        config = checkpoint_config(directory, sizes, None)
+        _check_same(args, config.dtype, config.quantization, "checkpoint")
+        return RankSource(directory, kind, build_config, config.mapping), config
+
+    def source(mapping: Mapping) -> RankSource:
+        quant_config = args.resolved_quant_config()
+        return RankSource(directory, kind, build_config, mapping, args.dtype, quant_config, args.load_format)
+
+    num_gpus = torch.cuda.device_count() if build_config.device == "cuda" else None
+    if sizes.auto_parallel and sizes.world_size is None and num_gpus:
+        sizes = replace(sizes, world_size=num_gpus)
+    config, _ = sizes.resolve(lambda mapping: source(mapping).config(), build_config, num_local=num_gpus)
+    return source(config.mapping), config
 
 
-@contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Yields a callback that draws one bar per build step, or None."""
-    if not shown:
-        yield None
-        return
-    from lamella.progress import Bar
-
-    bar = Bar(desc="build", unit="unit")
-
-    def update(step: str, done: int, total: int) -> None:
-        bar.set_description(step, refresh=False)
-        bar.n, bar.total = done, total
-        bar.refresh()
-
-    try:
-        yield update
-    finally:
-        bar.close()
-
-
-def _checked(engine: Engine, args: LlmArgs) -> Engine:
-    """Returns the engine if it is what ``args`` ask for.
+def _whole(engine: Engine) -> Engine | RankRecipe:
+    """Returns what runs an engine in memory: itself, or its directory if it is of several ranks.
 
     Raises:
-        ConfigError: an option that only another build can grant.
+        ConfigError: it is of several ranks and has no directory that the others could read.
     """
-    _check_same(args, engine.spec.model.dtype, engine.spec.model.quantization, "engine")
-    built = engine.spec.build
+    if engine.world_size == 1:
+        return engine
+    if engine.directory is None:
+        raise ConfigError(
+            f"this Engine is of {engine.world_size} ranks, which other processes run: save all of them into a "
+            "directory (lamella-build does) and pass that, or pass the model with tensor_parallel_size"
+        )
+    return engine_recipe(engine.directory, engine.spec)
+
+
+def _read_spec(directory: Path) -> EngineSpec:
+    """Returns what an engine directory says of itself; no weight is read."""
+    path = directory / ENGINE_FILE
+    return EngineSpec.from_dict(read_json_object(path, EngineFormatError), path)
+
+
+def _check_built(spec: EngineSpec, args: LlmArgs) -> None:
+    """Refuses options that only another build can grant.
+
+    Raises:
+        ConfigError: see above.
+    """
+    mapping, sizes = spec.model.mapping, args.sizes()
+    asked = f"--tp_size {sizes.tp_size or 1} --pp_size {sizes.pp_size or 1}"
+    if sizes.auto_parallel:
+        asked = f"--auto_parallel --world_size {sizes.world_size}"
+    sizes.check_same(mapping, "the engine", f"build it again: lamella-build {asked}")
+    _check_same(args, spec.model.dtype, spec.model.quantization, "engine")
+    built = spec.build
     if args.device not in ("auto", built.device):
         raise ConfigError(
             f"device is {args.device!r}, but the engine was built for {built.device!r}; leave it out, or build again "
@@ -104,7 +135,6 @@ def _checked(engine: Engine, args: LlmArgs) -> Engine:
         raise ConfigError(
             "build_config has no effect on an engine that is built; leave it out, or build from the model"
         )
-    return engine
 
 
 def _check_same(args: LlmArgs, dtype: str, quantization: QuantConfig, what: str) -> None:
@@ -121,7 +151,7 @@ def _check_same(args: LlmArgs, dtype: str, quantization: QuantConfig, what: str)
         )
 
 
-def save_engine(engine: Engine, tokenizer: TokenizerBase | None, directory: Path) -> None:
+def save_engine(engine: Engine | RankRecipe, tokenizer: TokenizerBase | None, directory: Path) -> None:
     """Writes an engine directory, atomically, with the tokenizer that is in use (None: the model's own)."""
     with TemporaryDirectory() as scratch:
         files = engine.tokenizer_dir if tokenizer is None else tokenizer.directory
@@ -132,5 +162,8 @@ def save_engine(engine: Engine, tokenizer: TokenizerBase | None, directory: Path
                     "%s cannot be saved; pass tokenizer= when %s is opened", type(tokenizer).__name__, directory
                 )
         with EngineWriter(directory, tokenizer_dir=files) as writer:
+            if isinstance(engine, RankRecipe):
+                engine.write_ranks(writer)
+                return
             for rank in engine.ranks:
                 writer.add_rank(rank, engine.spec, engine.weights(rank))
