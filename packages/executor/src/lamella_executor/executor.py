@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
 
+from lamella_core.checks import check_number
 from lamella_core.errors import ConfigError, RequestError
 from lamella_executor.admission import EngineLimits, make_request
 from lamella_executor.config import KvCacheConfig, SchedulerConfig
@@ -43,6 +44,7 @@ class GenerationExecutor:
         stats: StatsBuffer | None = None,
         check_fits: Callable[[RequestState], None] | None = None,
         close: Callable[[], None] | None = None,
+        connect: Callable[[Callable[[BaseException], None]], None] | None = None,
     ) -> None:
         """Starts the thread around a loop made elsewhere; users call `create`.
 
@@ -52,6 +54,7 @@ class GenerationExecutor:
             stats: the buffer that the loop fills.
             check_fits: raises RequestError for a request whose KV cache can never fit; called on submitting threads.
             close: called once by the engine's thread when it ends; gives back a device's memory.
+            connect: called with a function that ends the executor from outside of the loop, for a given cause.
         """
         self._limits = limits
         self._stats = stats or StatsBuffer()
@@ -59,6 +62,8 @@ class GenerationExecutor:
         self._ids = itertools.count(1)
         self._mailbox = Mailbox()
         self._thread = EngineThread(loop, self._mailbox, close)
+        if connect is not None:
+            connect(self._mailbox.close)
         self._finalizer = weakref.finalize(self, self._thread.request_stop)
         self._finalizer.atexit = False  # EngineThread has its own, which waits
 
@@ -103,6 +108,7 @@ class GenerationExecutor:
                 raise ConfigError(f"{name} is a {type(value).__name__}; pass a {kind.__name__}")
         if not isinstance(stats_capacity, int) or stats_capacity < 0:
             raise ConfigError(f"stats_capacity is {stats_capacity!r}; it must be an integer of at least 0")
+        check_number("worker_timeout_s", worker_timeout_s, positive=True)
         from lamella_executor.assemble import assemble  # imports torch; keeps `import lamella_executor` light
 
         parts = assemble(
@@ -113,8 +119,16 @@ class GenerationExecutor:
             max_num_tokens=max_num_tokens,
             stats_capacity=stats_capacity,
             attn_backend=attn_backend,
+            worker_timeout_s=worker_timeout_s,
         )
-        return cls(parts.loop, parts.limits, stats=parts.stats, check_fits=parts.check_fits, close=parts.close)
+        return cls(
+            parts.loop,
+            parts.limits,
+            stats=parts.stats,
+            check_fits=parts.check_fits,
+            close=parts.close,
+            connect=parts.connect,
+        )
 
     @property
     def limits(self) -> EngineLimits:

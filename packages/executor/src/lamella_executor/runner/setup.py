@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,7 +13,8 @@ from lamella_core.quantization.config import QuantAlgo
 from lamella_executor.admission import EngineLimits
 from lamella_executor.attention.paged_cpu import LayerWindow
 from lamella_executor.config import KvCacheConfig
-from lamella_executor.memory import KvCacheDemand
+from lamella_executor.distributed.groups import RankGroups
+from lamella_executor.memory import KvCacheDemand, KvCachePlan
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class RunnerSetup:
     limits: EngineLimits
     kv_config: KvCacheConfig
     demand: KvCacheDemand
+    groups: RankGroups = field(default_factory=RankGroups.single)
+    window: int | None = None  # tokens that some layer of all ranks sees at most; None: one sees everything
+
+    def agreed(self, plan: KvCachePlan) -> KvCachePlan:
+        """Returns the plan with as many blocks as the rank with the fewest has; every rank must call this."""
+        return replace(plan, num_blocks=self.groups.agree_min(plan.num_blocks))
 
     @property
     def cache_dtype(self) -> torch.dtype:

@@ -14,7 +14,7 @@ from lamella_core.errors import ConfigError
 from lamella_core.mapping import Mapping as RankMapping
 
 if TYPE_CHECKING:
-    from lamella_core.engine import Engine
+    from lamella_core.engine import Engine, EngineSpec
 
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _DEVICES = ("auto", "cpu", "cuda")
@@ -96,13 +96,55 @@ class EngineRecipe:
 
 
 def load_directory(*, directory: str, rank: int) -> Engine:
-    """Opens one rank's file of an engine directory: the target of `directory_recipe`."""
+    """Opens one rank's file of an engine directory: the target of a directory's recipe."""
     from lamella_core.engine import Engine
 
     return Engine.load(directory, rank)
 
 
-def directory_recipe(directory: Path, mapping: RankMapping, device: str) -> EngineRecipe:
+def find_recipe(engine: Engine | EngineRecipe | Path | str) -> EngineRecipe | None:
+    """Returns how the ranks of an engine get their shards; None if it has one rank.
+
+    Raises:
+        EngineFormatError: a directory with a damaged engine.json.
+        ConfigError: an engine of several ranks that is in memory only, where other processes cannot reach it.
+    """
+    from lamella_core.engine import Engine
+
+    if isinstance(engine, EngineRecipe):
+        return engine if engine.world_size > 1 else None
+    if not isinstance(engine, Engine):
+        spec = _read_spec(Path(engine))
+        return None if spec is None else _directory_recipe(Path(engine), spec.model.mapping, spec.build.device)
+    if engine.world_size == 1:
+        return None
+    mapping = engine.spec.model.mapping
+    if engine.directory is None:
+        raise ConfigError(
+            f"the engine was built for {engine.world_size} ranks (tp_size {mapping.tp_size} x pp_size "
+            f"{mapping.pp_size}) and holds ranks {engine.ranks} in memory, where their processes cannot reach them: "
+            "write all ranks to one directory (Engine.save, or lamella-build --output_dir) and pass that, or use LLM("
+            f"model, tensor_parallel_size={mapping.tp_size}, pipeline_parallel_size={mapping.pp_size})"
+        )
+    return _directory_recipe(engine.directory, mapping, engine.device)
+
+
+def _read_spec(directory: Path) -> EngineSpec | None:
+    """Reads what an engine directory says of itself; None if it is no engine, or of one rank."""
+    from lamella_core.checkpoint.formats import ENGINE_FILE, read_json_object
+    from lamella_core.engine.spec import EngineSpec, check_schema
+    from lamella_core.errors import EngineFormatError
+
+    path = directory / ENGINE_FILE
+    if not path.is_file():
+        return None  # for `Engine.load` to say what is wrong
+    data = read_json_object(path, EngineFormatError)
+    check_schema(data, path)
+    spec = EngineSpec.from_dict(data, path)
+    return spec if spec.model.mapping.world_size > 1 else None
+
+
+def _directory_recipe(directory: Path, mapping: RankMapping, device: str) -> EngineRecipe:
     """Returns the recipe of an engine that was saved for several ranks; every rank must see the directory."""
     return EngineRecipe(f"{__name__}:load_directory", {"directory": str(directory.resolve())}, mapping, device)
 
