@@ -82,7 +82,8 @@ def assemble(
     options = RankOptions(kv_config, max_batch_size, max_num_tokens, attn_backend)
     recipe = find_recipe(engine)
     if recipe is None:
-        rank = assemble_rank(load_engine(engine), RankGroups.single(), options)
+        loaded = load_engine(engine)
+        rank = assemble_rank(loaded, RankGroups.single(loaded.device), options)
         return _connect(rank, rank.runner, scheduler_config, stats_capacity)
     ranks = Ranks(recipe, options, worker_timeout_s=worker_timeout_s)
     try:
