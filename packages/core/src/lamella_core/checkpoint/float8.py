@@ -19,7 +19,7 @@ from lamella_core.checkpoint.source import WeightSource
 from lamella_core.errors import CheckpointError
 from lamella_core.kernels.fp8 import FLOAT8_MAX, LEAST_AMAX, widen
 from lamella_core.layers.parameter import Parameter
-from lamella_core.layers.sharding import ShardSpec
+from lamella_core.layers.sharding import HeadShard, ShardSpec
 
 _BLOCK_NUMBERS = 1 << 22  # quantized, or searched for the largest, at a time
 
@@ -65,6 +65,8 @@ def quantized(
 
 def dequantized(parameter: Parameter, fills: Sequence[Fill], source: WeightSource) -> torch.Tensor:
     """Returns the data of a parameter in its own dtype, from float8 tensors times their scales."""
+    if isinstance(parameter.shard, HeadShard):
+        return _dequantized_heads(parameter, fills, source)
     rows = _row_spec(parameter.shard)
     factors = _row_scales(rows, fills, source, per_row=True)
     out = torch.zeros(parameter.shape, dtype=parameter.dtype)
@@ -76,6 +78,18 @@ def dequantized(parameter: Parameter, fills: Sequence[Fill], source: WeightSourc
             wide = torch.empty(target.shape, dtype=torch.float32)
             source.copy(wide, fill.source, piece.source, transpose=piece.transpose)
             target.copy_(wide.mul_(factor))
+    return out
+
+
+def _dequantized_heads(parameter: Parameter, fills: Sequence[Fill], source: WeightSource) -> torch.Tensor:
+    """Returns what `dequantized` does for a stack of heads, of which each has some rows of the source."""
+    out = torch.zeros(parameter.shape, dtype=parameter.dtype)
+    for fill in fills:
+        rows = source.shape(fill.source)[:1]
+        scales = _stored_scales(scale_name(fill.source, "weight_scale"), rows, source, per_row=True)
+        for piece in fill.pieces(parameter.shard):
+            part = source.read(fill.source, piece.source).float().mul_(scales[piece.source[0]].unsqueeze(-1))
+            piece.of(out).copy_(part.mT if piece.transpose else part)
     return out
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lamella_core.checkpoint import float8
+from lamella_core.checkpoint.block_scales import open_source
 from lamella_core.checkpoint.planner import Fill, Planner
 from lamella_core.checkpoint.rules import KV_SCALES, SCALE_LEAVES
 from lamella_core.checkpoint.source import WeightSource
@@ -30,7 +31,8 @@ def load_weights(
     """Fills every parameter of ``model`` (made by ``Model.empty``) from ``source``, cast to the parameter's dtype.
 
     Float8 parameters are filled from float8 weights and their scales, or quantized as they are read; float8 weights of
-    a quantized checkpoint that the model holds in its own dtype are scaled back. See `lamella_core.checkpoint.float8`.
+    a quantized checkpoint that the model holds in its own dtype are scaled back. See `lamella_core.checkpoint.float8`,
+    and `lamella_core.checkpoint.block_scales` for weights with scales per block.
 
     Args:
         model: gives ``weight_rules``, ``ignored_sources`` and parameters that carry ``shard``.
@@ -44,7 +46,7 @@ def load_weights(
             message names all of them, and the model is untouched then. A scale that is no positive number is noticed
             when it is read.
     """
-    source = source if isinstance(source, WeightSource) else WeightSource(source)
+    source = source if isinstance(source, WeightSource) else open_source(source)
     parameters: dict[str, Parameter] = dict(model.named_parameters())  # type: ignore[arg-type]
     plan = Planner(model, source).plan(parameters)
     total, done = sum(p.nbytes for p in parameters.values()), 0

@@ -3,6 +3,9 @@
 Four spellings are read: ``hf_quant_config.json`` as NVIDIA's ModelOpt writes it, and ``quantization_config`` of
 config.json with quant_method "modelopt" (newer ModelOpt), "compressed-tensors" or "fp8". All name the same tensors:
 ``weight`` float8, ``weight_scale``, ``input_scale`` where activations are static, ``k_scale`` and ``v_scale``.
+
+"fp8" with a weight_block_size has scales per block of a weight instead. Such weights count as not quantized: they are
+widened as they are read, see `lamella_core.checkpoint.block_scales`.
 """
 
 from __future__ import annotations
@@ -132,12 +135,30 @@ def _from_compressed_tensors(fields: dict[str, Any], where: str) -> QuantConfig:
     return _checked(algo, kv, fields.get("ignore") or (), "dynamic" if dynamic else "static", where)
 
 
+def weight_block_size(config: dict[str, Any], where: str) -> tuple[int, int] | None:
+    """Returns the rows and columns that share a scale in a checkpoint's float8 weights; None: no scales per block.
+
+    Args:
+        config: content of config.json.
+        where: named in errors.
+
+    Raises:
+        ConfigError: they are no two positive numbers.
+    """
+    described = config.get("quantization_config")
+    if not isinstance(described, dict) or described.get("quant_method") != "fp8":
+        return None
+    block = described.get("weight_block_size")
+    if not block:
+        return None
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise ConfigError(f"{where}: weight_block_size is {block!r}; it must be two positive whole numbers: {_REMEDY}")
+    return block[0], block[1]
+
+
 def _from_fp8(fields: dict[str, Any], where: str) -> QuantConfig:
-    if fields.get("weight_block_size"):
-        raise ConfigError(
-            f"{where}: the weights have scales per block (weight_block_size {fields['weight_block_size']!r}), which "
-            f"cannot be read; {_REMEDY} with one scale per tensor"
-        )
+    if weight_block_size({"quantization_config": fields}, where) is not None:
+        return QuantConfig(kv_cache_quant_algo=_kv_algo(fields.get("kv_cache_scheme"), where))
     excluded = fields.get("modules_to_not_convert") or fields.get("ignored_layers") or ()
     scheme = fields.get("activation_scheme", "dynamic")
     return _checked(QuantAlgo.FP8, _kv_algo(fields.get("kv_cache_scheme"), where), excluded, scheme, where)
