@@ -104,21 +104,23 @@ def test_save_and_model_config_of_the_engine(llm: LLM, greedy: list[str], tmp_pa
         assert [o.text for o in loaded.generate(PROMPTS)] == greedy
 
 
-def test_parallel_config_is_accepted_and_its_limit_is_said(model_dir: Path):
+def test_parallel_config_says_how_many_ranks(model_dir: Path):
+    config = ModelConfig(model_dir=model_dir).parallel_config
+    assert config.to_arguments()["tensor_parallel_size"] is None and not config.is_multi_gpu
+    config.tp_size = 2
+    assert (config.world_size, config.is_multi_gpu, config.devices) == (2, True, [0, 1])
+    assert config.to_arguments() == {
+        "tensor_parallel_size": 2, "pipeline_parallel_size": None, "auto_parallel": False, "world_size": None,
+    }  # fmt: skip
     config = ModelConfig(model_dir=model_dir)
-    config.parallel_config.tp_size = 2
-    assert (config.parallel_config.world_size, config.parallel_config.is_multi_gpu) == (2, True)
-    assert config.parallel_config.devices == [0, 1]
-    with pytest.raises(ConfigError, match="tensor_parallel_size is 2; this release"):
-        LLM(config)
-    config = ModelConfig(model_dir=model_dir)
-    config.parallel_config.pp_size = 2
-    with pytest.raises(ConfigError, match="pipeline_parallel_size is 2; this release"):
+    config.parallel_config.tp_size = 3
+    with pytest.raises(ConfigError, match="tp_size 3 does not divide"):
         LLM(config)
     config = ModelConfig(model_dir=model_dir)
     config.parallel_config.auto_parallel = True
-    config.parallel_config.world_size = 4
-    with pytest.raises(ConfigError, match="auto_parallel with world_size 4: this release"):
+    config.parallel_config.world_size = 64
+    assert config.parallel_config.to_arguments()["world_size"] == 64
+    with pytest.raises(ConfigError, match="auto_parallel: no split of LlamaForCausalLM over 64 ranks works"):
         LLM(config)
     config.parallel_config.world_size = 1
     LLM(config).shutdown()

@@ -13,6 +13,7 @@ from lamella.cli.bench.kernels import (
     GEMM,
     GLUE,
     KINDS,
+    LINKS,
     OTHER,
     SAMPLING,
     GpuEvent,
@@ -70,7 +71,9 @@ def test_our_own_kernels_are_known():
         if file.startswith("attention/"):
             expected = ATTENTION
         else:
-            expected = {"gemv_kernels.py": GEMM}.get(file, SAMPLING if file.startswith("sampling") else GLUE)
+            expected = {"gemv_kernels.py": GEMM, "all_reduce.py": LINKS}.get(
+                file, SAMPLING if file.startswith("sampling") else GLUE
+            )
         assert classify(GpuEvent(name, 0, 1)) == expected, f"{file}:{name}"
 
 
@@ -136,7 +139,7 @@ def test_breakdown_of_a_recorded_trace():
     found = breakdown(events, num_steps=2, num_top=2)
     parts = found["parts_ms"]
     assert set(parts) == {*KINDS, "idle"}
-    expected = {GEMM: 0.5, GLUE: 0.1, ATTENTION: 0.2, COPY: 0.05, SAMPLING: 0.05, OTHER: 0.0, "idle": 0.05}
+    expected = {GEMM: 0.5, GLUE: 0.1, ATTENTION: 0.2, COPY: 0.05, SAMPLING: 0.05, LINKS: 0.0, OTHER: 0.0, "idle": 0.05}
     assert parts == pytest.approx(expected)  # after the last kernel of the second step nothing is known
     assert sum(parts.values()) == pytest.approx(found["step_ms"]) == pytest.approx(0.95)
     assert found["num_kernels_per_step"] == 4

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,15 +48,11 @@ def lamella_build(  # noqa: PLR0913 - one parameter per option of the command
     moe_tp_size: Annotated[int | None, _option("moe_tp_size", "Ranks that share an expert; -1: derived.")] = None,
     moe_ep_size: Annotated[int | None, _option("moe_ep_size", "Ranks that share the experts out; -1: derived.")] = None,
     pp_partition: Annotated[str | None, _option("pp_partition", "Layers of each stage, such as 20,12.")] = None,
-    auto_parallel: Annotated[
-        bool, _option("auto_parallel", "Choose the sizes for --world_size ranks, and say why.")
-    ] = False,
+    auto_parallel: Annotated[bool, _option("auto_parallel", "Choose sizes for --world_size ranks; say why.")] = False,
     world_size: Annotated[int | None, _option("world_size", "Ranks in all; needed by --auto_parallel.")] = None,
     gpus_per_node: Annotated[int | None, _option("gpus_per_node", "Ranks of one machine; default: 8.")] = None,
     workers: Annotated[int, _option("workers", "Ranks built at once, each in its own process.")] = 1,
-    quant: Annotated[
-        str | None, _option("quant", "fp8 or fp8_per_channel_per_token; default: as the weights are.")
-    ] = None,
+    quant: Annotated[str | None, _option("quant", "fp8 or fp8_per_channel_per_token; default: as they are.")] = None,
     kv_cache_dtype: Annotated[str, _option("kv_cache_dtype", "auto (as the weights say) or fp8.")] = "auto",
     load_format: Annotated[str, _option("load_format", "auto, or dummy for random weights.")] = "auto",
     dry_run: Annotated[bool, _option("dry_run", "Print the memory plan and stop.")] = False,
@@ -67,29 +65,31 @@ def lamella_build(  # noqa: PLR0913 - one parameter per option of the command
         "max_input_len": max_input_len, "kv_cache_type": kv_cache_type, "tokens_per_block": tokens_per_block,
         "kernel_selection": kernel_selection,
     }  # fmt: skip
+    sizes: dict[str, Any] = {
+        "tp_size": tp_size, "pp_size": pp_size, "moe_tp_size": moe_tp_size, "moe_ep_size": moe_ep_size,
+        "auto_parallel": auto_parallel, "world_size": world_size, "gpus_per_node": gpus_per_node,
+    }  # fmt: skip
     if (model is None) == (checkpoint_dir is None):
         raise typer.BadParameter("pass either --model or --checkpoint_dir")
-    out, err = Console(soft_wrap=True), Console(stderr=True)
-    try:
+    err = Console(stderr=True)
+    with _one_line_errors(err):
         _configure_logging(log_level, err)
-        _run(
-            {
-                "model": checkpoint_dir if model is None else model,
-                "output_dir": output_dir,
-                "build_config": BuildConfig(**{name: value for name, value in limits.items() if value is not None}),
-                "sizes": ParallelSizes(
-                    tp_size=tp_size, pp_size=pp_size, moe_tp_size=moe_tp_size, moe_ep_size=moe_ep_size,
-                    pp_partition=parse_partition(pp_partition), auto_parallel=auto_parallel, world_size=world_size,
-                    gpus_per_node=gpus_per_node,
-                ),
-                "workers": workers,
-                "load_format": load_format,
-                "quant_config": parse_options(quant, kv_cache_dtype),
-            },
-            dry_run,
-            out,
-            err,
-        )  # fmt: skip
+        request = {
+            "model": checkpoint_dir if model is None else model,
+            "output_dir": output_dir,
+            "build_config": BuildConfig(**{name: value for name, value in limits.items() if value is not None}),
+            "sizes": ParallelSizes(**sizes, pp_partition=parse_partition(pp_partition)),
+            "workers": workers,
+            "load_format": load_format,
+            "quant_config": parse_options(quant, kv_cache_dtype),
+        }
+        _run(request, dry_run, Console(soft_wrap=True), err)
+
+
+@contextmanager
+def _one_line_errors(err: Console) -> Iterator[None]:
+    try:
+        yield
     except LamellaError as error:
         err.print(f"lamella-build: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None

@@ -104,14 +104,18 @@ def run_check(
     tolerance: float,
     device: str = "auto",
     quant_config: QuantConfig | None = None,
+    **sizes: Any,
 ) -> bool:
-    """Runs both implementations, prints the report and returns whether all checks passed."""
+    """Runs both implementations, prints the report and returns whether all checks passed.
+
+    ``sizes`` are arguments of `LLM` that spread the model over ranks.
+    """
     if detect_format(hf_dir) != "hugging_face":
         raise ConfigError(f"{hf_dir} is not a Hugging Face directory; check compares with what transformers can load")
     err = Console(stderr=True, highlight=False)
     with err.status("loading both implementations"):
         reference = _load_reference(hf_dir, dtype)
-        llm = LLM(hf_dir, dtype=dtype, device=device, quant_config=quant_config)
+        llm = LLM(hf_dir, dtype=dtype, device=device, quant_config=quant_config, **sizes)
     with llm, err.status("comparing"):
         report = compare(llm, reference, text or TEXT, max_tokens, tolerance)
     out = Console(highlight=False)
@@ -120,7 +124,8 @@ def run_check(
         table.add_row(name, value, {True: "[green]ok[/green]", False: "[red]FAILED[/red]", None: "-"}[ok])
     model = llm.engine.spec.model
     kinds = [algo.value for algo in (model.quantization.quant_algo, model.quantization.kv_cache_quant_algo) if algo]
-    described = ", ".join([model.architecture, model.dtype, *kinds])
+    ranks = [f"{model.mapping.world_size} ranks"] if model.mapping.world_size > 1 else []
+    described = ", ".join([model.architecture, model.dtype, *kinds, *ranks])
     out.print(f"{hf_dir}: {described}", markup=False, soft_wrap=True)
     out.print(table)
     for line in report.differences:

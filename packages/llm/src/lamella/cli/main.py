@@ -16,6 +16,15 @@ import typer
 from rich.console import Console
 
 from lamella.cli.bench.commands import bench_app
+from lamella.cli.sizes import (
+    AutoParallelOption,
+    EpOption,
+    GpusPerNodeOption,
+    PpOption,
+    TpOption,
+    WorldSizeOption,
+    sizes,
+)
 from lamella_core.errors import ConfigError, LamellaError
 
 app = typer.Typer(
@@ -91,6 +100,12 @@ def generate(  # noqa: PLR0913 - one parameter per option
     device: DeviceOption = "auto",
     quant: QuantOption = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
+    tp_size: TpOption = None,
+    pp_size: PpOption = None,
+    ep_size: EpOption = None,
+    auto_parallel: AutoParallelOption = False,
+    world_size: WorldSizeOption = None,
+    gpus_per_node: GpusPerNodeOption = None,
 ) -> None:
     """Generate text for each prompt, printed as it comes."""
     from lamella.cli.generate import run_generate
@@ -104,6 +119,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
     run_generate(
         model, prompts, params, chat=chat, tokenizer=tokenizer, dtype=dtype, device=device,
         quant_config=parse_options(quant, kv_cache_dtype),
+        **sizes(tp_size, pp_size, ep_size, auto_parallel, world_size, gpus_per_node),
     )  # fmt: skip
 
 
@@ -118,7 +134,7 @@ def doctor(
 
 
 @app.command()
-def check(
+def check(  # noqa: PLR0913 - one parameter per option
     hf_dir: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
     text_file: Annotated[Path | None, typer.Option(help="Text for the perplexity; default: a built-in one.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Greedy tokens to compare per prompt.", min=1)] = 32,
@@ -129,6 +145,12 @@ def check(
     device: DeviceOption = "auto",
     quant: QuantOption = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
+    tp_size: TpOption = None,
+    pp_size: PpOption = None,
+    ep_size: EpOption = None,
+    auto_parallel: AutoParallelOption = False,
+    world_size: WorldSizeOption = None,
+    gpus_per_node: GpusPerNodeOption = None,
 ) -> None:
     """Compare logits, greedy tokens and perplexity with transformers; exit code 1 if they differ.
 
@@ -144,6 +166,6 @@ def check(
     quantization = parse_options(quant, kv_cache_dtype)
     if not run_check(
         hf_dir, text=text, max_tokens=max_tokens, dtype=dtype, tolerance=tolerance, device=device,
-        quant_config=quantization,
+        quant_config=quantization, **sizes(tp_size, pp_size, ep_size, auto_parallel, world_size, gpus_per_node),
     ):  # fmt: skip
         raise typer.Exit(1)

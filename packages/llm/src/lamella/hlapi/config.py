@@ -16,7 +16,10 @@ from lamella_executor import SamplingParams
 
 
 class ParallelConfig:
-    """How many devices a model runs on. ``world_size`` can be set only with ``auto_parallel``."""
+    """How many devices a model runs on: ``tp_size`` x ``pp_size``.
+
+    With ``auto_parallel`` both are chosen for ``world_size`` devices; only then can ``world_size`` be set.
+    """
 
     def __init__(
         self, tp_size: int = 1, pp_size: int = 1, auto_parallel: bool = False, devices: Sequence[int] | None = None
@@ -46,6 +49,15 @@ class ParallelConfig:
                 "auto_parallel chooses them: leave both at 1"
             )
         self._world_size = value
+
+    def to_arguments(self) -> dict[str, Any]:
+        """Returns the keyword arguments of `lamella.LLM`; sizes of 1 say nothing, as engines have their own."""
+        return {
+            "tensor_parallel_size": self.tp_size if self.tp_size != 1 else None,
+            "pipeline_parallel_size": self.pp_size if self.pp_size != 1 else None,
+            "auto_parallel": self.auto_parallel,
+            "world_size": self._world_size if self.auto_parallel else None,
+        }
 
     @property
     def devices(self) -> list[int]:

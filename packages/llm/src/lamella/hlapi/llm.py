@@ -49,7 +49,7 @@ class LLM:
                 ``enable_tokenizer`` act, the others are accepted and have no effect here.
 
         Raises:
-            ConfigError: an unknown option, or something this release cannot run (more than one rank).
+            ConfigError: an unknown option, or one that contradicts the model.
         """
         for name in options:
             if name not in _OPTIONS:
@@ -140,16 +140,10 @@ def _streaming(value: bool | StreamingLLMParam) -> StreamingLLMParam | None:
 
 def _model_arguments(config: ModelConfig) -> dict[str, Any]:
     """Returns what `lamella.LLM` takes for the parts of a ModelConfig, directory aside."""
-    parallel, quant = config.parallel_config, config.quant_config.to_lamella()
-    if parallel.auto_parallel and parallel.world_size > 1:
-        raise ConfigError(
-            f"parallel_config.auto_parallel with world_size {parallel.world_size}: this release of LLM runs a model on "
-            "one rank; set world_size to 1"
-        )
+    quant = config.quant_config.to_lamella()
     limits = ("max_beam_width", "max_batch_size", "max_num_tokens", "max_input_len", "max_seq_len")
     return {
-        "tensor_parallel_size": parallel.tp_size,
-        "pipeline_parallel_size": parallel.pp_size,
+        **config.parallel_config.to_arguments(),
         "build_config": config.build_config,
         "quant_config": quant if quant.is_quantized else None,
         **{name: getattr(config, name) for name in limits},

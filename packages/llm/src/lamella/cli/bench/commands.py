@@ -11,6 +11,16 @@ from typing import Annotated
 
 import typer
 
+from lamella.cli.sizes import (
+    AutoParallelOption,
+    EpOption,
+    GpusPerNodeOption,
+    PpOption,
+    TpOption,
+    WorldSizeOption,
+    sizes,
+)
+
 bench_app = typer.Typer(
     help="Measure throughput or latency.",
     no_args_is_help=True,
@@ -90,6 +100,12 @@ def throughput(  # noqa: PLR0913 - one parameter per option
     attn_backend: _Attention = "auto",
     kernel_selection: _Kernels = None,
     warmup: _Warmup = None,
+    tp_size: TpOption = None,
+    pp_size: PpOption = None,
+    ep_size: EpOption = None,
+    auto_parallel: AutoParallelOption = False,
+    world_size: WorldSizeOption = None,
+    gpus_per_node: GpusPerNodeOption = None,
     seed: _Seed = 0,
     breakdown: _Breakdown = True,
     report_json: _Report = None,
@@ -109,6 +125,7 @@ def throughput(  # noqa: PLR0913 - one parameter per option
         scheduler_policy=scheduler_policy, free_gpu_memory_fraction=kv_cache_free_gpu_mem_fraction,
         gpu_memory_utilization=gpu_memory_utilization, attn_backend=attn_backend,
         kernel_selection=kernel_selection, seed=seed, breakdown=breakdown,
+        sizes=sizes(tp_size, pp_size, ep_size, auto_parallel, world_size, gpus_per_node),
     )  # fmt: skip
     run_bench(plan, report_json, started, log_level)
 
@@ -136,6 +153,12 @@ def latency(  # noqa: PLR0913 - one parameter per option
     attn_backend: _Attention = "auto",
     kernel_selection: _Kernels = None,
     warmup: _Warmup = None,
+    tp_size: TpOption = None,
+    pp_size: PpOption = None,
+    ep_size: EpOption = None,
+    auto_parallel: AutoParallelOption = False,
+    world_size: WorldSizeOption = None,
+    gpus_per_node: GpusPerNodeOption = None,
     seed: _Seed = 0,
     breakdown: _Breakdown = True,
     report_json: _Report = None,
@@ -154,6 +177,7 @@ def latency(  # noqa: PLR0913 - one parameter per option
         max_seq_len=max_seq_len, tokens_per_block=tokens_per_block,
         free_gpu_memory_fraction=kv_cache_free_gpu_mem_fraction, gpu_memory_utilization=gpu_memory_utilization,
         attn_backend=attn_backend, kernel_selection=kernel_selection, seed=seed, breakdown=breakdown,
+        sizes=sizes(tp_size, pp_size, ep_size, auto_parallel, world_size, gpus_per_node),
     )  # fmt: skip
     run_bench(plan, report_json, started, log_level)
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 GEMM, ATTENTION, GLUE, SAMPLING, COPY, OTHER = "GEMM", "attention", "glue", "sampling", "copies", "other"
-KINDS = (GEMM, ATTENTION, GLUE, SAMPLING, COPY, OTHER)
+LINKS = "messages"  # between ranks
+KINDS = (GEMM, ATTENTION, GLUE, SAMPLING, LINKS, COPY, OTHER)
 
 # The first that is found in the kernel's name decides. Rotary and cache writes come before attention, whose words are
 # in their names too; attention before GEMM, for its kernels are built on the same matrix libraries.
 _PATTERNS = (
+    (LINKS, r"nccl|all_?reduce|all_?gather|one_shot|two_shot|sum_norm_kernel"),
     (
         SAMPLING,
         r"sampl|argmax|top_?k|top_?p|min_?p_|multinomial|gumbel|philox|^_?(greedy|histogram|thresholds|masses|draw)_",
@@ -22,7 +24,7 @@ _PATTERNS = (
     (
         ATTENTION,
         r"attention|attn|mha|xqa|flash_?fwd|flash::|kvcache_?kernel|merge_?states?"
-        r"|^_?(decode|prefill|split|merge|combine)_",
+        r"|^_?(decode|prefill|split|merge|combine|latent)_",
     ),
     (GEMM, r"gemm|gemv|matmul|nvjet|cutlass|split_?k_?reduce|scaled_mm|wgmma|xmma|cublas|^_?(vector|matrix)_kernel"),
     (GLUE, r"norm|gelu|embed|gather|scatter|index|elementwise|reduce|cat_?array|copy|fill|prepare|update|cast|triton_"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lamella.llm import LLM
 from lamella_core.checkpoint.formats import ENGINE_FILE
@@ -49,6 +49,7 @@ class BenchPlan:
     gpu_memory_utilization: float | None = None
     attn_backend: str = "auto"
     kernel_selection: str | None = None  # "timed" | "default"
+    sizes: dict[str, Any] = field(default_factory=dict)  # arguments of `LLM` that spread the model over ranks
     seed: int = 0
     breakdown: bool = True
 
@@ -112,6 +113,7 @@ class BenchPlan:
             scheduler_config={"capacity_scheduler_policy": policy.upper()} if policy else None,
             attn_backend=self.attn_backend,
             max_stats_len=STATS_LEN,
+            **self.sizes,
         )
 
     def _build_config(self) -> BuildConfig | None:

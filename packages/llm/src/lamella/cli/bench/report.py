@@ -58,6 +58,7 @@ def print_breakdown(out: Console, report: dict[str, Any]) -> None:
 _LABELS = {
     "idle": "host gap (GPU idle)",
     "glue": "glue (norms, activations, rotary, quantization, copies in kernels)",
+    "messages": "messages between ranks",
     "forward": "forward",
     "host": "scheduling, sampling, updates",
     "between": "between steps",
@@ -72,18 +73,31 @@ def _print_head(out: Console, report: dict[str, Any]) -> None:
         f"{engine['architecture']}, {engine['num_hidden_layers']} layers, hidden {engine['hidden_size']}, "
         f"{engine['dtype']}{', quantized ' + quantized if quantized else ''}; {what} of {plan['isl']} in, "
         f"{plan['osl']} out, {plan['concurrency']} in flight",
+        *_ranks(engine["mapping"]),
         f"{host['cpu']}, {host['usable_cores']} cores, {host['torch_threads']} threads",
     ]
     if gpu is not None:
-        lines.append(f"{gpu['name']}, {gpu['memory_bytes'] / GIB:.1f} GiB, compute capability {gpu['capability']}")
+        count = engine["mapping"]["world_size"]
+        name = f"{count} x {gpu['name']}" if count > 1 else gpu["name"]
+        lines.append(f"{name}, {gpu['memory_bytes'] / GIB:.1f} GiB, compute capability {gpu['capability']}")
     names = [f"{name} {report['versions'][name]}" for name in _VERSIONS if report["versions"].get(name)]
     lines.append(", ".join(names) + (f", commit {report['commit']}" if report["commit"] else ""))
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)
 
 
+def _ranks(mapping: dict[str, Any]) -> list[str]:
+    """Returns a line that says how a model is spread, none if it is not."""
+    if mapping["world_size"] == 1:
+        return []
+    tp, pp, ep = mapping["tp_size"], mapping["pp_size"], mapping["moe_ep_size"]
+    experts = f", experts in {ep} groups" if ep > 1 else ""
+    return [f"{mapping['world_size']} ranks: tp_size {tp} x pp_size {pp}{experts}"]
+
+
 def _rates(report: dict[str, Any]) -> Table:
     results, roofline = report["results"], report["roofline"]
+    whose = " of rank 0" if report["engine"]["mapping"]["world_size"] > 1 else ""
     table = Table("metric", "value")
     if results.get("time_per_output_token_s"):
         table.add_row("time per output token", f"{1e3 * results['time_per_output_token_s']:.3f} ms")
@@ -95,9 +109,9 @@ def _rates(report: dict[str, Any]) -> Table:
     table.add_row("wall time", f"{results['wall_s']:.2f} s")
     table.add_row("load time", f"{report['load_s']:.2f} s")
     table.add_row("start to first token", f"{report['start_s']:.2f} s")
-    table.add_row("peak memory", f"{report['peak_memory_bytes'] / GIB:.2f} GiB")
+    table.add_row(f"peak memory{whose}", f"{report['peak_memory_bytes'] / GIB:.2f} GiB")
     if report["peak_gpu_memory_bytes"] is not None:
-        table.add_row("peak GPU memory", f"{report['peak_gpu_memory_bytes'] / GIB:.2f} GiB")
+        table.add_row(f"peak GPU memory{whose}", f"{report['peak_gpu_memory_bytes'] / GIB:.2f} GiB")
     return table
 
 
@@ -107,6 +121,8 @@ def _roofline_rows(roofline: dict[str, Any] | None) -> list[tuple[str, str]]:
     if "unknown" in roofline:
         return [("of the roofline", roofline["unknown"])]
     source = "measured rates" if roofline["is_measured"] else "data sheet rates"
+    if roofline["num_gpus"] > 1:
+        source += f", times {roofline['num_gpus']} GPUs without links"
     if "step_s" in roofline:
         rows = [("least time per token", f"{1e3 * roofline['step_s']:.3f} ms ({source})")]
     else:

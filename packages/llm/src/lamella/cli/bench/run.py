@@ -134,6 +134,7 @@ def _describe(llm: LLM) -> dict[str, Any]:
         "dtype": model.dtype,
         "quant_algo": quantization["quant_algo"],
         "kv_cache_quant_algo": quantization["kv_cache_quant_algo"],
+        "mapping": model.mapping.to_dict(with_rank=False),
         "build": spec.build.to_dict(),
     }
 

@@ -93,10 +93,14 @@ def summarize_steps(steps: Sequence[IterationStats], *, decode_only: bool = Fals
 def against_roofline(
     results: dict[str, Any], plan: BenchPlan, config: ModelConfig, gpu_name: str | None
 ) -> dict[str, Any] | None:
-    """Returns what the GPU allows for this workload and which part of it was reached; None if that is not known."""
-    hardware = find_hardware(gpu_name) if gpu_name else None
-    if hardware is None:
+    """Returns what the GPU allows for this workload and which part of it was reached; None if that is not known.
+
+    For N ranks it is what N times the memory, bandwidth and arithmetic rate allow, with links that take no time.
+    """
+    found = find_hardware(gpu_name) if gpu_name else None
+    if found is None:
         return None
+    hardware = found.times(config.mapping.world_size)
     try:
         roofline = Roofline(ModelShape.of(config), hardware)
         if plan.mode == "latency":
@@ -114,4 +118,5 @@ def against_roofline(
             }
     except ConfigError as error:
         return {"hardware": hardware.name, "unknown": str(error)}
-    return {"hardware": hardware.name, "is_measured": hardware.is_measured, **parts}
+    known = {"hardware": hardware.name, "num_gpus": hardware.count, "is_measured": hardware.is_measured}
+    return {**known, **parts}
