@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lamella_executor.worker.channel import STEP
 from lamella_executor.worker.crew import Crew
 from lamella_executor.worker.local import LocalLauncher
-from lamella_executor.worker.messages import Setup
+from lamella_executor.worker.messages import Load, Setup, Start
 
 SERVE = "tests.support.worker_tasks:serve"
 
@@ -43,6 +44,17 @@ def make_crew(world_size: int = 2, *, worker_timeout_s: float = 30.0, **options:
         worker_timeout_s=worker_timeout_s,
         **options,
     )
+
+
+def go_to(crew: Crew, phase: str, deeds: bytes) -> None:
+    """Brings the workers to where ``phase`` begins, and gives them their orders in it."""
+    crew.set_phase(phase)
+    if phase == "load":
+        crew.broadcast(Load("m:f", deeds))
+    elif phase == "start":
+        crew.broadcast(Start(deeds))
+    else:
+        crew.broadcast_frame(STEP, deeds)
 
 
 def orders(**deeds: list[Any]) -> bytes:

@@ -23,7 +23,7 @@ def serve(channel: Channel, setup: Setup, state: WorkerState) -> None:
     while (frame := channel.receive()) is not None:
         if frame.kind == STEP:
             state.phase = "decode"
-            _do(setup, frame.payload)
+            _do(channel, setup, frame.payload)
             state.step += 1
             channel.send(Ready(f"step {state.step}"))
             continue
@@ -32,16 +32,40 @@ def serve(channel: Channel, setup: Setup, state: WorkerState) -> None:
             return
         if isinstance(message, Load):
             state.phase = "load"
-            _do(setup, message.arguments)
+            _do(channel, setup, message.arguments)
         elif isinstance(message, Start):
             state.phase = "start"
-            _do(setup, message.options)
+            _do(channel, setup, message.options)
         channel.send(Ready(state.phase))
 
 
-def _do(setup: Setup, orders: bytes) -> None:
+def show_setup(channel: Channel, setup: Setup, state: WorkerState) -> None:
+    """Logs who it was told to be, then waits for the end."""
+    text = "rank %d of %d has device %d, mapping %s"
+    logging.getLogger("tests").warning(text, setup.rank, setup.world_size, setup.device_index, setup.mapping)
+    channel.receive()
+
+
+def _do(channel: Channel, setup: Setup, orders: bytes) -> None:
     deed, *arguments = json.loads(orders or b"{}").get(str(setup.rank), ["nothing"])
+    if deed == "babble":
+        os.write(channel.fileno(), b"\xff" * 100)
+        time.sleep(1000)
     DEEDS[deed](*arguments)
+
+
+def leave(channel: Channel, setup: Setup, state: WorkerState) -> None:
+    """Ends at once."""
+
+
+def _signal(number: int, after_s: float = 0.0) -> None:
+    time.sleep(after_s)
+    os.kill(os.getpid(), number)
+
+
+def _spin() -> None:
+    while True:
+        pass
 
 
 def _abort(text: str) -> None:
@@ -60,9 +84,16 @@ def _have_a_child() -> None:
     logging.getLogger("tests").warning("child %d", child.pid)
 
 
+def _write(descriptor: int, text: str, times: int = 1) -> None:
+    for _ in range(times):
+        os.write(descriptor, text.encode())
+
+
 DEEDS = {
     "nothing": lambda: None,
-    "signal": lambda number: os.kill(os.getpid(), number),
+    "signal": _signal,
+    "sleep": time.sleep,
+    "spin": _spin,
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": lambda: time.sleep(1000),
     "exit": os._exit,
@@ -70,6 +101,6 @@ DEEDS = {
     "fail": _fail,
     "have a child": _have_a_child,
     "log": lambda level, text: logging.getLogger("tests").log(level, text),
-    "write": lambda descriptor, text: os.write(descriptor, text.encode()),
+    "write": _write,
     "show": lambda: logging.getLogger("tests").warning("modules %s", sorted(sys.modules)),
 }

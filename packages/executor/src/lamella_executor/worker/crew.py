@@ -143,13 +143,12 @@ class Crew:
         """
         members = self._watch.members
         self._watch.wait_until(lambda: all(phase in member.ready for member in members), timeout_s)
+        self._check()
         late = [member for member in members if phase not in member.ready]
         if late:
-            where = "; ".join(
-                f"{member.name} in phase {member.phase or 'launch'}, at {member.place}" for member in late
-            )
+            where = "; ".join(f"{member.name} at {member.place or 'its start'}" for member in late)
             self._watch.condemn(WorkerError(f"not ready with {phase} after {timeout_s:g} s: {where}"))
-        self._check()
+            self._check()
         for member in members:
             member.ready.remove(phase)
 

@@ -28,6 +28,7 @@ class WorkerState:
 
     phase: str = "launch"  # "load", "start", "prefill", "decode"
     step: int = 0  # steps done
+    heartbeat_s: float = 0.1  # between two of them; until the Setup says how often
 
 
 def run_worker(channel: Channel, parent_pid: int) -> int:
@@ -37,6 +38,7 @@ def run_worker(channel: Channel, parent_pid: int) -> int:
     """
     state = WorkerState()
     channel.send(Hello(os.getpid(), __version__))
+    _start_heartbeat(channel, state, parent_pid)
     try:
         frame = channel.receive()
         setup = Stop() if frame is None else frame.message()
@@ -44,12 +46,15 @@ def run_worker(channel: Channel, parent_pid: int) -> int:
             return 0
         if not isinstance(setup, Setup):
             raise ChannelError(f"a {type(setup).__name__} came before the Setup")
-        _start_heartbeat(channel, state, parent_pid, min(HEARTBEAT_S, setup.worker_timeout_s / 4))
+        state.heartbeat_s = min(HEARTBEAT_S, setup.worker_timeout_s / 4)
         _forward_logging(channel, setup.log_level)
         _find(setup.serve)(channel, setup, state)
     except BaseException as error:  # noqa: BLE001 - whatever ends a worker, rank 0 must hear why
         _report(channel, state, error)
         return 1
+    finally:
+        if channel.wait_hangup(0):
+            _die()
     return 0
 
 
@@ -71,11 +76,11 @@ def _report(channel: Channel, state: WorkerState, error: BaseException) -> None:
     channel.wait_hangup(LINGER_S)
 
 
-def _start_heartbeat(channel: Channel, state: WorkerState, parent_pid: int, interval_s: float) -> None:
+def _start_heartbeat(channel: Channel, state: WorkerState, parent_pid: int) -> None:
     serving = threading.get_ident()
 
     def beat() -> None:
-        while not channel.wait_hangup(interval_s) and os.getppid() == parent_pid:
+        while not channel.wait_hangup(state.heartbeat_s) and os.getppid() == parent_pid:
             try:
                 channel.send(Heartbeat(state.phase, state.step, _find_place(serving)))
             except OSError:

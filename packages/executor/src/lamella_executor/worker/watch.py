@@ -24,7 +24,8 @@ from lamella_executor.worker.process import Launcher
 logger = logging.getLogger(__name__)
 
 REAP_TIMEOUT_S = 3.0  # from SIGKILL until a process has ended; a driver may hold it
-EXIT_TIMEOUT_S = 3.0  # for everything, when the interpreter ends
+EXIT_GRACE_S = 0.5  # for workers to end by themselves, when the interpreter ends
+EXIT_TIMEOUT_S = 3.0  # for everything, then
 TICK_S = 0.25
 BUSY_TICK_S = 0.02  # while an end is awaited
 _numbers = itertools.count(1)  # for thread names only
@@ -97,7 +98,7 @@ class Watch:
 
     def start(self) -> None:
         """Starts the thread, which starts the workers: a Ctrl-C does not reach it halfway through."""
-        atexit.register(self.stop, EXIT_TIMEOUT_S)
+        atexit.register(self.stop, EXIT_TIMEOUT_S, EXIT_GRACE_S)
         self._thread.start()
 
     # ---- for other threads
@@ -133,9 +134,12 @@ class Watch:
         self._stop_by = stop_by if self._stop_by is None else min(self._stop_by, stop_by)
         self._bell.ring()
 
-    def stop(self, timeout_s: float) -> bool:
-        """Stops and waits; returns whether nothing is left after ``timeout_s``. Idempotent."""
-        self.request_stop(max(timeout_s / 2, timeout_s - 1.0))
+    def stop(self, timeout_s: float, grace_s: float | None = None) -> bool:
+        """Stops and waits; returns whether nothing is left after ``timeout_s``. Idempotent.
+
+        Workers have ``grace_s`` to end by themselves; None: most of ``timeout_s``.
+        """
+        self.request_stop(max(timeout_s / 2, timeout_s - 1.0) if grace_s is None else grace_s)
         if os.getpid() != self._owner_pid or threading.current_thread() is self._thread:
             return False
         with self._changed:
@@ -170,15 +174,13 @@ class Watch:
             self.launch_error = error
             return False
         now = time.monotonic()
+        self.members = self._judge.members = tuple(Member(process, now, now) for process in processes)
         self._selector.register(self._bell, selectors.EVENT_READ)
-        for process in processes:
-            member = Member(process, heard_s=now, moved_s=now)
-            self.members += (member,)
-            self._selector.register(process.channel, selectors.EVENT_READ, member)
-            output = process.output_fileno()
+        for member in self.members:
+            self._selector.register(member.process.channel, selectors.EVENT_READ, member)
+            output = member.process.output_fileno()
             if output is not None:
-                self._selector.register(output, selectors.EVENT_READ, process)
-        self._judge.members = self.members
+                self._selector.register(output, selectors.EVENT_READ, member.process)
         with self._changed:
             self.launched = True
             self._changed.notify_all()
