@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -82,6 +82,7 @@ shapes = st.builds(
     is_partially_reused=st.booleans(),
     window=st.one_of(st.none(), st.none(), st.none(), st.integers(1, 20)),
     num_sinks=st.integers(0, 5),
+    has_states=st.sampled_from([False, False, True]),
 )
 
 
@@ -142,6 +143,29 @@ def test_a_tiny_pool_changes_nothing(
     shape = Shape(num_blocks=num_blocks, tokens_per_block=4, policy=policy, is_reused=reused)
     roomy = Shape(num_blocks=200, tokens_per_block=4, max_num_tokens=64, is_reused=False)
     _, mine = drive(shape, traffic, is_overlapped=True)
+    _, theirs = drive(roomy, traffic, is_overlapped=False)
+    for one, other in zip(mine, theirs):
+        assert one is not None and other is not None
+        if not isinstance(one.error, RequestError) or "KV cache" not in str(one.error):
+            agree(one, other)
+
+
+forking = st.builds(lambda arrival, kind: replace(arrival, kind=kind), arrivals, st.sampled_from(["samples", "beams"]))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    traffic=st.lists(forking | arrivals, min_size=2, max_size=8),
+    num_blocks=st.integers(20, 60),
+    policy=st.sampled_from(list(CapacitySchedulerPolicy)),
+    is_overlapped=st.booleans(),
+)
+def test_forks_have_recurrent_states_of_their_own(
+    traffic: list[Arrival], num_blocks: int, policy: CapacitySchedulerPolicy, is_overlapped: bool
+) -> None:
+    shape = Shape(num_blocks=num_blocks, max_batch_size=4, policy=policy, has_states=True)
+    roomy = Shape(num_blocks=400, max_num_tokens=64, is_reused=False)
+    _, mine = drive(shape, traffic, is_overlapped=is_overlapped)
     _, theirs = drive(roomy, traffic, is_overlapped=False)
     for one, other in zip(mine, theirs):
         assert one is not None and other is not None

@@ -1,9 +1,9 @@
 """A device without a model, for the engine's loop: it simulates the KV cache and holds the loop to its contracts.
 
-The logits of a position are a pure function of the tokens up to it. The cache holds, per position, the tokens up to it;
-every read is checked against what the sequence's tokens say should be there, every findable block against the tokens
-under which it is found. A `FakeDevice` computes in the order of its launches and gives results away only when they are
-collected; a `FakeRunner` computes the same at once.
+The logits of a position are a pure function of the tokens up to it. The cache holds, per position, the tokens up to it,
+and a recurrent state all tokens that went into it; every read is checked against what the sequence's tokens say should
+be there, every findable block against the tokens under which it is found. A `FakeDevice` computes in the order of its
+launches and gives results away only when they are collected; a `FakeRunner` computes the same at once.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class FakeCache:
         self._num_sinks = num_sinks
         self._size = kv.tokens_per_block
         self._contents: list[list[tuple[int, ...] | None]] = [[None] * self._size for _ in range(kv.num_blocks)]
+        self._states: list[tuple[int, ...]] = [SPOILED] * kv.num_state_slots
 
     def compute(self, plan: StepPlan, tokens: dict[Sequence, tuple[int, ...]]) -> torch.Tensor:
         """Carries out copies and writes, checks all reads; returns logits [plan.num_logits, VOCAB] float32."""
@@ -64,6 +65,7 @@ class FakeCache:
         require(len(set(destinations)) == len(destinations) and not sources & set(destinations), "bad block copies")
         for source, destination in plan.block_copies:
             self._contents[destination] = list(self._contents[source])
+        self._advance_states(plan, tokens)
         written: set[tuple[int, int]] = set()
         for item in plan.items:
             for position in range(item.start, item.end):
@@ -81,6 +83,8 @@ class FakeCache:
     def spoil(self, items: list[ScheduledSequence]) -> None:
         """What a launch that fails half way may have written."""
         for item in items:
+            if self._states:
+                self._states[item.sequence.state_slot] = SPOILED
             for position in range(item.start, item.end):
                 block, offset = self._place(item.sequence, position)
                 self._contents[block][offset] = SPOILED
@@ -101,6 +105,23 @@ class FakeCache:
             for start in range(0, len(whole), self._size):
                 digest = index.extend(digest, pack(list(whole[start : start + self._size])))
             require(digest == entry.digest, f"findable block {block} is found under other tokens")
+
+    def _advance_states(self, plan: StepPlan, tokens: dict[Sequence, tuple[int, ...]]) -> None:
+        """Carries out copies, then lets each sequence's state take in its tokens of this step."""
+        filled: set[int] = set()
+        for source, destination in plan.state_copies:
+            require(source not in filled and destination not in filled, "bad copies of states")
+            filled.add(destination)
+            self._states[destination] = self._states[source]
+        slots = [item.sequence.state_slot for item in plan.items]
+        if not self._states:
+            require(all(slot == -1 for slot in slots), "slots without states")
+            return
+        require(len(set(slots)) == len(slots) and min(slots, default=0) >= 0, "two sequences have the same state")
+        for item, slot in zip(plan.items, slots, strict=True):
+            known = tokens[item.sequence]
+            require(not item.start or self._states[slot] == known[: item.start], f"foreign state in slot {slot}")
+            self._states[slot] = known[: item.end]
 
     def _check_reads(self, item: ScheduledSequence, tokens: tuple[int, ...]) -> None:
         window = self._window or item.end

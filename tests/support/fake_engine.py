@@ -68,6 +68,11 @@ class Shape:
     window: int | None = None
     num_sinks: int = 0
     max_beam_width: int = 4
+    has_states: bool = False  # sequences have recurrent states beside their blocks
+
+    @property
+    def num_state_slots(self) -> int:
+        return min(self.max_batch_size * self.max_beam_width, self.max_num_tokens) if self.has_states else 0
 
 
 def make_request(request_id: int, prompt: list[int], params: SamplingParams) -> RequestState:
@@ -87,6 +92,7 @@ class FakeEngine:
             enable_partial_reuse=shape.is_partially_reused,
             window=shape.window,
             num_sinks=shape.num_sinks,
+            num_state_slots=shape.num_state_slots,
         )
         self.scheduler = Scheduler(
             self.kv,

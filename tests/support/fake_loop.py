@@ -58,6 +58,7 @@ class FakeLoop:
             enable_partial_reuse=shape.is_partially_reused,
             window=shape.window,
             num_sinks=shape.num_sinks,
+            num_state_slots=shape.num_state_slots,
         )
         self.scheduler = Scheduler(
             self.kv,

@@ -36,7 +36,7 @@ class Wire:
         self.num_bytes = len(buffer)
         mirrored = self.decoder.decode(buffer)
         assert len(self.decoder) == len(self.encoder)
-        assert mirrored.block_copies == plan.block_copies
+        assert mirrored.block_copies == plan.block_copies and mirrored.state_copies == plan.state_copies
         assert len(mirrored.items) == len(plan.items)
         for item, twin in zip(plan.items, mirrored.items):
             self.compare(item, twin)
@@ -171,12 +171,12 @@ def test_a_decoding_sequence_takes_eight_bytes_and_a_block_twenty():
         for state in requests:
             state.sequences[0].token_ids.append(7)
         wire.send(plan_of(requests))
-        assert wire.num_bytes == 36 + 8 * 200
+        assert wire.num_bytes == 40 + 8 * 200
     for number, state in enumerate(requests):
         state.sequences[0].token_ids.append(7)
         state.sequences[0].blocks.append(400 + number)
     wire.send(plan_of(requests))
-    assert wire.num_bytes == 36 + (8 + 20) * 200
+    assert wire.num_bytes == 40 + (8 + 20) * 200
 
 
 def test_sequences_that_ended_are_forgotten_on_both_sides():

@@ -18,6 +18,7 @@ from lamella_core.errors import ConfigError, EngineFormatError
 from lamella_core.host_memory import available_bytes
 from lamella_executor.admission import EngineLimits
 from lamella_executor.attention.paged_cpu import LayerWindow, PagedKvCache, layer_windows
+from lamella_executor.attention.states import state_bytes
 from lamella_executor.config import KvCacheConfig, SchedulerConfig
 from lamella_executor.distributed.groups import RankGroups
 from lamella_executor.distributed.pipeline import StageLinks
@@ -116,6 +117,10 @@ def _connect(
     setup, plan = rank.setup, rank.plan
     limits, kv_config = setup.limits, setup.kv_config
     is_paged = rank.build.kv_cache_type == "paged"
+    if setup.num_state_slots:
+        logger.info(
+            "%d slots of recurrent states; prefixes are not reused, their states are not kept", setup.max_sequences
+        )
     kv = KvCacheManager(
         plan.num_blocks,
         plan.tokens_per_block,
@@ -123,6 +128,7 @@ def _connect(
         enable_partial_reuse=kv_config.enable_partial_reuse and is_paged,
         window=setup.window,
         num_sinks=kv_config.sink_token_length,
+        num_state_slots=setup.num_state_slots,
     )
     scheduler = Scheduler(
         kv,
@@ -174,9 +180,12 @@ def _start(
         )
     dtype, groups = engine.spec.model.torch_dtype, setup.groups
     free = available_bytes() // options.ranks_beside(groups.mapping.rank)
-    plan = plan_kv_cache(setup.specs, dtype, setup.tokens_per_block, setup.kv_config, setup.demand, free)
+    needed = state_bytes(setup.model.state_specs(), setup.num_state_slots)
+    plan = plan_kv_cache(
+        setup.specs, dtype, setup.tokens_per_block, setup.kv_config, setup.demand, free, state_bytes=needed
+    )
     plan = setup.agreed(plan)
-    cache = PagedKvCache(setup.specs, plan.num_blocks, setup.tokens_per_block, dtype)
+    cache = PagedKvCache(setup.specs, plan.num_blocks, setup.tokens_per_block, dtype, setup.make_states("cpu"))
     runner = ModelRunner(setup.model, cache, setup.windows, groups.tp)
     return (runner if groups.mapping.pp_size == 1 else StageRunner(runner, StageLinks(groups))), plan
 

@@ -270,10 +270,11 @@ def _launch(runner: Runner | LaunchingRunner | PipelinedRunner, plan: StepPlan) 
 
 
 def _touched(plan: StepPlan, running: Iterable[RequestState]) -> list[RequestState]:
-    """Returns the plan's requests, and others that hold a block which the plan was to fill by copying."""
+    """Returns the plan's requests, and others that hold a block or a slot which the plan was to fill by copying."""
     copied = {destination for _, destination in plan.block_copies}
+    slots = {destination for _, destination in plan.state_copies}
     touched = {item.request.request_id: item.request for item in plan.items}
     for request in running:
-        if any(not copied.isdisjoint(sequence.blocks) for sequence in request.sequences):
+        if any(s.state_slot in slots or not copied.isdisjoint(s.blocks) for s in request.sequences):
             touched[request.request_id] = request
     return list(touched.values())

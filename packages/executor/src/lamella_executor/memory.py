@@ -56,6 +56,7 @@ def plan_kv_cache(
     config: KvCacheConfig,
     demand: KvCacheDemand,
     free_bytes: int | None = None,
+    state_bytes: int = 0,
 ) -> KvCachePlan:
     """Decides the number of KV blocks; allocates nothing.
 
@@ -66,14 +67,21 @@ def plan_kv_cache(
         config: the user's limits.
         demand: bounds the default size.
         free_bytes: memory to plan with; None asks the machine.
+        state_bytes: of it, what recurrent states take.
 
     Raises:
         OutOfMemoryError: what was asked for exceeds the free memory, or not even one block fits.
     """
     free = available_bytes() if free_bytes is None else free_bytes
+    if state_bytes > free * EXPLICIT_FRACTION:
+        raise OutOfMemoryError(
+            f"the recurrent states of {demand.max_sequences} sequences take {state_bytes / _MIB:.0f} MiB, "
+            f"{free / _MIB:.0f} MiB are free; lower max_batch_size or max_beam_width"
+        )
+    free -= state_bytes
     size = block_bytes(specs, dtype, tokens_per_block)
     if size == 0:
-        return KvCachePlan(num_blocks=1, tokens_per_block=tokens_per_block, block_bytes=0)
+        return KvCachePlan(costless_blocks(demand, tokens_per_block), tokens_per_block, 0)
     asked = _asked_blocks(config, tokens_per_block, size)
     if asked:
         knob = min(asked, key=lambda name: asked[name])
@@ -95,6 +103,11 @@ def plan_kv_cache(
             "KvCacheConfig.host_memory_bytes, free memory, or lower tokens_per_block"
         )
     return KvCachePlan(num_blocks, tokens_per_block, size)
+
+
+def costless_blocks(demand: KvCacheDemand, tokens_per_block: int) -> int:
+    """Returns how many blocks there are where no layer attends: as many as can be in use, for they hold nothing."""
+    return demand.max_sequences * (-(-demand.max_resident_tokens // tokens_per_block))
 
 
 def block_bytes(specs: SequenceOf[AttentionSpec], dtype: torch.dtype, tokens_per_block: int) -> int:

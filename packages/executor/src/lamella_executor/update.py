@@ -185,15 +185,15 @@ def _adopt(
     kv: KvCacheManager,
 ) -> None:
     """Makes the children live: blocks are shared with forks and taken from parents that end here."""
-    for sequence, token in zip(children, continuations):
-        if sequence is not parents[token.parent]:
-            kv.fork(parents[token.parent], sequence)
     if len(children) != len(parents) or any(child is not parent for child, parent in zip(children, parents)):
         kept = {id(child) for child in children}
         for parent in parents:
             if id(parent) not in kept:
-                kv.free(parent)
+                kv.free(parent)  # nobody forks from it, and forks may need its slot
         request.sequences = children
+    for sequence, token in zip(children, continuations):
+        if sequence is not parents[token.parent]:
+            kv.fork(parents[token.parent], sequence)
     if request.params.use_beam_search:
         for position, sequence in enumerate(children):
             sequence.index = position

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamella_core.context import AttentionSpec, Communicator
+from lamella_core.context import AttentionSpec, Communicator, RecurrentStep, StateSpec
 from lamella_core.kernels import fp8
 from lamella_core.kernels.cpu import ops
 from lamella_core.layers.rotary import Rotation
+from lamella_executor.attention.memory import reserve
+from lamella_executor.attention.states import RecurrentStates
 from lamella_executor.scheduler.plan import StepPlan
 from lamella_executor.sequence import EVICTED_BLOCK
-
-_ALIGNMENT = 64  # bytes; a vector load of a key never straddles two cache lines
 
 
 class PagedKvCache:
@@ -29,16 +29,22 @@ class PagedKvCache:
     """
 
     def __init__(
-        self, specs: SequenceOf[AttentionSpec], num_blocks: int, tokens_per_block: int, dtype: torch.dtype
+        self,
+        specs: SequenceOf[AttentionSpec],
+        num_blocks: int,
+        tokens_per_block: int,
+        dtype: torch.dtype,
+        states: RecurrentStates | None = None,  # of layers without keys and values, beside them
     ) -> None:
         self.num_blocks = num_blocks
         self.tokens_per_block = tokens_per_block
+        self.states = states
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer_idx -> k, v [num_blocks, Hkv, tokens_per_block, D]
         self._stored: list[Tensor] = []  # those of them that have memory of their own
         for spec in specs:
             shape = (num_blocks, spec.num_kv_heads, tokens_per_block, spec.head_dim)
-            keys = _reserve(shape, dtype)
-            values = keys[..., spec.head_dim - spec.out_dim :] if spec.is_latent else _reserve(shape, dtype)
+            keys = reserve(shape, dtype)
+            values = keys[..., spec.head_dim - spec.out_dim :] if spec.is_latent else reserve(shape, dtype)
             self._layers[spec.layer_idx] = (keys, values)
             self._stored += [keys] if spec.is_latent else [keys, values]
 
@@ -56,14 +62,6 @@ class PagedKvCache:
                 cache[destination].copy_(cache[source])
 
 
-def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Returns zeros whose pages are not in memory yet (numpy's come from calloc), aligned to cache lines."""
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
-    raw = np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(raw[start : start + num_bytes]).view(dtype).view(shape)
-
-
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """The packed inputs of one step; made once, read by every layer."""
@@ -75,6 +73,8 @@ class StepBatch:
     query_start: Tensor  # [S + 1] int32
     context_lens: Tensor  # [S] int32, keys of each sequence including this step's
     logit_rows: Tensor | None  # [R] int64, rows whose logits are wanted; None: all
+    state_slots: Tensor | None = None  # [S] int32, where the sequences' states are; None: they have none
+    is_first: Tensor | None = None  # [S] bool, with that: the sequence starts in this step
 
 
 def make_batch(plan: StepPlan, tokens_per_block: int) -> StepBatch:
@@ -96,6 +96,8 @@ def make_batch(plan: StepPlan, tokens_per_block: int) -> StepBatch:
     positions = np.arange(len(ids)) + (starts - query_start[:-1])[owner]
     slots = tables[owner, positions // tokens_per_block].astype(np.int64) * tokens_per_block
     slots += positions % tokens_per_block
+    state_slots = np.fromiter((item.sequence.state_slot for item in items), np.int32, count)
+    has_states = count > 0 and state_slots[0] >= 0
     return StepBatch(
         input_ids=torch.tensor(ids, dtype=torch.int64),
         positions=torch.from_numpy(positions),
@@ -104,6 +106,8 @@ def make_batch(plan: StepPlan, tokens_per_block: int) -> StepBatch:
         query_start=torch.from_numpy(query_start.astype(np.int32)),
         context_lens=torch.from_numpy((starts + lengths).astype(np.int32)),
         logit_rows=_logit_rows(plan, query_start),
+        state_slots=torch.from_numpy(state_slots) if has_states else None,
+        is_first=torch.from_numpy(starts == 0) if has_states else None,
     )
 
 
@@ -181,3 +185,16 @@ class PagedAttentionContext:
             sliding_window=window.length, num_sinks=window.num_sinks, softcap=spec.softcap or 0.0,
             alibi_slopes=alibi_slopes, sink_logits=sink_logits,
         )  # fmt: skip
+
+    def recurrent(self, spec: StateSpec) -> RecurrentStep:
+        """Returns where the states of a layer are in this step.
+
+        Raises:
+            RuntimeError: the step's sequences have no slots.
+        """
+        batch, states = self._batch, self._cache.states
+        if states is None or batch.state_slots is None or batch.is_first is None:
+            raise RuntimeError(f"layer {spec.layer_idx} has states, and the step's sequences have no slots for them")
+        return RecurrentStep(
+            states.layer(spec.layer_idx), batch.state_slots, batch.is_first, batch.query_start, num_decode=0
+        )

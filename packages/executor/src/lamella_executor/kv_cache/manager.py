@@ -24,6 +24,7 @@ from lamella_executor.kv_cache.block_pool import BlockPool
 from lamella_executor.kv_cache.chains import BlockChains
 from lamella_executor.kv_cache.copies import BlockCopies
 from lamella_executor.kv_cache.prefix import PrefixIndex
+from lamella_executor.kv_cache.states import StateSlots
 from lamella_executor.sequence import EVICTED_BLOCK, Sequence
 
 
@@ -67,6 +68,8 @@ class KvCacheManager:
         enable_partial_reuse: the matching head of a block that differs later is copied instead of computed.
         window: tokens visible to a query at most, over all layers, its own included; None: some layer sees everything.
         num_sinks: first tokens that stay visible beside the window.
+        num_state_slots: slots for the recurrent states of sequences, as many as may compute; 0: the model has none.
+            With states nothing is reused: those at the end of a prefix are not kept.
     """
 
     def __init__(
@@ -78,12 +81,14 @@ class KvCacheManager:
         enable_partial_reuse: bool = True,
         window: int | None = None,
         num_sinks: int = 0,
+        num_state_slots: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
         self.tokens_per_block = tokens_per_block
-        self.enable_block_reuse = enable_block_reuse
+        self.enable_block_reuse = enable_block_reuse and not num_state_slots
         self.window = window
         self.num_sink_blocks = -(-num_sinks // tokens_per_block)
+        self._states = StateSlots(num_state_slots)
         self._index = PrefixIndex()
         self._pool = BlockPool(num_blocks, on_evict=self._index.remove)
         self._copies = BlockCopies(self._pool)
@@ -98,6 +103,11 @@ class KvCacheManager:
     def num_available(self) -> int:
         """Blocks that can be handed out now: free or evictable."""
         return self._pool.num_available
+
+    @property
+    def num_state_slots(self) -> int:
+        """Slots for recurrent states in total; 0: the model has none."""
+        return self._states.num_slots
 
     @property
     def num_live(self) -> int:
@@ -139,6 +149,9 @@ class KvCacheManager:
             for block in sequence.blocks:
                 if block != EVICTED_BLOCK:
                     expected[block] += 1
+        slots = [sequence.state_slot for sequence in sequences if sequence.state_slot >= 0]
+        if len(set(slots)) != len(slots) or len(slots) + self._states.num_free != self._states.num_slots:
+            raise RuntimeError(f"sequences hold the slots {sorted(slots)}, {self._states.num_free} are free")
         for block, refs in enumerate(expected):
             if refs != self._pool.refs(block):
                 raise RuntimeError(f"KV block {block} has {self._pool.refs(block)} references, {refs} holders")
@@ -191,6 +204,8 @@ class KvCacheManager:
             return True
         if max(num_new, 0) + len(shared) > self._pool.num_available:
             return False
+        if self._states.num_slots and sequence.state_slot < 0:
+            sequence.state_slot = self._states.take()
         for i in shared:
             blocks[i] = self._copies.queue(blocks[i])
         for _ in range(num_new):
@@ -206,13 +221,18 @@ class KvCacheManager:
         return self.allocate(sequence, start + 1)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Gives ``child``, a `Sequence.fork` of ``parent``, the same blocks; whoever writes first gets a copy."""
+        """Gives ``child``, a `Sequence.fork` of ``parent``, the same blocks; whoever writes first gets a copy.
+
+        Recurrent states are copied, as they are when the next step begins.
+        """
         if child.blocks:
             raise RuntimeError(f"sequence {child.index} already has blocks and cannot become a fork")
         for block in parent.blocks:
             if block != EVICTED_BLOCK:
                 self._pool.share(block)
         child.blocks = list(parent.blocks)
+        if parent.state_slot >= 0:
+            child.state_slot = self._states.fork(parent.state_slot)
         self._chains.inherit(parent, child)
 
     def share_prefix(self, source: Sequence, sequence: Sequence, num_tokens: int) -> bool:
@@ -221,8 +241,11 @@ class KvCacheManager:
         The caller has checked that both begin with the same ``num_tokens`` tokens.
 
         Returns:
-            False, and nothing changed, if ``source`` has given back blocks that are still visible there.
+            False, and nothing changed, if ``source`` has given back blocks that are still visible there, or has a
+            recurrent state, which is no longer that of the prefix.
         """
+        if source.state_slot >= 0:
+            return False
         blocks = source.blocks[: self.blocks_for(num_tokens)]
         visible = self._first_visible_block(num_tokens)
         if any(b == EVICTED_BLOCK and (i < self.num_sink_blocks or i >= visible) for i, b in enumerate(blocks)):
@@ -277,6 +300,9 @@ class KvCacheManager:
                 self._index.remove(block)
                 self._pool.unmark_cacheable(block)
             self._release(block)
+        if sequence.state_slot >= 0:
+            self._states.release(sequence.state_slot)
+            sequence.state_slot = -1
         sequence.blocks = []
         sequence.num_computed_tokens = 0
         self._chains.forget(sequence)
@@ -284,6 +310,10 @@ class KvCacheManager:
     def take_copies(self) -> list[tuple[int, int]]:
         """Returns the (source, destination) copies to carry out before the forward, and lets go of the sources."""
         return self._copies.take()
+
+    def take_state_copies(self) -> list[tuple[int, int]]:
+        """Returns the (source, destination) copies of recurrent states, to carry out in order before the forward."""
+        return self._states.take_copies()
 
     # parts
 

@@ -58,6 +58,8 @@ class ModelRunner:
             What `run` returns; on a stage before the last, hidden states [T, H], the next one's ``hidden``.
         """
         self._cache.copy_blocks(plan.block_copies)
+        if plan.state_copies and self._cache.states is not None:
+            self._cache.states.copy(*(torch.tensor(side) for side in zip(*plan.state_copies)))
         batch = make_batch(plan, self._cache.tokens_per_block)
         ctx = PagedAttentionContext(self._cache, batch, self._windows, self._tp)
         is_last = self._model.lm_head is not None

@@ -12,6 +12,7 @@ from lamella_core.models.base import CausalLM
 from lamella_core.quantization.config import QuantAlgo
 from lamella_executor.admission import EngineLimits
 from lamella_executor.attention.paged_cpu import LayerWindow
+from lamella_executor.attention.states import RecurrentStates
 from lamella_executor.config import KvCacheConfig
 from lamella_executor.distributed.groups import RankGroups
 from lamella_executor.memory import KvCacheDemand, KvCachePlan
@@ -41,6 +42,17 @@ class RunnerSetup:
         if self.model.config.quantization.kv_cache_quant_algo is QuantAlgo.FP8:
             return torch.float8_e4m3fn
         return self.model.config.torch_dtype
+
+    @property
+    def num_state_slots(self) -> int:
+        """Slots for recurrent states: one per sequence that computes; 0 if the model has none, on whatever rank."""
+        return self.max_sequences if self.model.has_states else 0
+
+    def make_states(self, device: torch.device | str) -> RecurrentStates | None:
+        """Returns memory for the recurrent states of this rank's layers; None if the model has none."""
+        if not self.model.has_states:
+            return None
+        return RecurrentStates(self.model.state_specs(), self.num_state_slots, device)
 
     @property
     def max_sequences(self) -> int:

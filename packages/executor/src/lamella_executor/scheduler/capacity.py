@@ -3,7 +3,8 @@
 Bounds, not guesses. Without an attention window a request's sequences share the whole blocks of its prompt and may
 differ in all others; its last generated token is never computed, so it holds at most prompt + max_tokens - 1 tokens.
 With a window each sequence holds the sinks, the window and the chunk being computed, and nothing is counted as shared
-(blocks that one holder has evicted may still be held by another).
+(blocks that one holder has evicted may still be held by another). Nor is it where sequences have recurrent states:
+after a pause each computes its prompt by itself.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class CapacityModel:
         self.kv = kv
         self._max_num_tokens = max_num_tokens
         self._is_chunked = is_chunked
+        self._shares = kv.window is None and not kv.num_state_slots  # forks share their prompt's blocks, always
         self._window_blocks = 0  # what one sequence holds while it computes a single token
         if kv.window is not None:
             self._window_blocks = kv.num_sink_blocks + kv.blocks_for(kv.window - 1) + 1
@@ -55,7 +57,8 @@ class CapacityModel:
         num_branches = self._num_branches(request)
         longest = kv.blocks_for(self.max_kv_tokens(request))
         if kv.window is None:
-            num_shared = request.num_prompt_tokens // kv.tokens_per_block if num_branches > 1 else 0
+            can_share = self._shares and num_branches > 1
+            num_shared = request.num_prompt_tokens // kv.tokens_per_block if can_share else 0
             return num_shared + num_branches * (longest - num_shared)
         chunk = min(self.max_chunk(request), max(s.num_tokens - s.num_computed_tokens for s in request.sequences))
         num_live = len(request.sequences)
@@ -67,7 +70,7 @@ class CapacityModel:
         kv, longest = self.kv, self.max_kv_tokens(request)
         needs = [kv.blocks_for(min(s.num_tokens + 1, longest)) for s in request.sequences]
         num_shared = 0
-        if kv.window is None and len(needs) > 1:
+        if self._shares and len(needs) > 1:
             num_shared = request.num_prompt_tokens // kv.tokens_per_block
         total = num_shared + sum(needs) - num_shared * len(needs)
         return min(total, self.worst_case(request))
@@ -77,7 +80,7 @@ class CapacityModel:
         kv, sequences = self.kv, request.sequences
         if len(sequences) == 1:
             return kv.num_held(sequences[0])
-        if kv.window is not None:
+        if not self._shares:
             return len({b for s in sequences for b in s.blocks if b >= 0})
         num_shared = request.num_prompt_tokens // kv.tokens_per_block
         tails = {block for s in sequences for block in s.blocks[num_shared:]}

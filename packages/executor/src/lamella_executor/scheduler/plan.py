@@ -44,6 +44,7 @@ class StepPlan:
 
     items: list[ScheduledSequence] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination), before the forward
+    state_copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination) slots, likewise, in order
     started: list[RequestState] = field(default_factory=list)  # got their first blocks in this step, or new ones
     paused: list[RequestState] = field(default_factory=list)  # lost their blocks in this step; back in the queue
 

@@ -177,7 +177,8 @@ class Scheduler:
         self._schedule_waiting(step)
         self._time.planned(step.items)
         # Copies wait for a step with a forward pass, which is what carries them out.
-        step.block_copies = self._kv.take_copies() if step.items else []
+        if step.items:
+            step.block_copies, step.state_copies = self._kv.take_copies(), self._kv.take_state_copies()
         return step
 
     def advance(self, plan: StepPlan) -> None:
@@ -280,6 +281,8 @@ class Scheduler:
             return False
         if self._num_rows + request.width > self._max_num_tokens:
             return False
+        if not self._has_slots(request):
+            return False
         sequence = request.sequences[0]
         if sequence.token_ids[-1] == PENDING_TOKEN:  # paused in the last step; known before the next
             return False
@@ -301,6 +304,14 @@ class Scheduler:
         if not is_complete:
             self._time.delayed(request)
         return True
+
+    def _has_slots(self, request: RequestState) -> bool:
+        """Whether the slots of recurrent states suffice, counting what the running requests may fork into."""
+        num_slots = self._kv.num_state_slots
+        if not num_slots:
+            return True
+        num_draining = sum([draining.width for draining in self._draining])
+        return self._num_rows + num_draining + request.width <= num_slots
 
     def _match(self, request: RequestState, sequence: Sequence) -> PrefixMatch:
         # Log-probabilities of prompt tokens need the logits of every prompt position.

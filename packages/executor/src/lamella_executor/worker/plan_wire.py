@@ -6,14 +6,14 @@ the step's token ids, new blocks of the block table, and what the device samples
 outside of the step are not sent (those of a reused prefix never are), nor are blocks that leave the attention window:
 both are never read again.
 
-Size: 8 bytes per decoding sequence and 36 per step; 20 more when a sequence gets a block (once in tokens_per_block
-tokens); 68 for a new sequence and 4 per block of it; 16 per other item and 4 per token of it; 8 per block copy; 4 per
+Size: 8 bytes per decoding sequence and 40 per step; 20 more when a sequence gets a block (once in tokens_per_block
+tokens); 68 for a new sequence and 4 per block of it; 16 per other item and 4 per token of it; 8 per copy; 4 per
 sequence that ended.
 
 Layout, native byte order: header (`_HEADER`), ids that are given back, records of new sequences (id, num_prompt_tokens
 with a sign, sampling parameters), changes of block tables (id, first place, number of blocks, state slot, blocks),
-plain items (ids, then tokens), other items (id, start, num_tokens, num_logits and is_sampled), their token ids, copies.
-Plain is a sampled next token; those items lead a plan.
+plain items (ids, then tokens), other items (id, start, num_tokens, num_logits and is_sampled), their token ids, copies
+of blocks, copies of states. Plain is a sampled next token; those items lead a plan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lamella_executor.sampler.device import SAMPLING_INTS, is_device_sampled, pa
 from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.sequence import EVICTED_BLOCK, RequestState, Sequence
 
-_HEADER = 9  # step number, then the sizes in int32 of the eight sections, in order
+_HEADER = 10  # step number, then the sizes in int32 of the nine sections, in order
 _RECORD = 2 + SAMPLING_INTS
 _CHANGE = 4  # before the blocks
 _ITEM = 4
@@ -59,11 +59,12 @@ class _Sections:
     items: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     copies: list[int] = field(default_factory=list)
+    state_copies: list[int] = field(default_factory=list)
 
     def pack(self, step: int) -> bytes:
         sections = (
             self.dropped, self.records, self.changes, self.plain_ids, self.plain_tokens, self.items, self.tokens,
-            self.copies,
+            self.copies, self.state_copies,
         )  # fmt: skip
         values = array("i", [step, *map(len, sections)])
         for section in sections:
@@ -122,6 +123,8 @@ class PlanEncoder:
             known.end = item.end
         for copy in plan.block_copies:
             out.copies += copy
+        for copy in plan.state_copies:
+            out.state_copies += copy
         packed = out.pack(self._step + 1)
         self._step += 1
         self._dropped = []
@@ -194,13 +197,15 @@ class PlanDecoder:
         Raises:
             RuntimeError: the buffer is not the next one, or is no step at all. The decoder is of no use then.
         """
-        dropped, records, changes, plain_ids, plain_tokens, items, tokens, copies = self._sections(buffer)
+        dropped, records, changes, plain_ids, plain_tokens, items, tokens, copies, states = self._sections(buffer)
         for id_ in list(self._mirrors) if _ALL in dropped else dropped:
             self._mirrors.pop(id_).sequence.blocks = []  # runners see by that that a sequence has ended
         for first in range(0, len(records), _RECORD):
             self._introduce(records[first : first + _RECORD])
         self._change_blocks(changes)
-        plan = StepPlan(block_copies=list(zip(copies[::2], copies[1::2])))
+        plan = StepPlan(
+            block_copies=list(zip(copies[::2], copies[1::2])), state_copies=list(zip(states[::2], states[1::2]))
+        )
         for id_, token in zip(plain_ids, plain_tokens):
             mirror = self._mirrors[id_]
             plan.items.append(_item(mirror, mirror.end, [token], 1, is_sampled=True))
