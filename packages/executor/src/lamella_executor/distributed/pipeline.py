@@ -65,14 +65,26 @@ class StageLinks:
         if self._previous is None:
             return None
         hidden = torch.empty(num_tokens, hidden_size, dtype=dtype, device=self._groups.device)
-        self._groups.receive(hidden, self._previous).wait()
+        self.receive_into(hidden)
         return hidden
+
+    def receive_into(self, hidden: Tensor) -> None:
+        """Receives the previous stage's hidden states [T, H]; the current stream (on a CPU the caller) waits for it."""
+        if self._previous is None:
+            raise RuntimeError("the first stage has no previous one to receive hidden states from")
+        self._groups.receive(hidden, self._previous).wait()
 
     def send_hidden(self, hidden: Tensor) -> None:
         """Sends hidden states [T, H] to the next stage and does not wait; nobody may write to them any more."""
         if self._next is None:
             raise RuntimeError("the last stage has no next one to send hidden states to")
         self._send(hidden, self._next)
+
+    def hand_over(self, hidden: Tensor) -> None:
+        """Sends hidden states [T, H] to the next stage; the current stream (or caller) waits until it takes them."""
+        if self._next is None:
+            raise RuntimeError("the last stage has no next one to send hidden states to")
+        self._groups.send(hidden.contiguous(), self._next).wait()
 
     def send_result(self, result: Tensor) -> None:
         """Sends a step's result to rank 0 and does not wait; nobody may write to it any more."""

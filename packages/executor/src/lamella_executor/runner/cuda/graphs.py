@@ -53,6 +53,11 @@ def why_not_capturable(model: nn.Module) -> str | None:
 class DecodeStep(Protocol):
     """The two halves of a decoding step, each enqueued on the current stream; made by the runner."""
 
+    @property
+    def is_sampling(self) -> bool:
+        """Whether there is a second half; other ranks have it for pipeline stages before the last."""
+        ...
+
     def inputs(self, size: int) -> StepInputs:
         """Returns the inputs of a step of ``size`` rows, all padding, at the addresses that every such step uses."""
         ...
@@ -73,7 +78,7 @@ class CapturedStep:
     size: int
     hidden: Tensor  # [size, H], rewritten by each replay of `forward`
     forward: torch.cuda.CUDAGraph
-    sample: dict[bool, torch.cuda.CUDAGraph]  # by whether all rows are greedy
+    sample: dict[bool, torch.cuda.CUDAGraph]  # by whether all rows are greedy; empty where nothing is sampled
 
 
 class DecodeGraphs:
@@ -107,9 +112,10 @@ class DecodeGraphs:
             self.clear()
             raise
         self._sizes = sorted(self._steps)
+        num_graphs = sum(1 + len(captured.sample) for captured in self._steps.values())
         logger.info(
             "recorded %d CUDA graphs for %d batch sizes up to %d in %.1f s",
-            3 * len(self._steps), len(self._steps), self._sizes[-1], time.monotonic() - started,
+            num_graphs, len(self._steps), self._sizes[-1], time.monotonic() - started,
         )  # fmt: skip
 
     def clear(self) -> None:
@@ -120,8 +126,9 @@ class DecodeGraphs:
 
 def _capture_step(step: DecodeStep, size: int, pool: Any, stream: torch.cuda.Stream) -> CapturedStep:
     inputs = step.inputs(size)
+    kinds = (True, False) if step.is_sampling else ()
     warm = step.forward(inputs)
-    for is_greedy in (True, False):
+    for is_greedy in kinds:
         step.sample(warm, inputs, is_greedy=is_greedy)
     del warm
     stream.wait_stream(torch.cuda.current_stream())
@@ -131,7 +138,7 @@ def _capture_step(step: DecodeStep, size: int, pool: Any, stream: torch.cuda.Str
         hidden = kept.pop()
         sample = {
             is_greedy: _record(functools.partial(step.sample, hidden, inputs, is_greedy=is_greedy), pool)
-            for is_greedy in (True, False)
+            for is_greedy in kinds
         }
     torch.cuda.current_stream().wait_stream(stream)
     return CapturedStep(size, hidden, forward, sample)
