@@ -8,6 +8,7 @@ again only after its transfer is complete (`lamella_executor.runner.cuda.transfe
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,10 @@ from lamella_core.models.base import CausalLM
 from lamella_executor.attention.backend import AttentionBackend
 from lamella_executor.attention.paged_cpu import LayerWindow
 from lamella_executor.attention.paged_cuda import CudaStepContext, DeviceKvCache
-from lamella_executor.runner.base import LaunchedStep
 from lamella_executor.runner.cuda.batch import StepInputs, is_decode_only, pack_decode, pack_mixed, reserve_decode
 from lamella_executor.runner.cuda.graphs import DecodeGraphs, capture_sizes, why_not_capturable
 from lamella_executor.runner.cuda.ops import DeviceOps
 from lamella_executor.runner.cuda.slots import Slot, SlotTable, Updates
-from lamella_executor.runner.cuda.stage import OnlyStage, Stage
 from lamella_executor.runner.cuda.state import DeviceState, RunnerLimits
 from lamella_executor.runner.cuda.transfer import SampledTokens
 from lamella_executor.scheduler.plan import StepPlan
@@ -82,7 +81,6 @@ class CudaRunner:
         limits: the largest step.
         parts: the device, and what computes on it. With device "cpu" (tests) nothing is captured.
         tp: tensor-parallel group; default: this process alone.
-        stage: of a pipeline, that the model is; default: it is whole.
     """
 
     def __init__(
@@ -93,7 +91,6 @@ class CudaRunner:
         limits: RunnerLimits,
         parts: DeviceParts,
         tp: Communicator | None = None,
-        stage: Stage | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -101,7 +98,6 @@ class CudaRunner:
         self._limits = limits
         self._parts = parts
         self._tp = tp or SingleRank()
-        self._stage = stage or OnlyStage()
         self._state = DeviceState(limits, cache.tokens_per_block, cache.scratch_block, parts.device)
         max_blocks = limits.max_blocks(cache.tokens_per_block)
         self._slots = SlotTable(limits.num_slots, max_blocks, cache.tokens_per_block, cache.scratch_block)
@@ -110,18 +106,18 @@ class CudaRunner:
 
     # steps
 
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan) -> CudaStep:
         """Enqueues a step; see `LaunchingRunner.launch`.
 
         Raises:
             OutOfMemoryError: the device has not enough memory for the step.
         """
-        return self._stage.finish(plan, self._launch(plan, keep_logits=False))
+        return self._launch(plan, keep_logits=False)
 
     def run(self, plan: StepPlan) -> Tensor:
         """Computes a step and returns its logits [plan.num_logits, vocab_size] float32 on the host; see `Runner.run`.
 
-        The plan holds no pending tokens, and the model is whole.
+        The plan holds no pending tokens.
         """
         logits = self._launch(plan, keep_logits=True).logits
         return torch.empty(0, self._model.config.vocab_size) if logits is None else logits.cpu()
@@ -150,15 +146,11 @@ class CudaRunner:
         else:
             inputs = pack_mixed(state.inbox, state.block_tables, items, slots)
         self._send(plan, updates)
-        self._stage.begin(plan)
         if captured is None:
             hidden = self.forward(inputs)
         else:
             captured.forward.replay()
             hidden = captured.hidden
-        if not self._stage.is_last:
-            self._stage.hand_over(hidden[: plan.num_tokens])
-            return CudaStep(state.outbox.fetch(0), [], None)
         if keep_logits:
             return CudaStep(state.outbox.fetch(0), [], self._logits(hidden, inputs)[: plan.num_logits].float())
         for_host = [not slot.is_device_sampled and item.num_logits > 0 for item, slot in zip(items, slots)]
@@ -174,7 +166,6 @@ class CudaRunner:
             captured.sample[is_greedy].replay()
         else:
             self.sample(hidden, inputs, is_greedy=is_greedy)
-        self._stage.report(plan, state.outbox.tokens, logits)
         return CudaStep(state.outbox.fetch(len(items) if is_decode else inputs.num_sampled), rows, logits)
 
     def _send(self, plan: StepPlan, updates: Updates) -> None:
@@ -223,17 +214,9 @@ class CudaRunner:
         """Returns the inputs of a captured step of ``size`` rows and sends padding there."""
         return reserve_decode(self._state.inbox, self._state.block_tables, size, self._limits.max_seq_len)
 
-    @property
-    def is_sampling(self) -> bool:
-        """Whether logits and sampling are this rank's."""
-        return self._stage.is_last
-
     def forward(self, inputs: StepInputs) -> Tensor:
-        """Enqueues a forward pass; returns hidden states [L, H] of the rows whose logits are wanted.
-
-        On a pipeline stage before the last those of all rows, [T, H].
-        """
-        state, parts, stage = self._state, self._parts, self._stage
+        """Enqueues a forward pass; returns hidden states [L, H] of the rows whose logits are wanted."""
+        state, parts = self._state, self._parts
         parts.ops.prepare(state, inputs)
         step = inputs.attention
         count = step.num_tokens
@@ -241,10 +224,7 @@ class CudaRunner:
             self._cache, state.kv_slots[:count], step.num_decode, parts.attention.begin(step),
             parts.ops.rope_and_cache, self._windows, self._tp, step.num_whole,
         )  # fmt: skip
-        rows = inputs.logit_rows if stage.is_last else None
-        return self._model(
-            state.input_ids[:count], state.positions[:count], ctx, hidden=stage.hidden(count), rows=rows
-        )  # fmt: skip
+        return self._model(state.input_ids[:count], state.positions[:count], ctx, rows=inputs.logit_rows)
 
     def sample(self, hidden: Tensor, inputs: StepInputs, *, is_greedy: bool) -> None:
         """Enqueues logits and sampling of hidden states [L, H]; the tokens go to the outbox."""
@@ -254,13 +234,21 @@ class CudaRunner:
     # life
 
     @torch.inference_mode()
-    def capture(self, max_rows: int) -> None:
+    def capture(self, max_rows: int, agree_min: Callable[[int], int] | None = None) -> None:
         """Records decoding steps of up to ``max_rows`` as CUDA graphs, or says in the log why they run without.
+
+        Args:
+            max_rows: rows of the largest.
+            agree_min: returns the least of all ranks' values; None: there is one rank. Recorded steps are padded, so
+                either all ranks have them or none.
 
         Raises:
             OutOfMemoryError: the graphs do not fit.
+            RuntimeError: recording failed on one of several ranks.
         """
         reason = self._why_not_captured()
+        if agree_min is not None and not agree_min(int(reason is None)):
+            reason = reason or "another rank cannot record them"
         if reason is None:
             try:
                 self._graphs.capture(self, capture_sizes(max_rows))
@@ -270,6 +258,8 @@ class CudaRunner:
                     f"({error}); lower KvCacheConfig.free_gpu_memory_fraction or max_batch_size"
                 ) from error
             except RuntimeError as error:
+                if agree_min is not None:
+                    raise  # the others are in the same recording
                 reason = f"recording failed: {error}"
         if reason is not None:
             logger.warning("decoding steps run without CUDA graphs: %s", reason)
@@ -300,7 +290,7 @@ class CudaRunner:
             if is_cuda:
                 torch.cuda.current_stream().synchronize()
             self._graphs.clear()
-            del self._model, self._cache, self._state, self._stage
+            del self._model, self._cache, self._state
             if is_cuda:
                 torch.cuda.empty_cache()
         except RuntimeError as error:  # a kernel broke the device's context; its memory goes with the process

@@ -62,10 +62,13 @@ def start_runner(
 ) -> tuple[CudaRunner, KvCachePlan]:
     """Returns a runner that is ready for its first step, and the size of its KV cache.
 
+    Every rank of an engine calls this: their first steps and recordings meet in collectives.
+
     Args:
         setup: the model is moved to the device.
         attn_backend: one of `ATTENTION_BACKENDS`.
-        device: "cuda"; on "cpu" (tests) memory is not measured, and the cache must be given a size.
+        device: "cuda", or the current device by its index; on "cpu" (tests) memory is not measured, and the cache must
+            be given a size.
 
     Raises:
         ConfigError: an unknown backend, or one that this machine lacks.
@@ -90,14 +93,16 @@ def start_runner(
         tokens_per_block=setup.tokens_per_block,
     )
     logger.info("device memory:\n%s", plan.table())
+    kv = setup.agreed(plan.kv)
     with times.phase("KV cache"), _out_of_memory_named("the KV cache, as planned above,"):
-        runner = _make_runner(setup, limits, parts, plan.kv.num_blocks)
+        runner = _make_runner(setup, limits, parts, kv.num_blocks)
     free = _device_memory(device).free
     with times.phase("recording"):
-        runner.capture(min(graph_rows, plan.kv.num_blocks))
+        is_alone = setup.groups.mapping.world_size == 1
+        runner.capture(min(graph_rows, kv.num_blocks), None if is_alone else setup.groups.agree_min)
     taken = (free - _device_memory(device).free) / _MIB
     logger.info("engine start: %s; recorded steps take %.0f MiB", times, taken)
-    return runner, plan.kv
+    return runner, kv
 
 
 def move_weights(model: CausalLM, device: torch.device) -> None:
@@ -174,7 +179,7 @@ def _attention(name: str, has_triton: bool, device: torch.device, cache_dtype: t
 
 def _make_runner(setup: RunnerSetup, limits: RunnerLimits, parts: DeviceParts, num_blocks: int) -> CudaRunner:
     cache = DeviceKvCache(setup.specs, num_blocks, setup.tokens_per_block, setup.cache_dtype, parts.device)
-    return CudaRunner(setup.model, cache, setup.windows, limits, parts)
+    return CudaRunner(setup.model, cache, setup.windows, limits, parts, setup.groups.tp)
 
 
 def _measure(setup: RunnerSetup, limits: RunnerLimits, parts: DeviceParts) -> tuple[int, int]:
