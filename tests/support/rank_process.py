@@ -1,6 +1,6 @@
 """One rank of a test of `RankGroups`, a process of its own.
 
-    python rank_process.py TASK WORLD_SIZE TP_SIZE RANK PORT
+    python -m tests.support.rank_process TASK WORLD_SIZE TP_SIZE RANK PORT
 
 runs the function named TASK with this rank's groups and prints what it returns as one line of JSON.
 """

@@ -1,49 +1,20 @@
 """Groups of ranks on CPUs: sums, messages, and what happens when a rank dies, stops or never comes."""
 
-import contextlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from tests.support import rank_process
+from tests.support.rank_launch import answers, ranks
 
 from lamella_core.errors import CommunicationError
 from lamella_core.mapping import Mapping
 from lamella_executor.distributed.gloo import LARGEST_EXCHANGE_BYTES
 from lamella_executor.distributed.groups import RankGroups
 from lamella_executor.distributed.store import host_store
-
-PROGRAM = Path(rank_process.__file__)
-
-
-@contextlib.contextmanager
-def ranks(task, world, tp, first=0):
-    """Starts processes for ranks first.. and yields (store, processes); kills them all in the end."""
-    store = host_store()
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    processes = []
-    try:
-        for rank in range(first, world):
-            command = [sys.executable, str(PROGRAM), task, str(world), str(tp), str(rank), str(store.port)]
-            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
-        yield store, processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-
-
-def answers(task, world, tp):
-    with ranks(task, world, tp) as (_, processes):
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-        return [json.loads(output) if output else None for output in outputs]
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from lamella_core.context import Communicator, SingleRank
-from lamella_core.errors import CommunicationError, ConfigError
+from lamella_core.errors import CommunicationError
 from lamella_core.mapping import Mapping
 from lamella_executor.distributed.gloo import GlooGroup
 from lamella_executor.distributed.store import await_keys
@@ -100,9 +100,13 @@ class RankGroups:
         ranks = range(mapping.world_size)
         world = GlooGroup(store, "world", ranks, mapping.rank, address=address, timeout_s=timeout_s)
         if torch.device(device).type == "cpu":
-            tp = _cpu_tensor_group(mapping, store, world, address, timeout_s)
-            return cls(mapping, device, world, tp, None)
-        raise ConfigError(f"device {device!r} has no groups")
+            return cls(mapping, device, world, _cpu_tensor_group(mapping, store, world, address, timeout_s), None)
+        from lamella_executor.distributed.gpu import GpuGroups
+
+        gpu = GpuGroups.join(
+            mapping, store, world, device=torch.device(device), timeout_s=timeout_s, stop=stop
+        )  # fmt: skip
+        return cls(mapping, device, world, gpu.tp, gpu)
 
     def agree_min(self, value: int) -> int:
         """Returns the least of all ranks' values; every rank must call this."""

@@ -1,0 +1,193 @@
+"""Groups of GPUs: NCCL for any message, kernels of our own where they are quicker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import Store
+
+from lamella_core.context import Communicator, SingleRank
+from lamella_core.kernels import triton as triton_kernels
+from lamella_core.mapping import Mapping
+from lamella_executor.distributed.gloo import GlooGroup
+from lamella_executor.distributed.nccl import NcclGroup
+from lamella_executor.distributed.peer_memory import PeerMemory
+
+_WARM_UP_BYTES = (1 << 10, 1 << 18, 1 << 22, 1 << 24)  # of sums and gathers for which NCCL connects differently
+
+
+@dataclass(frozen=True)
+class SumLimits:
+    """Largest messages, in bytes, that our kernels sum quicker than NCCL; what is larger goes there.
+
+    ``benchmarks/gpu_all_reduce.py`` measures them.
+    """
+
+    one_shot: int
+    two_shot: int
+
+
+_LIMITS = {2: SumLimits(1 << 20, 0), 3: SumLimits(1 << 18, 1 << 20), 4: SumLimits(1 << 18, 1 << 20)}
+_MANY = SumLimits(1 << 16, 1 << 20)  # ranks: every one writes to every other
+
+
+class CudaCommunicator:
+    """The tensor-parallel group of GPUs that layers use; what it does is enqueued on the current CUDA stream.
+
+    Args:
+        nccl: of the same ranks.
+        memory: that they share; None: NCCL does everything.
+        limits: up to which sizes the shared memory is used; None: those for the number of ranks.
+    """
+
+    def __init__(self, nccl: NcclGroup, memory: PeerMemory | None, limits: SumLimits | None = None) -> None:
+        self.rank, self.size = nccl.rank, nccl.size
+        self._nccl = nccl
+        self._memory = memory
+        self._limits = limits or _LIMITS.get(nccl.size, _MANY)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Returns the sum over the ranks, with equal bits on all of them; large sums replace x."""
+        if not x.numel():
+            return x
+        x = x.contiguous()
+        small = self._small_sum(x)
+        if small is not None:
+            return small
+        self._nccl.all_reduce(x, x)
+        return x
+
+    def _small_sum(self, x: Tensor) -> Tensor | None:
+        if self._memory is None or x.nbytes > max(self._limits.one_shot, self._limits.two_shot):
+            return None
+        from lamella_core.kernels.triton import all_reduce
+
+        if not all_reduce.can_sum(x):
+            return None
+        kernel = all_reduce.one_shot if x.nbytes <= self._limits.one_shot else all_reduce.two_shot
+        return kernel(x, self._memory.peers)
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Returns the ranks' tensors side by side along ``dim``; for single rows nothing is copied twice."""
+        dim %= x.dim()
+        every = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+        if x.numel():
+            self._nccl.all_gather(x.contiguous(), every)
+        return every.movedim(0, dim).flatten(dim, dim + 1)
+
+
+class GpuWork:
+    """A message enqueued on the current stream: what follows there comes after it, and there is nothing to wait for."""
+
+    def wait(self) -> None:
+        return
+
+
+class GpuGroups:
+    """What the GPU of one rank belongs to: its tensor-parallel group, and one group of all ranks for each direction.
+
+    Sends to higher and to lower ranks go through communicators of their own, because one does one thing at a time.
+    """
+
+    def __init__(
+        self, device: torch.device, tp: Communicator, nccl: list[NcclGroup], links: list[NcclGroup], rank: int
+    ) -> None:
+        self.tp = tp
+        self._device = device
+        self._nccl = nccl
+        self._links = links  # to higher ranks, to lower ranks; none without a pipeline
+        self._rank = rank
+        self._memory: PeerMemory | None = None
+        self._is_aborted = False
+
+    @classmethod
+    def join(
+        cls,
+        mapping: Mapping,
+        store: Store,
+        world: GlooGroup,
+        *,
+        device: torch.device,
+        timeout_s: float,
+        stop: threading.Event | None,
+    ) -> GpuGroups:
+        """Connects the GPUs of all ranks; see `RankGroups.join`."""
+        deadline = time.monotonic() + timeout_s
+
+        def connect(name: str, rank: int, size: int) -> NcclGroup:
+            group = NcclGroup(store, name, rank, size, device=device, deadline=deadline, stop=stop)
+            made.append(group)
+            return group
+
+        made: list[NcclGroup] = []
+        groups = cls(device, SingleRank(), made, [], mapping.rank)
+        try:
+            if mapping.tp_size > 1:
+                nccl = connect(f"tp{mapping.pp_rank}", mapping.tp_rank, mapping.tp_size)
+                if triton_kernels.is_available():
+                    groups._memory = PeerMemory.share(world, mapping.tp_group, device)
+                groups.tp = CudaCommunicator(nccl, groups._memory)
+                _warm_up(nccl)
+            if mapping.pp_size > 1:
+                groups._links += [connect(name, mapping.rank, mapping.world_size) for name in ("up", "down")]
+                groups._warm_up_links(mapping)
+        except BaseException:
+            groups.abort()
+            raise
+        return groups
+
+    def _warm_up_links(self, mapping: Mapping) -> None:
+        """Sends from each stage to the next and from the last to the first, which connects them."""
+        tp, last = mapping.tp_size, mapping.pp_size - 1
+        first_stage, last_stage = mapping.tp_rank, last * tp + mapping.tp_rank
+        x = torch.zeros(8, device=self._device)
+        if mapping.pp_rank > 0:
+            self.receive(x, mapping.rank - tp)
+        if mapping.pp_rank < last:
+            self.send(x, mapping.rank + tp)
+        if mapping.pp_rank == last:
+            self.send(x, first_stage)
+        if mapping.pp_rank == 0:
+            self.receive(x, last_stage)
+        torch.cuda.synchronize(self._device)
+
+    def send(self, x: Tensor, rank: int) -> GpuWork:
+        self._link(rank > self._rank).send(x.contiguous(), rank)
+        return GpuWork()
+
+    def receive(self, x: Tensor, rank: int) -> GpuWork:
+        self._link(rank < self._rank).receive(x, rank)
+        return GpuWork()
+
+    def _link(self, is_upward: bool) -> NcclGroup:
+        return self._links[0 if is_upward else 1]
+
+    def abort(self) -> None:
+        self._is_aborted = True
+        if self._memory is not None:
+            self._memory.abort()
+        for group in self._nccl:
+            group.abort()
+
+    def close(self) -> None:
+        if not self._is_aborted:
+            torch.cuda.synchronize(self._device)
+        for group in self._nccl:
+            group.abort()
+        if self._memory is not None:
+            self._memory.close()
+
+
+def _warm_up(nccl: NcclGroup) -> None:
+    """Lets NCCL make now what its calls would otherwise make while a CUDA graph is captured."""
+    with torch.cuda.device(nccl.device):
+        for num_bytes in _WARM_UP_BYTES:
+            x = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=nccl.device)
+            nccl.all_reduce(x, x)
+            part = torch.zeros(x.numel() // nccl.size, dtype=x.dtype, device=x.device)
+            nccl.all_gather(part, x)
+        torch.cuda.synchronize()
