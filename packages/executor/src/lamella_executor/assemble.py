@@ -25,7 +25,7 @@ from lamella_executor.distributed.pipeline import StageLinks
 from lamella_executor.kv_cache.manager import KvCacheManager
 from lamella_executor.loop import EngineLoop
 from lamella_executor.memory import KvCacheDemand, KvCachePlan, plan_kv_cache
-from lamella_executor.runner.base import LaunchingRunner, Runner
+from lamella_executor.runner.base import LaunchingRunner, PipelinedRunner, Runner
 from lamella_executor.runner.distributed import distribute
 from lamella_executor.runner.model_runner import ModelRunner
 from lamella_executor.runner.setup import RunnerSetup
@@ -137,6 +137,7 @@ def _connect(
         policy=scheduler_config.policy_for(rank.build.device),
         enable_chunked_prefill=scheduler_config.enable_chunked_prefill,
         max_beam_width=limits.max_beam_width,
+        num_micro_batches=runner.max_in_flight if isinstance(runner, PipelinedRunner) else 1,
     )
     stats = StatsBuffer(stats_capacity)
     loop = EngineLoop(runner, scheduler, kv, Sampler(limits.vocab_size), stats)
