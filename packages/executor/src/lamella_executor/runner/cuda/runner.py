@@ -20,10 +20,12 @@ from lamella_core.models.base import CausalLM
 from lamella_executor.attention.backend import AttentionBackend
 from lamella_executor.attention.paged_cpu import LayerWindow
 from lamella_executor.attention.paged_cuda import CudaStepContext, DeviceKvCache
+from lamella_executor.runner.base import LaunchedStep
 from lamella_executor.runner.cuda.batch import StepInputs, is_decode_only, pack_decode, pack_mixed, reserve_decode
 from lamella_executor.runner.cuda.graphs import DecodeGraphs, capture_sizes, why_not_capturable
 from lamella_executor.runner.cuda.ops import DeviceOps
 from lamella_executor.runner.cuda.slots import Slot, SlotTable, Updates
+from lamella_executor.runner.cuda.stage import OnlyStage, Stage
 from lamella_executor.runner.cuda.state import DeviceState, RunnerLimits
 from lamella_executor.runner.cuda.transfer import SampledTokens
 from lamella_executor.scheduler.plan import StepPlan
@@ -81,6 +83,7 @@ class CudaRunner:
         limits: the largest step.
         parts: the device, and what computes on it. With device "cpu" (tests) nothing is captured.
         tp: tensor-parallel group; default: this process alone.
+        stage: of a pipeline, that the model is; default: it is whole.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class CudaRunner:
         limits: RunnerLimits,
         parts: DeviceParts,
         tp: Communicator | None = None,
+        stage: Stage | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -98,6 +102,7 @@ class CudaRunner:
         self._limits = limits
         self._parts = parts
         self._tp = tp or SingleRank()
+        self._stage = stage or OnlyStage()
         self._state = DeviceState(limits, cache.tokens_per_block, cache.scratch_block, parts.device)
         max_blocks = limits.max_blocks(cache.tokens_per_block)
         self._slots = SlotTable(limits.num_slots, max_blocks, cache.tokens_per_block, cache.scratch_block)
@@ -106,18 +111,18 @@ class CudaRunner:
 
     # steps
 
-    def launch(self, plan: StepPlan) -> CudaStep:
+    def launch(self, plan: StepPlan) -> LaunchedStep:
         """Enqueues a step; see `LaunchingRunner.launch`.
 
         Raises:
             OutOfMemoryError: the device has not enough memory for the step.
         """
-        return self._launch(plan, keep_logits=False)
+        return self._stage.finish(plan, self._launch(plan, keep_logits=False))
 
     def run(self, plan: StepPlan) -> Tensor:
         """Computes a step and returns its logits [plan.num_logits, vocab_size] float32 on the host; see `Runner.run`.
 
-        The plan holds no pending tokens.
+        The plan holds no pending tokens, and the model is whole.
         """
         logits = self._launch(plan, keep_logits=True).logits
         return torch.empty(0, self._model.config.vocab_size) if logits is None else logits.cpu()
@@ -146,11 +151,15 @@ class CudaRunner:
         else:
             inputs = pack_mixed(state.inbox, state.block_tables, items, slots)
         self._send(plan, updates)
+        self._stage.begin(plan)
         if captured is None:
             hidden = self.forward(inputs)
         else:
             captured.forward.replay()
             hidden = captured.hidden
+        if not self._stage.is_last:
+            self._stage.hand_over(hidden[: plan.num_tokens])
+            return CudaStep(state.outbox.fetch(0), [], None)
         if keep_logits:
             return CudaStep(state.outbox.fetch(0), [], self._logits(hidden, inputs)[: plan.num_logits].float())
         for_host = [not slot.is_device_sampled and item.num_logits > 0 for item, slot in zip(items, slots)]
@@ -166,6 +175,7 @@ class CudaRunner:
             captured.sample[is_greedy].replay()
         else:
             self.sample(hidden, inputs, is_greedy=is_greedy)
+        self._stage.report(plan, state.outbox.tokens, logits)
         return CudaStep(state.outbox.fetch(len(items) if is_decode else inputs.num_sampled), rows, logits)
 
     def _send(self, plan: StepPlan, updates: Updates) -> None:
@@ -214,9 +224,17 @@ class CudaRunner:
         """Returns the inputs of a captured step of ``size`` rows and sends padding there."""
         return reserve_decode(self._state.inbox, self._state.block_tables, size, self._limits.max_seq_len)
 
+    @property
+    def is_sampling(self) -> bool:
+        """Whether logits and sampling are this rank's."""
+        return self._stage.is_last
+
     def forward(self, inputs: StepInputs) -> Tensor:
-        """Enqueues a forward pass; returns hidden states [L, H] of the rows whose logits are wanted."""
-        state, parts = self._state, self._parts
+        """Enqueues a forward pass; returns hidden states [L, H] of the rows whose logits are wanted.
+
+        On a pipeline stage before the last those of all rows, [T, H].
+        """
+        state, parts, stage = self._state, self._parts, self._stage
         parts.ops.prepare(state, inputs)
         step = inputs.attention
         count = step.num_tokens
@@ -224,7 +242,10 @@ class CudaRunner:
             self._cache, state.kv_slots[:count], step.num_decode, parts.attention.begin(step),
             parts.ops.rope_and_cache, self._windows, self._tp, step.num_whole,
         )  # fmt: skip
-        return self._model(state.input_ids[:count], state.positions[:count], ctx, rows=inputs.logit_rows)
+        rows = inputs.logit_rows if stage.is_last else None
+        return self._model(
+            state.input_ids[:count], state.positions[:count], ctx, hidden=stage.hidden(count), rows=rows
+        )  # fmt: skip
 
     def sample(self, hidden: Tensor, inputs: StepInputs, *, is_greedy: bool) -> None:
         """Enqueues logits and sampling of hidden states [L, H]; the tokens go to the outbox."""
@@ -290,7 +311,7 @@ class CudaRunner:
             if is_cuda:
                 torch.cuda.current_stream().synchronize()
             self._graphs.clear()
-            del self._model, self._cache, self._state
+            del self._model, self._cache, self._state, self._stage
             if is_cuda:
                 torch.cuda.empty_cache()
         except RuntimeError as error:  # a kernel broke the device's context; its memory goes with the process
