@@ -156,11 +156,12 @@ def messages(groups: RankGroups) -> list[float]:
 def killed(groups: RankGroups, way: str) -> list[float]:
     """Rank 1 is killed, then rank 0 aborts; returns the seconds that its GPU took to come free."""
     if groups.mapping.rank == 1:
+        time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGKILL)
     x = torch.ones(1, 4096, device="cuda")
     tp = communicator(groups, way)
     tp.all_reduce(x)
-    threading.Timer(1.0, groups.abort).start()
+    threading.Timer(2.0, groups.abort).start()
     start = time.monotonic()
     torch.cuda.synchronize()
     waited_s = time.monotonic() - start
