@@ -89,6 +89,11 @@ def _write(descriptor: int, text: str, times: int = 1) -> None:
         os.write(descriptor, text.encode())
 
 
+def _log(level: int, text: str, times: int = 1) -> None:
+    for _ in range(times):
+        logging.getLogger("tests").log(level, text)
+
+
 DEEDS = {
     "nothing": lambda: None,
     "signal": _signal,
@@ -100,7 +105,7 @@ DEEDS = {
     "abort": _abort,
     "fail": _fail,
     "have a child": _have_a_child,
-    "log": lambda level, text: logging.getLogger("tests").log(level, text),
+    "log": _log,
     "write": _write,
     "show": lambda: logging.getLogger("tests").warning("modules %s", sorted(sys.modules)),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import logging
 import os
 import signal
 import socket
@@ -103,6 +104,19 @@ def test_what_a_worker_writes_goes_to_stderr_marked_with_its_rank(crew, capfd) -
 
     assert wait_for(has_come)
     assert "".join(written) == "[rank 1] one\n[rank 1] two\n"
+    crew.broadcast_frame(STEP, orders(rank1=["write", 2, "the rest"]))
+    crew.stop(5)
+    assert capfd.readouterr().err == "[rank 1] the rest\n"
+
+
+@pytest.mark.parametrize("deed", [["write", 2, "x" * 99 + "\n", 10**9], ["log", 30, "x", 10**9]], ids=["write", "log"])
+def test_a_worker_that_talks_without_end_hides_no_death(deed, capfd, caplog) -> None:
+    caplog.set_level(logging.CRITICAL, "lamella_executor.worker")
+    crew = make_crew(3)
+    crew.broadcast_frame(STEP, orders(rank1=deed, rank2=["signal", signal.SIGKILL, 0.2]))
+    error = crew.await_failure(5)
+    assert str(error).startswith("rank 2 ")
+    crew.stop(5)
 
 
 def test_a_worker_that_writes_a_lot_is_not_held_up(crew, capfd) -> None:

@@ -77,8 +77,9 @@ class Crew:
     def _greet(self, setup: Setup, launcher: Launcher) -> None:
         watch = self._watch
         watch.wait_until(lambda: watch.launched, threading.TIMEOUT_MAX)
-        if watch.launch_error is not None:
-            raise watch.launch_error
+        error, watch.launch_error = watch.launch_error, None
+        if error is not None:
+            raise error
         self.wait_ready("hello", START_TIMEOUT_S)
         for member in watch.members:
             rank = member.rank

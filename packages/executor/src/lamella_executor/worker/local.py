@@ -18,8 +18,13 @@ from lamella_executor.worker.process import WorkerProcess, describe_exit
 
 MODULE = "lamella_executor.worker"
 WORDS_BYTES = 4096  # kept of a worker's output, for the message about its death
-_STATES = {"T": "it is stopped (SIGSTOP?)", "t": "it is stopped by a debugger", "Z": "it has ended"}
-_STATES["D"] = "it waits uninterruptibly for a disk or a driver"
+READS_AT_ONCE = 16  # of that size, so that a worker that writes without end does not keep its reader
+_STATES = {
+    "T": "it is stopped (SIGSTOP?)",
+    "t": "it is stopped by a debugger",
+    "D": "it waits uninterruptibly for a disk or a driver",
+    "Z": "it has ended",
+}
 
 
 class LocalProcess:
@@ -54,7 +59,9 @@ class LocalProcess:
 
     def forward_output(self) -> bool:
         """Passes whole lines on to this process's stderr, marked with the rank; returns whether more may come."""
-        while self._output is not None:
+        if self._output is None:
+            return False
+        for _ in range(READS_AT_ONCE):
             try:
                 read = os.read(self._output, WORDS_BYTES)
             except BlockingIOError:
@@ -64,9 +71,19 @@ class LocalProcess:
             self._words = (self._words + read)[-WORDS_BYTES:]
             *lines, self._line = (self._line + read).split(b"\n")
             for line in lines:
-                _write_stderr(f"[rank {self.rank}] ".encode() + line[:WORDS_BYTES] + b"\n")
+                self._forward(line[:WORDS_BYTES])
             self._line = self._line[-WORDS_BYTES:]
-        return False
+        return True
+
+    def _forward(self, line: bytes) -> None:
+        """Writes a line to stderr, unless that would wait: nobody may be reading it, and the watcher must go on."""
+        poll = select.poll()
+        poll.register(2, select.POLLOUT)
+        try:
+            if any(events & select.POLLOUT for _, events in poll.poll(0)):
+                os.write(2, f"[rank {self.rank}] ".encode() + line + b"\n")
+        except OSError:  # closed
+            return
 
     def last_words(self) -> str:
         self.forward_output()
@@ -86,6 +103,8 @@ class LocalProcess:
             return False
         if self._output is not None:
             self.forward_output()
+            if self._line:
+                self._forward(self._line)
             os.close(self._output)
             self._output = None
         return True
@@ -178,14 +197,3 @@ def _start(rank: int, environment: Mapping[str, str]) -> LocalProcess:
         theirs.close()
         os.close(writing)
     return LocalProcess(rank, process, Channel(ours), reading)
-
-
-def _write_stderr(data: bytes) -> None:
-    """Writes to stderr unless that would wait: nobody may be reading it, and the watcher must go on."""
-    poll = select.poll()
-    poll.register(2, select.POLLOUT)
-    try:
-        if any(events & select.POLLOUT for _, events in poll.poll(0)):
-            os.write(2, data)
-    except OSError:  # closed
-        return

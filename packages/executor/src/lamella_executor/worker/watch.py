@@ -28,6 +28,7 @@ EXIT_GRACE_S = 0.5  # for workers to end by themselves, when the interpreter end
 EXIT_TIMEOUT_S = 3.0  # for everything, then
 TICK_S = 0.25
 BUSY_TICK_S = 0.02  # while an end is awaited
+MESSAGES_AT_ONCE = 256  # of one worker, so that one that talks without end does not hide the others
 _numbers = itertools.count(1)  # for thread names only
 
 
@@ -218,11 +219,13 @@ class Watch:
     def _read_channel(self, member: Member) -> None:
         channel = member.process.channel
         try:
-            while True:
+            for _ in range(MESSAGES_AT_ONCE):
                 frame = channel.receive(0)
                 if frame is None:
                     break
                 self._judge.hear(member, frame.message(), time.monotonic())
+            else:
+                return
         except ChannelTimeout:
             return
         except (ChannelError, OSError) as error:
@@ -271,16 +274,18 @@ class Watch:
     def _end(self) -> None:
         """Leaves no process, descriptor or reference behind."""
         self._on_failure = None
-        self._kill()
         deadline = time.monotonic() + REAP_TIMEOUT_S
-        for member in self.members:
-            if not member.process.wait(max(0.0, deadline - time.monotonic())):
-                logger.warning("%s has not ended after SIGKILL: %s", member.name, member.process.state())
-            member.process.channel.close()
-        self._selector.close()
-        self._bell.close()
-        self._launcher.close()
-        with self._changed:
-            self.ended = True
-            self._changed.notify_all()
-        atexit.unregister(self.stop)
+        try:
+            self._kill()
+            for member in self.members:
+                if not member.process.wait(max(0.0, deadline - time.monotonic())):
+                    logger.warning("%s has not ended after SIGKILL: %s", member.name, member.process.state())
+                member.process.channel.close()
+            self._launcher.close()
+        finally:
+            self._selector.close()
+            self._bell.close()
+            with self._changed:
+                self.ended = True
+                self._changed.notify_all()
+            atexit.unregister(self.stop)
