@@ -68,7 +68,7 @@ class MicroBatches:
             waiting: those that may start.
             most: rows of a step.
         """
-        if self._count == 1:
+        if self._count == 1 and not self._busy:
             return Share(list(running), most)
         num_rows, num_missing = self._num_rows, self._num_chunk_tokens
         rows = {request: _num_rows(request) for request in running if request not in self._busy}
