@@ -243,14 +243,14 @@ print(crew.failure, flush=True)
     assert output == "None\n", errors
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.003, 0.01, 0.03, 0.06, 0.12])
+@pytest.mark.parametrize("delay_s", [0.0, 0.003, 0.02, 0.06, 0.12])
 def test_ctrl_c_while_a_crew_starts_leaves_nothing(delay_s) -> None:
     gc.collect()
     before = belongings()
     timer = threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         timer.start()
-        crew = make_crew(3)
+        crew = make_crew(2)
         time.sleep(5)
     timer.join()
     if "crew" in locals():
@@ -260,10 +260,10 @@ def test_ctrl_c_while_a_crew_starts_leaves_nothing(delay_s) -> None:
     assert wait_for(lambda: belongings() == before), (before, belongings())
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", ["load", "decode"])
 def test_ctrl_c_is_not_for_the_workers(phase, crew) -> None:
     go_to(crew, phase, orders(rank1=["sleep", 0.2]))
     for pid in pids_of(crew):
         os.kill(pid, signal.SIGINT)
-    crew.wait_ready(phase if phase in ("load", "start") else "step 1", 5)
+    crew.wait_ready("load" if phase == "load" else "step 1", 5)
     assert crew.failure is None
