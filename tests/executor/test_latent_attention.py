@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.support.engines import engine_of
+from tests.support.engines import greedy as greedy_of
 from tests.support.executors import BLOCK, bench, greedy, hf_greedy, prompt, tiny_model
 from tests.support.tiny_models import hf_dir
 
+from lamella_core.engine import Engine
 from lamella_core.models.registry import get_model_class
 from lamella_core.quantization.config import QuantConfig
 from lamella_executor import CapacitySchedulerPolicy, KvCacheConfig, SchedulerConfig
@@ -61,6 +64,17 @@ def test_a_window_over_latents_keeps_what_it_shows():
         with bench(V2, kv=narrow, max_num_tokens=limit, max_batch_size=4, max_beam_width=1) as it:
             tokens.append(it.executor.generate(PROMPTS[3], greedy(8)).outputs[0].token_ids)
     assert tokens[0] == tokens[1] != hf_greedy(PROMPTS[3], 8, V2)
+
+
+@pytest.mark.parametrize("model", [LITE, V3], ids="-".join)
+def test_a_built_engine_is_saved_and_loaded(model, tmp_path):
+    """Absorbed matrices are parameters, laid out for kernels like others."""
+    engine = engine_of(hf_dir(*model), "cpu", tokens_per_block=8)
+    engine.save(tmp_path / "engine")
+    expected = [hf_greedy(ids, NUM_NEW, model) for ids in PROMPTS]
+    assert (
+        greedy_of(engine, PROMPTS, NUM_NEW) == greedy_of(Engine.load(tmp_path / "engine"), PROMPTS, NUM_NEW) == expected
+    )
 
 
 def test_the_cache_holds_keys_alone():

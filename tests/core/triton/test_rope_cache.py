@@ -120,3 +120,12 @@ def test_cache_inside_a_larger_tensor(device):
     both = torch.stack([step.k_cache, step.v_cache], dim=1)
     step.k_cache, step.v_cache = both[:, 0], both[:, 1]
     step.check(64, False)
+
+
+def test_latent_keys_have_no_values(device):
+    step = Step(device, kv_heads=1, dim=72, q_heads=4)
+    q, k_cache, _ = step.expected(16, True)
+    rope_and_cache(step.q, step.k, None, *step.tables(16), 16, True, step.k_cache, step.k_cache[..., 8:], step.slots)
+    step_size = 2 * torch.finfo(torch.bfloat16).eps
+    for ours, theirs in ((step.q, q), (step.k_cache, k_cache)):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=step_size, atol=1e-6)

@@ -142,6 +142,7 @@ def _rope_cache_kernel(
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     Q_HEAD_STRIDE: tl.constexpr,
     K_HEAD_STRIDE: tl.constexpr,
     V_HEAD_STRIDE: tl.constexpr,
@@ -152,7 +153,6 @@ def _rope_cache_kernel(
     INTERLEAVED: tl.constexpr,
     FLOAT8: tl.constexpr,
     HAS_SCALES: tl.constexpr,
-    HAS_VALUES: tl.constexpr,
     NATIVE_FLOAT8: tl.constexpr,
     ROTATE_KEYS: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -171,8 +171,7 @@ def _rope_cache_kernel(
         if ROTARY > 0:
             _rotate(base, base, mask, cos_ptr, sin_ptr, token, 1.0, HALF, HEADS, INTERLEAVED, False, NATIVE_FLOAT8)
     else:
-        heads += (group - Q_GROUPS) * HEADS
-        slot = tl.load(slots_ptr + token)
+        heads, slot = heads + (group - Q_GROUPS) * HEADS, tl.load(slots_ptr + token)
         mask = (heads < KV_HEADS) & (slot >= 0)
         k_scale = tl.load(kv_scales_ptr) if HAS_SCALES else 1.0
         v_scale = tl.load(kv_scales_ptr + 1) if HAS_SCALES else 1.0
@@ -184,9 +183,8 @@ def _rope_cache_kernel(
             HALF, HEADS, INTERLEAVED, FLOAT8, NATIVE_FLOAT8, ROTATE_KEYS,
         )  # fmt: skip
         _copy(base, k_cache_ptr + place, mask, k_scale, ROTARY, HEAD_DIM, FLOAT8, NATIVE_FLOAT8)
-        if HAS_VALUES:
-            base = v_ptr + token * v_stride + heads * V_HEAD_STRIDE
-            _copy(base, v_cache_ptr + place, mask, v_scale, 0, HEAD_DIM, FLOAT8, NATIVE_FLOAT8)
+        base = v_ptr + token * v_stride + heads * V_HEAD_STRIDE
+        _copy(base, v_cache_ptr + place, mask, v_scale, 0, VALUE_DIM, FLOAT8, NATIVE_FLOAT8)
 
 
 def rope_and_cache(
@@ -227,7 +225,7 @@ def rope_and_cache(
     heads = min(HEADS_PER_PROGRAM, next_power_of_2(max(q_heads, kv_heads)))
     q_groups = -(-q_heads // heads) if rotary else 0
     float8 = k_cache.dtype is float8_e4m3fn
-    has_values, v = v is not None, k if v is None else v
+    value_dim, v = (0, k) if v is None else (head_dim, v)
     _rope_cache_kernel[(num_tokens, q_groups + -(-kv_heads // heads))](
         q, k, v,
         slots if cos is None else cos,  # any pointer
@@ -235,10 +233,10 @@ def rope_and_cache(
         float8_storage(k_cache) if float8 else k_cache,
         float8_storage(v_cache) if float8 else v_cache,
         slots, kv_scales, q.stride(0), k.stride(0), v.stride(0), k_cache.stride(0),
-        Q_HEADS=q_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
         Q_HEAD_STRIDE=q.stride(1), K_HEAD_STRIDE=k.stride(1), V_HEAD_STRIDE=v.stride(1),
         TOKENS_PER_BLOCK=tokens_per_block, ROTARY=rotary, Q_GROUPS=q_groups, HEADS=heads, INTERLEAVED=interleaved,
-        FLOAT8=float8, HAS_SCALES=float8 and kv_scales is not None, HAS_VALUES=has_values, NATIVE_FLOAT8=has_float8(),
+        FLOAT8=float8, HAS_SCALES=float8 and kv_scales is not None, NATIVE_FLOAT8=has_float8(),
         ROTATE_KEYS=rotate_keys, USE_PDL=use_pdl(),
         num_warps=min(8, max(1, heads * next_power_of_2(head_dim) // VALUES_PER_WARP)), **launch_options(),
     )  # fmt: skip

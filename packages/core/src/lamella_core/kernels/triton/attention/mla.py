@@ -122,14 +122,46 @@ def _steps_of_part(steps, parts, least_steps):  # type: ignore[no-untyped-def]
     return tl.where(steps < WORTH * least_steps, tl.maximum(steps, 1), per_part)
 
 
+@triton.jit
+def _find_rows(starts_ptr, num_seqs, tile, L: tl.constexpr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns a tile's sequence (-1: none), its first token, its rows, and of these the tile's first."""
+    if starts_ptr is None:  # one query per sequence
+        CHUNKS: tl.constexpr = (L.group + BLOCK_M - 1) // BLOCK_M
+        seq = tile // CHUNKS
+        start, num_rows, first_row = seq, seq * 0 + L.group, tile % CHUNKS * BLOCK_M
+    else:
+        seq = find_sequence(starts_ptr, num_seqs, tile, L.group, BLOCK_M)
+        start = tl.load(starts_ptr + tl.maximum(seq, 0))
+        num_rows = (tl.load(starts_ptr + tl.maximum(seq, 0) + 1) - start) * L.group
+        first_row = (tile - seq - start * L.group // BLOCK_M) * BLOCK_M
+        seq = tl.where(first_row >= num_rows, -1, seq)
+    return seq, start, num_rows, first_row
+
+
+@triton.jit
+def _park(  # type: ignore[no-untyped-def]
+    acc,  # [M, V padded]
+    highest,  # [M]
+    total,  # [M]
+    place,  # of this part among those of all tiles
+    partial_ptr,
+    stats_ptr,
+):
+    """Stores a part's softmax for `_join_kernel`."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, acc.shape[1])
+    tl.store(partial_ptr + (place * BLOCK_M + rows)[:, None] * acc.shape[1] + cols[None, :], acc)
+    tl.store(stats_ptr + place * (2 * BLOCK_M) + rows, highest)
+    tl.store(stats_ptr + place * (2 * BLOCK_M) + BLOCK_M + rows, total)
+
+
 # fmt: off
 @triton.jit(
     do_not_specialize=["num_seqs", "table_stride", "scale", "parts", "least_steps"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def _latent_kernel(  # type: ignore[no-untyped-def]
-    out_ptr,  # [T, Hq, V]
-    q_ptr,  # [T, Hq, D]
+    out_ptr, q_ptr,  # [T, Hq, V], [T, Hq, D]
     k_ptr,  # [N, 1, P, D]
     tables_ptr,  # [*, B] int32
     rows_ptr, starts_ptr, lengths_ptr,  # [S], [S + 1], [S] int32; without starts each sequence has one query
@@ -146,34 +178,23 @@ def _latent_kernel(  # type: ignore[no-untyped-def]
     USE_PDL: tl.constexpr,
 ):
     """One part of the keys of one tile of one sequence's rows."""
+    ROTATED: tl.constexpr = L.head_dim - VALUE_DIM
     part, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     if USE_PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if starts_ptr is None:
-        CHUNKS: tl.constexpr = (L.group + BLOCK_M - 1) // BLOCK_M
-        seq, first_row = tile // CHUNKS, tile % CHUNKS * BLOCK_M
-        start, num_rows = seq, L.group
-    else:
-        seq = find_sequence(starts_ptr, num_seqs, tile, L.group, BLOCK_M)
-        if seq < 0:
-            return
-        start = tl.load(starts_ptr + seq)
-        first_row = (tile - seq - start * L.group // BLOCK_M) * BLOCK_M
-        num_rows = (tl.load(starts_ptr + seq + 1) - start) * L.group
-        if first_row >= num_rows:
-            return
+    seq, start, num_rows, first_row = _find_rows(starts_ptr, num_seqs, tile, L, BLOCK_M)
+    if seq < 0:
+        return
     length = tl.load(lengths_ptr + seq)
     past = length - num_rows // L.group  # keys before the first query
-    first_position = past + first_row // L.group
     last_position = past + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // L.group
-    steps, sink_tiles, skipped = _steps_of(first_position, last_position, L, BLOCK_N)
+    steps, sink_tiles, skipped = _steps_of(past + first_row // L.group, last_position, L, BLOCK_N)
     per_part = _steps_of_part(steps, parts, least_steps)
     if part * per_part >= tl.maximum(steps, 1):
         return
     rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), num_rows - 1)  # what is beyond the last row equals it
     tokens, heads = (start + rows // L.group).to(tl.int64), rows % L.group
-    ROTATED: tl.constexpr = L.head_dim - VALUE_DIM
     q_at = q_ptr + (tokens * L.q_token_stride + heads * L.q_head_stride)[:, None]
     rotated_cols, cols = tl.arange(0, ROTATED_WIDTH)[None, :], tl.arange(0, WIDTH)[None, :]
     k_scale = 1.0 if kv_scales_ptr is None else tl.load(kv_scales_ptr)
@@ -185,20 +206,14 @@ def _latent_kernel(  # type: ignore[no-untyped-def]
         part * per_part, tl.minimum((part + 1) * per_part, steps), skipped, sink_tiles, scale * k_scale,
         L, VALUE_DIM, BLOCK_N,
     )
-    valid = first_row + tl.arange(0, BLOCK_M) < num_rows
-    is_whole = True
+    is_whole = per_part >= steps
     if partial_ptr is not None:
-        is_whole = per_part >= steps
         if not is_whole:
-            place = tile.to(tl.int64) * parts + part
-            at = tl.arange(0, BLOCK_M)
-            tl.store(partial_ptr + (place * BLOCK_M + at)[:, None] * WIDTH + cols, acc)
-            tl.store(stats_ptr + place * (2 * BLOCK_M) + at, highest)
-            tl.store(stats_ptr + place * (2 * BLOCK_M) + BLOCK_M + at, total)
-    if is_whole:
-        out = finish(acc, highest, total, None, k_scale, None, L)
-        out_at = out_ptr + ((tokens * L.heads + heads) * VALUE_DIM)[:, None] + cols
-        tl.store(out_at, out.to(out_ptr.dtype.element_ty), valid[:, None] & (cols < VALUE_DIM))
+            _park(acc, highest, total, tile.to(tl.int64) * parts + part, partial_ptr, stats_ptr)
+    out = finish(acc, highest, total, None, k_scale, None, L)
+    out_at = out_ptr + ((tokens * L.heads + heads) * VALUE_DIM)[:, None] + cols
+    valid = (first_row + tl.arange(0, BLOCK_M) < num_rows) & is_whole
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), valid[:, None] & (cols < VALUE_DIM))
 
 
 @triton.jit(do_not_specialize=["parts", "least_steps"], do_not_specialize_on_alignment=UNALIGNED)

@@ -52,7 +52,7 @@ def choose_tile(head_dim: int, query_bytes: int, key_bytes: int, most_rows: int,
     warps = 8 if rows == MOST_ROWS else 4
     room = shared_memory(device) - _SPARE_BYTES
     widened = 2 if key_bytes == 1 else 0  # bytes of a number beside those that are read
-    tiles = [Tile(rows, keys, warps, stages) for keys, stages in ((64, 2), (32, 2), (32, 1), (16, 1))]
+    tiles = [Tile(rows, keys, warps, stages) for keys, stages in ((64, 2), (32, 2), (32, 1))]
     tiles += [Tile(LEAST_ROWS, 32, 4, 1), Tile(LEAST_ROWS, 16, 4, 1)]
     for tile in tiles:
         keys = tile.block_n * head_dim * (tile.num_stages * key_bytes + widened)
