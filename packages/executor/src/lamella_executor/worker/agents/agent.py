@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from lamella_executor.worker.agents import guard
-from lamella_executor.worker.agents.exchange import Exchange
+from lamella_executor.worker.agents.exchange import POLL_S, Exchange
 from lamella_executor.worker.agents.messages import (
     AgentMessage,
     Connect,
@@ -31,7 +31,6 @@ from lamella_executor.worker.agents.network import dial
 from lamella_executor.worker.local import MODULE, process_state
 from lamella_executor.worker.process import describe_exit
 
-POLL_S = 0.02
 END_TIMEOUT_S = 2.0
 _MPI_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDI_", "HYDRA_")
 

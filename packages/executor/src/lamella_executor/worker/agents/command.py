@@ -12,8 +12,8 @@ from types import FrameType
 
 import msgspec
 
-from lamella_executor.worker.agents.agent import POLL_S, child_environment, guarded
-from lamella_executor.worker.agents.exchange import Exchange
+from lamella_executor.worker.agents.agent import child_environment, guarded
+from lamella_executor.worker.agents.exchange import POLL_S, Exchange
 from lamella_executor.worker.agents.messages import (
     AgentMessage,
     Connect,
@@ -60,6 +60,7 @@ class CommandAgent:
         while child.poll() is None:
             self._carry_orders()
             self._carry_reports()
+        ignore_signals()  # this process's end is near, and its exit code the command's
         _signal_group(child.pid, signal.SIGKILL)
         code = child.returncode if child.returncode >= 0 else 128 - child.returncode
         for rank in range(1, self._exchange.size):
@@ -122,6 +123,12 @@ def _forward_signals(group: int) -> None:
 
     for number in FORWARDED_SIGNALS:
         signal.signal(number, forward)
+
+
+def ignore_signals() -> None:
+    """Leaves signals to others; children started from now on inherit this."""
+    for number in FORWARDED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _signal_group(group: int, number: int) -> None:

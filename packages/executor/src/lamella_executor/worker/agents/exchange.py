@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ from lamella_core.errors import ConfigError
 from lamella_executor.worker.agents.messages import AgentMessage, decode, encode
 
 TAG = 1
+POLL_S = 0.02
 
 
 class Exchange:
@@ -40,6 +42,19 @@ class Exchange:
         """Ends sends that are complete; returns whether none is left."""
         self._sending = [(request, payload) for request, payload in self._sending if not request.Test()]
         return not self._sending
+
+    def leave(self) -> None:
+        """Returns when no agent has anything left to send: before that, none may finalize MPI.
+
+        `MPI_Finalize` itself does not wait for the others everywhere, and a message to an agent that is gone aborts.
+        """
+        leaving = None
+        while leaving is None or not leaving.Test():
+            for _ in self.receive():  # too late for it to matter
+                continue
+            if self.progress() and leaving is None:
+                leaving = self._communicator.Ibarrier()
+            time.sleep(POLL_S)
 
 
 def load_mpi() -> ModuleType:

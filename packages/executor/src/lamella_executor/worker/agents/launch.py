@@ -7,7 +7,6 @@ start workers for the engines that it makes, and all exit with its code.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import time
@@ -17,10 +16,11 @@ from types import ModuleType
 import numpy as np
 
 from lamella_core.errors import ConfigError
-from lamella_executor.worker.agents.agent import POLL_S, Agent, child_environment
-from lamella_executor.worker.agents.command import FORWARDED_SIGNALS, CommandAgent
+from lamella_executor.worker.agents.agent import Agent, child_environment
+from lamella_executor.worker.agents.command import CommandAgent, ignore_signals
 from lamella_executor.worker.agents.detection import mpi_place
-from lamella_executor.worker.agents.exchange import Exchange, load_mpi
+from lamella_executor.worker.agents.exchange import POLL_S, Exchange, load_mpi
+from lamella_executor.worker.agents.guard import become
 from lamella_executor.worker.agents.messages import Node
 
 USAGE = """usage: mpirun -n N --bind-to none lamella-launch COMMAND [ARGUMENT...]
@@ -72,10 +72,7 @@ def _run_alone(command: list[str], mpi: ModuleType) -> int:
             "mpirun, or with the srun --mpi=... that it was built for, or name another library with MPI4PY_LIBMPI"
         )
     mpi.Finalize()
-    try:
-        os.execvpe(command[0], command, child_environment({}))
-    except OSError as error:
-        raise ConfigError(f"cannot run {command[0]!r}: {error.strerror}") from error
+    return become(command, child_environment({}))
 
 
 def _run_agent(command: list[str], mpi: ModuleType) -> int:
@@ -83,8 +80,7 @@ def _run_agent(command: list[str], mpi: ModuleType) -> int:
     node, num_local = _find_node(mpi)
     exchange = Exchange(mpi.COMM_WORLD.Dup(), mpi)
     if node.rank > 0:
-        for number in FORWARDED_SIGNALS:  # agent 0 alone decides, through its command; workers inherit this
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()  # the command answers them, and workers are to be there when it does
         exchange.send(node, 0)
         code = Agent(exchange).run()
     else:
@@ -94,8 +90,7 @@ def _run_agent(command: list[str], mpi: ModuleType) -> int:
             nodes += [message for message in exchange.receive() if isinstance(message, Node)]
             time.sleep(POLL_S)
         code = CommandAgent(exchange, nodes).run(command)
-    while not exchange.progress():
-        time.sleep(POLL_S)
+    exchange.leave()
     return code
 
 
