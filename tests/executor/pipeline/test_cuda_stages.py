@@ -38,7 +38,7 @@ def cuda_stage(model: Any, groups: RankGroups, num_blocks: int) -> CudaStageRunn
     stage = PipelineStage(links, 64, config.hidden_size, config.vocab_size, config.torch_dtype, device)
     runner = CudaRunner(model, cache, layer_windows(specs, None, 0), limits, parts, groups.tp, stage)
     pretend_captured(runner, SIZES)
-    return CudaStageRunner(runner, links)
+    return CudaStageRunner(runner, links.num_stages)
 
 
 @pytest.mark.parametrize(("mapping", "model"), [(TWO, LLAMA), (TWO, MISTRAL), (FOUR, LLAMA)])

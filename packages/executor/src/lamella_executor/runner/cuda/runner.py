@@ -307,6 +307,7 @@ class CudaRunner:
     def close(self) -> None:
         """Waits for what was launched and gives the device's memory back; the runner cannot be used afterwards."""
         is_cuda = self._parts.device.type == "cuda"
+        self._stage.close()
         try:
             if is_cuda:
                 torch.cuda.current_stream().synchronize()

@@ -53,6 +53,10 @@ class Stage(Protocol):
         """Returns what the launch returns for a step of which this rank's part is enqueued."""
         ...
 
+    def close(self) -> None:
+        """Waits for what was sent, or gives it up."""
+        ...
+
 
 class OnlyStage:
     """The `Stage` of a runner that has all layers."""
@@ -70,6 +74,8 @@ class OnlyStage:
 
     def finish(self, plan: StepPlan, step: LaunchedStep) -> LaunchedStep:
         return step
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,9 @@ class PipelineStage:
         logits = self._expect(shape, torch.float32) if results.logit_rows else None
         return RemoteStep(step, results, plan.num_logits, tokens, logits)
 
+    def close(self) -> None:
+        self._links.close()
+
     def _expect(self, shape: tuple[int, ...], dtype: torch.dtype) -> _Arrival:
         if self._arrivals is None:
             return _Arrival(self._links.expect_result(shape, dtype), None)
@@ -222,15 +231,14 @@ class CudaStageRunner:
 
     Args:
         runner: of this rank, with its `PipelineStage`.
-        links: to the other stages.
+        max_in_flight: the number of stages.
     """
 
     is_sampling = True
 
-    def __init__(self, runner: CudaRunner, links: StageLinks) -> None:
-        self.max_in_flight = links.num_stages
+    def __init__(self, runner: CudaRunner, max_in_flight: int) -> None:
+        self.max_in_flight = max_in_flight
         self._runner = runner
-        self._links = links
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Enqueues this rank's part of a step; on rank 0 the step returned has the results."""
@@ -239,4 +247,3 @@ class CudaStageRunner:
     def close(self) -> None:
         """Gives the device's memory back; the runner cannot be used afterwards."""
         self._runner.close()
-        self._links.close()

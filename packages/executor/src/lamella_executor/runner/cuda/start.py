@@ -17,6 +17,7 @@ from lamella_core.placement import check_room, replan
 from lamella_executor.attention.backend import AttentionBackend
 from lamella_executor.attention.paged_cuda import DeviceKvCache
 from lamella_executor.attention.torch_backend import TorchAttention
+from lamella_executor.distributed.pipeline import StageLinks
 from lamella_executor.memory import KvCachePlan, block_bytes
 from lamella_executor.runner.cuda.dry_run import dry_plans
 from lamella_executor.runner.cuda.graphs import capture_sizes
@@ -30,6 +31,7 @@ from lamella_executor.runner.cuda.memory import (
 )
 from lamella_executor.runner.cuda.ops import DeviceOps, TorchOps, TritonOps
 from lamella_executor.runner.cuda.runner import CudaRunner, DeviceParts
+from lamella_executor.runner.cuda.stage import CudaStageRunner, PipelineStage
 from lamella_executor.runner.cuda.state import RunnerLimits
 from lamella_executor.runner.setup import RunnerSetup
 
@@ -59,7 +61,7 @@ class StartTimes:
 
 def start_runner(
     setup: RunnerSetup, attn_backend: str = "auto", device: torch.device | str = "cuda"
-) -> tuple[CudaRunner, KvCachePlan]:
+) -> tuple[CudaRunner | CudaStageRunner, KvCachePlan]:
     """Returns a runner that is ready for its first step, and the size of its KV cache.
 
     Every rank of an engine calls this: their first steps and recordings meet in collectives.
@@ -102,7 +104,8 @@ def start_runner(
         runner.capture(min(graph_rows, kv.num_blocks), None if is_alone else setup.groups.agree_min)
     taken = (free - _device_memory(device).free) / _MIB
     logger.info("engine start: %s; recorded steps take %.0f MiB", times, taken)
-    return runner, kv
+    num_stages = setup.groups.mapping.pp_size
+    return (runner if num_stages == 1 else CudaStageRunner(runner, num_stages)), kv
 
 
 def move_weights(model: CausalLM, device: torch.device) -> None:
@@ -179,7 +182,13 @@ def _attention(name: str, has_triton: bool, device: torch.device, cache_dtype: t
 
 def _make_runner(setup: RunnerSetup, limits: RunnerLimits, parts: DeviceParts, num_blocks: int) -> CudaRunner:
     cache = DeviceKvCache(setup.specs, num_blocks, setup.tokens_per_block, setup.cache_dtype, parts.device)
-    return CudaRunner(setup.model, cache, setup.windows, limits, parts, setup.groups.tp)
+    config, stage = setup.model.config, None
+    if setup.groups.mapping.pp_size > 1:
+        rows = max(limits.max_num_tokens, limits.max_sequences)
+        stage = PipelineStage(
+            StageLinks(setup.groups), rows, config.hidden_size, config.vocab_size, config.torch_dtype, parts.device
+        )
+    return CudaRunner(setup.model, cache, setup.windows, limits, parts, setup.groups.tp, stage)
 
 
 def _measure(setup: RunnerSetup, limits: RunnerLimits, parts: DeviceParts) -> tuple[int, int]:
