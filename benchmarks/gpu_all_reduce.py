@@ -33,7 +33,7 @@ CALLS = 20  # in a graph
 REPLAYS = 12
 LARGEST_OWN_BYTES = 8 << 20  # larger messages go to NCCL without a measurement
 HUGE = 1 << 40
-WAYS = {"nccl": SumLimits(0, 0), "one": SumLimits(HUGE, 0), "two": SumLimits(0, HUGE)}
+WAYS = {"nccl": SumLimits(0, 0, 0), "one": SumLimits(HUGE, 0, 0), "two": SumLimits(0, HUGE, 0)}
 
 
 def graph_us(call: Callable[[], Any]) -> float:

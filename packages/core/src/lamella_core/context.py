@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -92,6 +92,21 @@ class Communicator(Protocol):
         """Returns the ranks' tensors concatenated along ``dim`` in rank order."""
         ...
 
+    def rms_norm_of_sum(
+        self,
+        x: torch.Tensor,  # [T, H], this rank's summand
+        residual: torch.Tensor,  # [T, H]
+        weight: torch.Tensor,  # [H]
+        eps: float,
+        out_scale: torch.Tensor | None = None,
+        unit_offset: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Returns what `lamella_core.kernels.ops.rms_norm` does of ``all_reduce(x)``; None if that takes two kernels.
+
+        All ranks get None, or none does.
+        """
+        ...
+
 
 class SingleRank:
     """The `Communicator` of a group of one: every collective is the identity."""
@@ -104,6 +119,9 @@ class SingleRank:
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         return x
+
+    def rms_norm_of_sum(self, *arguments: Any) -> None:
+        return None
 
 
 class ForwardContext(Protocol):

@@ -85,6 +85,10 @@ class Attention(TokenMixer):
         """Scale with which x may also come as float8, see `Linear.input_scale`."""
         return self.qkv_proj.input_scale
 
+    def leave_sum(self) -> bool:
+        self.o_proj.reduce = False
+        return True
+
     def forward(
         self, x: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext, rows: torch.Tensor | None = None
     ) -> torch.Tensor:

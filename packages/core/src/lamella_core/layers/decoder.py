@@ -8,6 +8,8 @@ added by the next norm. With ``rows`` [R] only those tokens go on after the atte
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -53,6 +55,7 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
         self.mlp_out_norm = mlp_out_norm
         self.residual_scale = residual_scale
+        self.sums_hidden = self.sums_attended = False  # whether these come as one rank's summands, see `share_sums`
 
     def forward(
         self,
@@ -62,20 +65,45 @@ class DecoderLayer(nn.Module):
         ctx: ForwardContext,
         rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, residual = self.input_norm(hidden, residual, self.attention.input_scale)
+        scale = self.attention.input_scale
+        if self.sums_hidden and residual is not None:
+            normed, residual = self.input_norm.of_sum(hidden, residual, scale, ctx.tp)
+        else:
+            normed, residual = self.input_norm(hidden, residual, scale)
         attended = self.attention(normed, rotation, ctx, rows)
         if rows is not None:
             residual = residual.index_select(0, rows)
             if not residual.shape[0]:
                 return attended, residual
-        added = self._added(attended, self.attention_out_norm)
-        normed, residual = self.mlp_norm(added, residual, self.mlp.input_scale)
+        scale = self.mlp.input_scale
+        if self.sums_attended:
+            normed, residual = self.mlp_norm.of_sum(attended, residual, scale, ctx.tp)
+        else:
+            normed, residual = self.mlp_norm(self._added(attended, self.attention_out_norm), residual, scale)
         return self._added(self.mlp(normed, ctx), self.mlp_out_norm), residual
 
     def _added(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if norm is not None:
             x = norm(x)[0]
         return x if self.residual_scale == 1.0 else x * self.residual_scale
+
+
+def share_sums(layers: Iterable[nn.Module]) -> None:
+    """Leaves sums over the ranks to the norms that read them next, which may do both at once (see `Norm.of_sum`).
+
+    The second norm of a `DecoderLayer` sums for its attention, the first norm for the feed-forward of the layer before.
+    The last layer's result stays a sum. A `ParallelDecoderLayer` sums once for both halves.
+    """
+    before: nn.Module | None = None
+    for layer in layers:
+        if type(layer) is DecoderLayer:
+            if type(before) is DecoderLayer and before.mlp_out_norm is None and before.residual_scale == 1.0:
+                layer.sums_hidden = before.mlp.leave_sum()
+            if layer.attention_out_norm is None and layer.residual_scale == 1.0:
+                layer.sums_attended = layer.attention.leave_sum()
+        elif isinstance(layer, ParallelDecoderLayer) and layer.mlp.leave_sum():
+            layer.sums_both = layer.attention.leave_sum()
+        before = layer
 
 
 class NormAfterLayer(DecoderLayer):
@@ -141,6 +169,7 @@ class ParallelDecoderLayer(nn.Module):
         self.attention = attention
         self.mlp_norm = mlp_norm
         self.mlp = mlp
+        self.sums_both = False  # whether the halves come as one rank's summands, see `share_sums`
 
     def forward(
         self,
@@ -158,7 +187,8 @@ class ParallelDecoderLayer(nn.Module):
                 return attended, residual
         if self.mlp_norm is not None:
             normed = self.mlp_norm(residual)[0]
-        return attended + self.mlp(normed, ctx), residual
+        added = attended + self.mlp(normed, ctx)
+        return ctx.tp.all_reduce(added) if self.sums_both else added, residual
 
 
 class SkippedLayer(nn.Module):

@@ -17,6 +17,10 @@ class TokenMixer(nn.Module):
         """Scale with which x may also come as float8, see `Linear.input_scale`; None: only in the model's dtype."""
         return None
 
+    def leave_sum(self) -> bool:
+        """Whether from now on this returns its rank's summand, for the next norm to sum; False: it sums, as before."""
+        return False
+
     def forward(
         self, x: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext, rows: torch.Tensor | None = None
     ) -> torch.Tensor:

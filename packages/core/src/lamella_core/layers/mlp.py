@@ -19,6 +19,10 @@ class FeedForward(nn.Module):
         """Scale with which x may also come as float8, see `Linear.input_scale`; None: only in the model's dtype."""
         return None
 
+    def leave_sum(self) -> bool:
+        """Whether from now on this returns its rank's summand, for the next norm to sum; False: it sums, as before."""
+        return False
+
 
 class GatedMLP(FeedForward):
     """down(activation(gate(x)) * up(x)) (Shazeer 2020), gate and up in one product.
@@ -43,6 +47,10 @@ class GatedMLP(FeedForward):
     def input_scale(self) -> torch.Tensor | None:
         return self.gate_up_proj.input_scale
 
+    def leave_sum(self) -> bool:
+        self.down_proj.reduce = False
+        return True
+
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         return self.down_proj(self.gate_up_proj.gated(x, self.activation, self.down_proj.input_scale, ctx), ctx)
 
@@ -60,6 +68,10 @@ class MLP(FeedForward):
     @property
     def input_scale(self) -> torch.Tensor | None:
         return self.up_proj.input_scale
+
+    def leave_sum(self) -> bool:
+        self.down_proj.reduce = False
+        return True
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         return self.down_proj(self.activation(self.up_proj(x, ctx)), ctx)

@@ -169,7 +169,14 @@ class MoE(FeedForward):
         self.router = router or TopKRouter(config, num_experts, top_k, name=f"{name}.router", renormalize=renormalize)
         self.experts = GatedExperts(config, num_experts, inner, name=f"{name}.experts")
         self.shared = shared
+        self.reduce = True
+
+    def leave_sum(self) -> bool:
+        self.reduce = False
+        return True
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         out = self.experts(x, *self.router(x, ctx))
-        return ctx.tp.all_reduce(out if self.shared is None else out + self.shared(x, ctx))
+        if self.shared is not None:
+            out = out + self.shared(x, ctx)
+        return ctx.tp.all_reduce(out) if self.reduce else out

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lamella_core.context import Communicator
 from lamella_core.kernels import ops
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.sharding import replicated
@@ -29,14 +30,28 @@ class Norm(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
 
+    def of_sum(
+        self, x: torch.Tensor, residual: torch.Tensor, out_scale: torch.Tensor | None, tp: Communicator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called with this rank's summand of x; returns what `forward` does of the sum over the ranks."""
+        return self(tp.all_reduce(x), residual, out_scale)
+
 
 class RMSNorm(Norm):
     """x / rms(x) * weight (Zhang and Sennrich 2019); the statistics in float32."""
 
+    unit_offset = False
+
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, out_scale: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return ops.rms_norm(x, self.weight, self.eps, residual, out_scale)
+        return ops.rms_norm(x, self.weight, self.eps, residual, out_scale, self.unit_offset)
+
+    def of_sum(
+        self, x: torch.Tensor, residual: torch.Tensor, out_scale: torch.Tensor | None, tp: Communicator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        fused = tp.rms_norm_of_sum(x, residual, self.weight, self.eps, out_scale, self.unit_offset)
+        return super().of_sum(x, residual, out_scale, tp) if fused is None else fused
 
 
 class PlainRMSNorm(Norm):
@@ -55,13 +70,10 @@ class PlainRMSNorm(Norm):
         return ops.rms_norm(x, self.ones, self.eps, residual, out_scale)
 
 
-class UnitOffsetRMSNorm(Norm):
+class UnitOffsetRMSNorm(RMSNorm):
     """x / rms(x) * (1 + weight), rounded only then (Gemma, 2024)."""
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, out_scale: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return ops.rms_norm(x, self.weight, self.eps, residual, out_scale, unit_offset=True)
+    unit_offset = True
 
 
 class LayerNorm(Norm):

@@ -29,6 +29,7 @@ from lamella_core.hf_config import read_hf_config
 from lamella_core.hub import resolve_model_dir
 from lamella_core.kernels.matmul import planning_for
 from lamella_core.layers.attention import Attention
+from lamella_core.layers.decoder import share_sums
 from lamella_core.layers.embedding import LMHead, VocabMatrix, VocabParallelEmbedding
 from lamella_core.layers.latent_attention import LatentAttention
 from lamella_core.layers.mixer import RecurrentMixer
@@ -87,6 +88,8 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         self.layers = nn.ModuleDict(
             {str(index): self.make_layer(index) for index in mapping.pp_layers(config.num_hidden_layers)}
         )
+        if mapping.tp_size > 1:
+            share_sums(self.layers.values())
         self.norm = self.make_norm() if mapping.is_last_pp_rank else None
         tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = self.make_head(tied) if mapping.is_last_pp_rank else None

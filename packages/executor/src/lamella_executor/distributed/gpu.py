@@ -29,10 +29,15 @@ class SumLimits:
 
     one_shot: int
     two_shot: int
+    fused: int  # with the norm after the sum
 
 
-_LIMITS = {2: SumLimits(1 << 20, 0), 3: SumLimits(1 << 18, 1 << 20), 4: SumLimits(1 << 18, 1 << 20)}
-_MANY = SumLimits(1 << 16, 1 << 20)  # ranks: every one writes to every other
+_LIMITS = {
+    2: SumLimits(1 << 20, 0, 1 << 20),
+    3: SumLimits(1 << 18, 1 << 20, 1 << 18),
+    4: SumLimits(1 << 18, 1 << 20, 1 << 18),
+}
+_MANY = SumLimits(1 << 16, 1 << 20, 1 << 16)  # ranks: every one writes to every other
 
 
 class CudaCommunicator:
@@ -70,6 +75,26 @@ class CudaCommunicator:
             return None
         kernel = all_reduce.one_shot if x.nbytes <= self._limits.one_shot else all_reduce.two_shot
         return kernel(x, self._memory.peers)
+
+    def rms_norm_of_sum(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        out_scale: Tensor | None = None,
+        unit_offset: bool = False,
+    ) -> tuple[Tensor, Tensor] | None:
+        """See `lamella_core.context.Communicator`; None where `all_reduce` does not take one exchange."""
+        if self._memory is None or x.nbytes > self._limits.fused or not x.numel():
+            return None
+        from lamella_core.kernels.triton import all_reduce
+
+        peers = self._memory.peers
+        if not (all_reduce.can_sum_and_norm(x, weight, peers) and all_reduce.can_sum(residual)):
+            return None
+        scale = None if x.dtype is torch.float32 else out_scale
+        return all_reduce.sum_and_norm(x, residual, weight, eps, peers, scale, unit_offset)
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """Returns the ranks' tensors side by side along ``dim``; for single rows nothing is copied twice."""
