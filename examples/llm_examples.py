@@ -1,7 +1,6 @@
 """The tasks of the older high-level API, on `lamella.hlapi`: only the import differs from scripts written for it.
 
-Run: python examples/llm_examples.py --task run_llm_generate --hf_model_dir examples/demo_model/demo-4m \
-         --prompt "Once upon a time"
+Run: python examples/llm_examples.py --task run_llm_generate --hf_model_dir examples/demo_model/demo-4m
 """
 
 import asyncio
@@ -15,18 +14,20 @@ from lamella.hlapi import LLM, CapacitySchedulerPolicy, KvCacheConfig, ModelConf
 PROMPT = "Once upon a time"
 
 
+def show(llm: LLM, prompts: list[str]) -> None:
+    for output in llm.generate(prompts):
+        print(output.text)
+
+
 def run_llm_from_huggingface_model(prompts: list[str], model_dir: Path, dump_engine_dir: Path | None = None) -> None:
     llm = LLM(ModelConfig(model_dir))
     if dump_engine_dir is not None:
         llm.save(dump_engine_dir)
-    for output in llm.generate(prompts):
-        print(output.text)
+    show(llm, prompts)
 
 
 def run_llm_from_tllm_engine(prompts: list[str], engine_dir: Path) -> None:
-    llm = LLM(ModelConfig(engine_dir))
-    for output in llm.generate(prompts):
-        print(output.text)
+    show(LLM(ModelConfig(engine_dir)), prompts)
 
 
 def run_llm_generate(prompts: list[str], model_dir: Path) -> None:
@@ -56,9 +57,22 @@ def run_llm_generate_async_example(prompts: list[str], model_dir: Path, streamin
 
 
 def run_llm_with_async_future(prompts: list[str], model_dir: Path) -> None:
-    with LLM(ModelConfig(model_dir), async_mode=True) as llm:
-        for generation in [llm.generate_async(prompt) for prompt in prompts]:
-            print(generation.result(timeout=60).text)
+    llm = LLM(ModelConfig(model_dir), async_mode=True)
+    for generation in [llm.generate_async(prompt) for prompt in prompts]:
+        print(generation.result(timeout=60).text)
+
+
+def run_llm_on_tensor_parallel(prompts: list[str], model_dir: Path, tp_size: int = 2) -> None:
+    config = ModelConfig(model_dir)
+    config.parallel_config.tp_size = tp_size
+    show(LLM(config), prompts)
+
+
+def run_llm_with_auto_parallel(prompts: list[str], model_dir: Path, world_size: int = 2) -> None:
+    config = ModelConfig(model_dir)
+    config.parallel_config.auto_parallel = True
+    config.parallel_config.world_size = world_size
+    show(LLM(config), prompts)
 
 
 def main(
@@ -68,12 +82,15 @@ def main(
     dump_engine_dir: Annotated[Path | None, typer.Option("--dump_engine_dir")] = None,
     prompt: Annotated[list[str] | None, typer.Option()] = None,
     streaming: Annotated[bool, typer.Option("--streaming")] = False,
+    num_ranks: Annotated[int, typer.Option("--tp_size", "--world_size")] = 2,
 ) -> None:
-    directory = engine_dir if task == "run_llm_from_tllm_engine" else hf_model_dir
+    directory = engine_dir or hf_model_dir
     if task not in TASKS or directory is None:
         raise typer.BadParameter(f"tasks: {', '.join(TASKS)}; with --hf_model_dir (or --engine_dir)")
     extra = {"run_llm_from_huggingface_model": {"dump_engine_dir": dump_engine_dir},
-             "run_llm_generate_async_example": {"streaming": streaming}}.get(task, {})  # fmt: skip
+             "run_llm_generate_async_example": {"streaming": streaming},
+             "run_llm_on_tensor_parallel": {"tp_size": num_ranks},
+             "run_llm_with_auto_parallel": {"world_size": num_ranks}}.get(task, {})  # fmt: skip
     TASKS[task](prompt or [PROMPT], directory, **extra)
 
 

@@ -49,6 +49,18 @@ def test_low_level_chain(tmp_path: Path):
     assert second == first.split("\n", 1)[1]
 
 
+def test_low_level_chain_of_two_ranks(tmp_path: Path):
+    arguments = ("--hf_model_dir", DEMO, "--engine_dir", tmp_path / "engine", "--tp_size", 2)
+    out = run("llama_multi_gpu.py", *arguments, cwd=tmp_path)
+    assert re.search(r"^rank 1: \d+\.\d MiB of weights$", out, re.M) and "Once upon a time, a little" in out
+
+
+@pytest.mark.slow
+def test_distributed_inference(tmp_path: Path):
+    out = run("llm_inference_distributed.py", "--tp_size", 1, "--pp_size", 2, cwd=tmp_path)
+    assert "2 ranks: tp_size 1 x pp_size 2" in out and "a little fox named Bruno" in out
+
+
 def test_async_streaming(tmp_path: Path):
     out = run("async_streaming.py", cwd=tmp_path)
     assert out.count("[finished, ") == 2 and out.count("[cancelled, ") == 1
@@ -76,3 +88,10 @@ def test_tasks_of_the_older_api(tmp_path: Path):
     assert re.search(r"^3\d updates: ", out, re.M) and re.search(r"^1 updates: ", out, re.M)
     stories = re.findall(r", a little pig .*$", out, re.M)
     assert len(set(stories)) == 1 and len(stories) == 5  # HF directory and engine, streamed or not: the same text
+
+
+@pytest.mark.slow
+def test_tasks_of_the_older_api_on_two_ranks(tmp_path: Path):
+    out = run("run_examples.py", "run_multi_gpu", cwd=tmp_path)
+    assert re.findall(r"^== (\w+)", out, re.M) == ["run_llm_on_tensor_parallel", "run_llm_with_auto_parallel"]
+    assert len(re.findall(r", a little pig .*$", out, re.M)) == 2

@@ -24,7 +24,7 @@ _PATTERNS = (
     (
         ATTENTION,
         r"attention|attn|mha|xqa|flash_?fwd|flash::|kvcache_?kernel|merge_?states?"
-        r"|^_?(decode|prefill|split|merge|combine|latent)_",
+        r"|^_?(decode|prefill|split|merge|combine|latent|join)_",
     ),
     (GEMM, r"gemm|gemv|matmul|nvjet|cutlass|split_?k_?reduce|scaled_mm|wgmma|xmma|cublas|^_?(vector|matrix)_kernel"),
     (GLUE, r"norm|gelu|embed|gather|scatter|index|elementwise|reduce|cat_?array|copy|fill|prepare|update|cast|triton_"),
