@@ -66,6 +66,8 @@ class PagedCase:
         window, sinks = self.options.get("sliding_window", 0), self.options.get("num_sinks", 0)
         for row, length, queries in zip(self.rows.tolist(), self.lengths, self.queries):
             gone = max(0, length - queries + 1 - window) // self.page if window else 0
+            if self.options.get("is_chunked"):
+                gone = (length - queries) // window * window // self.page
             self.tables[row, -(-sinks // self.page) : gone] = -1
 
     def expected(self) -> Tensor:
@@ -124,6 +126,7 @@ OPTIONS = {
     "window": {"sliding_window": 37},
     "window and sinks": {"sliding_window": 37, "num_sinks": 5},
     "short window": {"sliding_window": 1},
+    "chunks": {"sliding_window": 24, "is_chunked": True},
     "softcap": {"softcap": 2.0},
     "alibi": {"alibi_slopes": every_option(8)["alibi_slopes"]},
     "sink logits": {"sink_logits": every_option(8)["sink_logits"]},

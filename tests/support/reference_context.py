@@ -112,7 +112,11 @@ def _rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _first_visible(spec: AttentionSpec, position: int) -> int:
-    return 0 if spec.sliding_window is None else max(0, position - spec.sliding_window + 1)
+    if spec.sliding_window is None:
+        return 0
+    if spec.is_chunked:
+        return position - position % spec.sliding_window
+    return max(0, position - spec.sliding_window + 1)
 
 
 def _attend_one(

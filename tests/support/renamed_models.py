@@ -61,18 +61,19 @@ def _refined_web_config(config: Config) -> Config:
     return {**config, "model_type": "RefinedWeb" if is_new else "RefinedWebModel"}
 
 
-def _whole_mllama_config(config: Config) -> Config:
-    return {"model_type": "mllama", "text_config": config, "dtype": config["dtype"]}
+def _seeing_config(model_type: str) -> Callable[[Config], Config]:
+    return lambda config: {"model_type": model_type, "text_config": config, "dtype": config["dtype"]}
 
 
-def _whole_mllama_tensors(config: Config, tensors: Tensors) -> Tensors:
+def _seeing_tensors(config: Config, tensors: Tensors) -> Tensors:
     """The decoder's tensors under a name of their own, beside those that see."""
     seen = {"vision_model.gated_positional_embedding.gate": torch.ones(1), "multi_modal_projector.bias": torch.ones(3)}
     return {**{f"language_model.{name}": tensor for name, tensor in tensors.items()}, **seen}
 
 
 RENAMED: dict[str, Renamed] = {
-    "MllamaForConditionalGeneration": Renamed("MllamaForCausalLM", _whole_mllama_config, _whole_mllama_tensors),
+    "Llama4ForConditionalGeneration": Renamed("Llama4ForCausalLM", _seeing_config("llama4"), _seeing_tensors),
+    "MllamaForConditionalGeneration": Renamed("MllamaForCausalLM", _seeing_config("mllama"), _seeing_tensors),
     "PhiMoEForCausalLM": Renamed("PhimoeForCausalLM", _phimoe_config),
     "GPT2LMHeadCustomModel": Renamed("GPTBigCodeForCausalLM", _santacoder_config, _santacoder_tensors),
     "RWForCausalLM": Renamed("FalconForCausalLM", _refined_web_config),

@@ -7,6 +7,9 @@ from typing import Any
 from tests.support.tiny_base import BASE
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LLAMA4 = {**BASE, "intermediate_size": 16, "intermediate_size_mlp": 40, "head_dim": 8, "pad_token_id": None,
+           "num_local_experts": 4, "num_experts_per_tok": 1, "attention_chunk_size": 5, "floor_scale": 4,
+           "attn_scale": 0.3}  # fmt: skip
 _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 # Both lists are the same: transformers' PhiMoE keeps the short factors beyond the original length.
 _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20, "factor": 4.0,
@@ -20,6 +23,18 @@ EXPERTS: dict[str, dict[str, dict[str, Any]]] = {
         "top2": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
         "top1_window": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 6,
                         "num_key_value_heads": 1},
+    },
+    "Llama4ForCausalLM": {
+        "chunks_and_unrotated": {**_LLAMA4, "no_rope_layers": [1, 0]},
+        "some_dense_top2": {**_LLAMA4, "no_rope_layers": [1, 1], "num_experts_per_tok": 2, "use_qk_norm": False,
+                            "interleave_moe_layer_step": 2, "attention_chunk_size": 7},
+        "wide_heads_llama3": {**_LLAMA4, "head_dim": 16, "no_rope_layers": [0, 1], "attn_temperature_tuning": False,
+                              "num_key_value_heads": 1, "attention_bias": True, "rope_parameters": {
+                                  "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+    },
+    "Llama4ForConditionalGeneration": {
+        "nested": {**_LLAMA4, "no_rope_layers": [1, 0]},
     },
     "Qwen2MoeForCausalLM": {
         "shared": {**BASE, **_EXPERTS, "shared_expert_intermediate_size": 40},

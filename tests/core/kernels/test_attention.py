@@ -23,6 +23,7 @@ class Case:
     query_lens: tuple = (5, 1, 70)
     context_lens: tuple = (50, 133, 70)
     window: int = 0
+    chunked: bool = False
     sinks: int = 0
     softcap: float = 0.0
     alibi: bool = False
@@ -46,6 +47,7 @@ class Batch:
         self.options = {
             "scale": 1 / math.sqrt(case.head_dim),
             "sliding_window": case.window,
+            "is_chunked": case.chunked,
             "num_sinks": case.sinks,
             "softcap": case.softcap,
             "alibi_slopes": torch.rand(case.q_heads, generator=g) if case.alibi else None,
@@ -64,7 +66,10 @@ class Batch:
         if case.value_dim:
             caches[1] = caches[0][..., -case.value_dim :]
         for row, ((s, first, end), context) in enumerate(zip(parts, contexts)):
-            oldest = context - (end - first) - case.window + 1 if case.window else 0
+            begin = context - (end - first)  # position of the first query
+            oldest = begin - case.window + 1 if case.window else 0
+            if case.chunked:
+                oldest = begin // case.window * case.window
             for block in range(-(-context // size)):
                 if block * size >= case.sinks and (block + 1) * size <= oldest:
                     continue  # evicted
@@ -97,7 +102,9 @@ class Batch:
             scores = scores - o["alibi_slopes"].double()[:, None, None] * distance
         seen = distance >= 0
         if case.window:
-            seen &= (distance < case.window) | (torch.arange(len(k))[None] < case.sinks)
+            oldest = positions // case.window * case.window if case.chunked else positions - case.window + 1
+            keys = torch.arange(len(k))[None]
+            seen &= (keys >= oldest[:, None]) | (keys < case.sinks)
         scores = scores.masked_fill(~seen, float("-inf"))
         if case.sink_logits:
             scores = torch.cat([scores, o["sink_logits"].double()[:, None, None].expand(*scores.shape[:2], 1)], -1)
@@ -119,6 +126,8 @@ CASES = {
     "window": Case(window=33),
     "window_1": Case(window=1),
     "sinks": Case(window=20, sinks=4, block_size=4, query_lens=(5, 1, 70), context_lens=(50, 333, 170)),
+    "chunks": Case(window=24, chunked=True),
+    "small_chunks": Case(window=5, chunked=True, block_size=4, query_lens=(5, 1, 70), context_lens=(50, 333, 170)),
     "softcap": Case(softcap=3.0),
     "alibi": Case(alibi=True),
     "sink_logits": Case(sink_logits=True),

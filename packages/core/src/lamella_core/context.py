@@ -28,6 +28,7 @@ class AttentionSpec:
     head_dim: int  # D
     scale: float  # multiplies q.k
     sliding_window: int | None = None  # a query sees this many last keys, its own included
+    is_chunked: bool = False  # keys are cut into chunks of sliding_window, and a query sees its own chunk instead
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     value_dim: int | None = None  # of a latent cache: values are the last value_dim numbers of keys, and not stored
 

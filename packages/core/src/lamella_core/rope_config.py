@@ -41,6 +41,8 @@ class RopeConfig:
     rope_type: str = "default"
     scaling: dict[str, Any] = field(default_factory=dict)
     interleaved: bool = False  # pairs (0,1),(2,3).. instead of (i, i + rotary_dim/2)
+    temperature_length: int | None = None  # queries of layers that do not rotate grow by this many tokens' logarithms
+    temperature_scale: float = 0.0  # with which they grow
     logn_length: int | None = None  # the query of position p >= it is also multiplied by log(p + 1) / log(logn_length)
 
     def __post_init__(self) -> None:
@@ -49,6 +51,8 @@ class RopeConfig:
         if self.rotary_dim % 2:
             raise ConfigError(f"rotary_dim is {self.rotary_dim}; elements rotate in pairs, it must be even{_REMEDY}")
         check_flag("interleaved", self.interleaved)
+        if self.temperature_length is not None:
+            check_integer("floor_scale", self.temperature_length, 1, remedy=_REMEDY)
         if self.logn_length is not None:
             check_integer("logn_length", self.logn_length, 2, remedy=_REMEDY)
         if self.rope_type not in list(ROPE_PARAMETERS):

@@ -28,6 +28,7 @@ class Attention(TokenMixer):
         out_bias: whether the output projection has one.
         scale: multiplies the scores; by default ``head_dim ** -0.5``.
         sliding_window: last keys a query sees, its own included; None: all.
+        is_chunked: see `AttentionSpec`.
         softcap: scores become softcap * tanh(scores / softcap); None: they stay.
         q_norm: of the queries, before they rotate.
         k_norm: of the keys, likewise.
@@ -46,6 +47,7 @@ class Attention(TokenMixer):
         out_bias: bool = False,
         scale: float | None = None,
         sliding_window: int | None = None,
+        is_chunked: bool = False,
         softcap: float | None = None,
         q_norm: HeadNorm | None = None,
         k_norm: HeadNorm | None = None,
@@ -62,6 +64,7 @@ class Attention(TokenMixer):
             head_dim=config.head_dim,
             scale=config.head_dim**-0.5 if scale is None else scale,
             sliding_window=sliding_window,
+            is_chunked=is_chunked,
             softcap=softcap,
         )
         self.q_norm, self.k_norm = q_norm, k_norm
@@ -105,6 +108,8 @@ class Attention(TokenMixer):
             q = self.q_norm(q, ctx)
         if self.k_norm is not None:
             k = self.k_norm(k, ctx)
+        if rotation is not None and not self.use_rope and rotation.unrotated_scale is not None:
+            q = (q * rotation.unrotated_scale).to(q.dtype)
         rotation = self._own(rotation)
         if rotation is not None and rotation.query_scale is not None:
             q = (q * rotation.query_scale).to(q.dtype)

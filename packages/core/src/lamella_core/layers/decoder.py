@@ -3,7 +3,8 @@
 `DecoderLayer` norms before each (most decoders), and after them too if asked; `PostNormDecoderLayer` only after;
 `NormAfterLayer` norms the stream itself; `ParallelDecoderLayer` computes both from the same stream; `SkippedLayer`
 stands where there is neither. Each takes and returns (hidden [T, H], residual [T, H] or None): their sum is the stream,
-added by the next norm. With ``rows`` [R] only those tokens go on after the attention, which sees all; the results are [R, H].
+added by the next norm. With ``rows`` [R] only those tokens go on after the attention, which sees all; the results are
+[R, H].
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import nn
 
 from lamella_core.context import ForwardContext
 from lamella_core.layers.attention import Attention
-from lamella_core.layers.mlp import FeedForward
 from lamella_core.layers.mixer import TokenMixer
+from lamella_core.layers.mlp import FeedForward
 from lamella_core.layers.norm import Norm
 from lamella_core.layers.rotary import Rotation
 

@@ -38,6 +38,20 @@ class HeadRMSNorm(HeadNorm):
         return ops.head_rms_norm(x, self.weight, self.eps, self.unit_offset)
 
 
+class PlainHeadNorm(HeadNorm):
+    """`HeadRMSNorm` without weights. It commutes with rotation, which changes no length."""
+
+    ones: torch.Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.register_buffer("ones", torch.ones(config.head_dim, dtype=config.torch_dtype), persistent=False)
+
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        return ops.head_rms_norm(x, self.ones, self.eps, False)
+
+
 class ProjectionRMSNorm(HeadNorm):
     """`RMSNorm` over all heads together, those of other ranks included; weight [heads * D]."""
 

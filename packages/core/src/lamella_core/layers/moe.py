@@ -61,6 +61,14 @@ class TopKRouter(Router):
         return experts, weights
 
 
+class SigmoidRouter(Router):
+    """The ``top_k`` largest scores, each weighted by its own sigmoid (Llama 4, 2025)."""
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        best, experts = scores.topk(self.top_k, dim=-1)
+        return experts, sigmoid(best)
+
+
 class SparseMixerRouter(Router):
     """SparseMixer (Liu et al. 2024) as it routes without training: the best expert, then the best of the others.
 
@@ -90,13 +98,19 @@ def _unquantized_gate(config: ModelConfig, outputs: int, name: str) -> Replicate
 
 
 class GatedExperts(nn.Module):
-    """The gated MLPs of this rank's experts, stacked: parameters [experts on this rank, out, in]."""
+    """The gated MLPs of this rank's experts, stacked: parameters [experts on this rank, out, in].
+
+    With ``scale_inputs`` a token's weight multiplies what an expert reads, not what it returns.
+    """
 
     waits_for_device = True  # the loop over experts reads how many tokens each of them got
 
-    def __init__(self, config: ModelConfig, num_experts: int, inner: int, *, name: str) -> None:
+    def __init__(
+        self, config: ModelConfig, num_experts: int, inner: int, *, name: str, scale_inputs: bool = False
+    ) -> None:
         super().__init__()
         mapping = config.mapping
+        self.scale_inputs = scale_inputs
         self.local_experts = mapping.ep_experts(num_experts)
         held = len(self.local_experts)
         stack = Section(num_experts, self.local_experts.start, held, held)
@@ -125,10 +139,11 @@ class GatedExperts(nn.Module):
         for local in range(len(self.local_experts)):
             begin, end = bounds[local], bounds[local + 1]
             if begin < end:
-                rows = tokens[begin:end]
-                inner = self.activation(self.gate_up_proj.method.apply(self.gate_up_proj, x[rows], None, local))
+                rows, factor = tokens[begin:end], scale[begin:end]
+                given = x[rows] * factor.to(x.dtype) if self.scale_inputs else x[rows]
+                inner = self.activation(self.gate_up_proj.method.apply(self.gate_up_proj, given, None, local))
                 result = self.down_proj.method.apply(self.down_proj, inner, None, local)
-                out.index_add_(0, rows, (result * scale[begin:end]).to(x.dtype))
+                out.index_add_(0, rows, result if self.scale_inputs else (result * factor).to(x.dtype))
         return out
 
 
@@ -150,10 +165,10 @@ class SharedExpert(GatedMLP):
 class MoE(FeedForward):
     """Router, experts and perhaps a shared one; the ranks' parts are summed: [T, H] -> [T, H].
 
-    ``router`` is by default a `TopKRouter`, to which ``renormalize`` goes.
+    ``router`` is by default a `TopKRouter`, to which ``renormalize`` goes. For ``scale_inputs`` see `GatedExperts`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by keyword, most models leave most out
         self,
         config: ModelConfig,
         *,
@@ -164,10 +179,11 @@ class MoE(FeedForward):
         renormalize: bool = True,
         router: Router | None = None,
         shared: SharedExpert | None = None,
+        scale_inputs: bool = False,
     ) -> None:
         super().__init__()
         self.router = router or TopKRouter(config, num_experts, top_k, name=f"{name}.router", renormalize=renormalize)
-        self.experts = GatedExperts(config, num_experts, inner, name=f"{name}.experts")
+        self.experts = GatedExperts(config, num_experts, inner, name=f"{name}.experts", scale_inputs=scale_inputs)
         self.shared = shared
         self.reduce = True
 

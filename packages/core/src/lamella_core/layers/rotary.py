@@ -37,6 +37,7 @@ class Rotation:
     interleaved: bool
     local: Rotation | None = None  # of layers with a window, where they rotate otherwise
     query_scale: torch.Tensor | None = None  # [T, 1, 1] float32, multiplies the queries besides
+    unrotated_scale: torch.Tensor | None = None  # [T, 1, 1] float32, of queries in layers that do not rotate
 
     def copy_(self, other: Rotation) -> None:
         """Writes the other's values, of the same shapes, over this one's."""
@@ -44,6 +45,8 @@ class Rotation:
         self.sin.copy_(other.sin)
         if self.query_scale is not None and other.query_scale is not None:
             self.query_scale.copy_(other.query_scale)
+        if self.unrotated_scale is not None and other.unrotated_scale is not None:
+            self.unrotated_scale.copy_(other.unrotated_scale)
         if self.local is not None and other.local is not None:
             self.local.copy_(other.local)
 
@@ -85,7 +88,10 @@ class RotaryEmbedding:
         scale = None
         if self.rope.logn_length is not None:
             scale = _logn(positions, self.rope.logn_length)
-        return Rotation(cos, sin, self.rope.rotary_dim, self.rope.interleaved, local, scale)
+        unrotated = None
+        if self.rope.temperature_length is not None:
+            unrotated = _temperature(positions, self.rope.temperature_length, self.rope.temperature_scale)
+        return Rotation(cos, sin, self.rope.rotary_dim, self.rope.interleaved, local, scale, unrotated)
 
     def _covering(self, positions: torch.Tensor) -> Tables:
         """Returns tables that reach all positions, on their device."""
@@ -105,6 +111,12 @@ class RotaryEmbedding:
 def _logn(positions: torch.Tensor, length: int) -> torch.Tensor:
     """Factors [T, 1, 1] float32 that keep attention sharp beyond ``length`` tokens (Su 2021): logs to that base."""
     return ((positions.double() + 1).log() / math.log(length)).clamp(min=1.0).float()[:, None, None]
+
+
+def _temperature(positions: torch.Tensor, length: int, scale: float) -> torch.Tensor:
+    """Factors [T, 1, 1] float32 that grow with the logarithm of the whole ``length``s passed (Nakanishi 2025)."""
+    passed = torch.floor((positions.double() + 1) / length)
+    return (passed.log1p() * scale + 1.0).float()[:, None, None]
 
 
 def rotary_tables(

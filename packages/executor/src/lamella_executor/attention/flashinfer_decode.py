@@ -90,6 +90,7 @@ class XqaDecode:
             (not spec.is_latent, "a latent cache"),
             (spec.head_dim in HEAD_DIMS, f"head_dim {spec.head_dim}"),
             (spec.num_heads <= MOST_HEADS_PER_GROUP * spec.num_kv_heads, "more than 32 heads per KV head"),
+            (not window.is_chunked, "attention in chunks"),
             (not spec.softcap, "soft-capped scores"),
             (layer.alibi_slopes is None, "ALiBi"),
             (layer.sink_logits is None, "sink logits"),

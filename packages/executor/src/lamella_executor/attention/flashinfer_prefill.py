@@ -96,6 +96,7 @@ class PagedPrefill:
             (kernel != "fa3" or cache.dtype == q.dtype, f"a cache of {cache.dtype} with fa3"),
             (not spec.is_latent, "a latent cache"),
             (spec.head_dim in HEAD_DIMS, f"head_dim {spec.head_dim}"),
+            (not layer.window.is_chunked, "attention in chunks"),
             (not spec.softcap, "soft-capped scores"),
             (layer.alibi_slopes is None, "ALiBi"),
             (layer.sink_logits is None, "sink logits"),

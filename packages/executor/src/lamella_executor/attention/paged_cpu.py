@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lamella_core.context import AttentionSpec, Communicator, RecurrentStep, StateSpec
+from lamella_core.errors import ConfigError
 from lamella_core.kernels import fp8
 from lamella_core.kernels.cpu import ops
 from lamella_core.layers.rotary import Rotation
@@ -121,10 +122,11 @@ def _logit_rows(plan: StepPlan, query_start: np.ndarray) -> Tensor | None:
 
 @dataclass(frozen=True)
 class LayerWindow:
-    """What a layer's queries see: the last ``length`` keys (0: all) and the first ``num_sinks``."""
+    """What a layer's queries see: the last ``length`` keys (0: all), or their chunk; and the first ``num_sinks``."""
 
     length: int = 0
     num_sinks: int = 0
+    is_chunked: bool = False
 
 
 def layer_windows(
@@ -133,10 +135,21 @@ def layer_windows(
     """Resolves each layer's window: the smaller of the model's own and the configured one, cycled over the layers.
 
     The sink tokens stay visible beside either.
+
+    Raises:
+        ConfigError: a window is configured for a layer that attends in chunks.
     """
     windows: dict[int, LayerWindow] = {}
     for position, spec in enumerate(specs):
         limits = [spec.sliding_window] if spec.sliding_window else []
+        if spec.is_chunked:
+            if max_attention_window:
+                raise ConfigError(
+                    f"KvCacheConfig.max_attention_window is {max_attention_window}, but layer {spec.layer_idx} attends "
+                    f"in chunks of {spec.sliding_window} tokens; leave it out"
+                )
+            windows[spec.layer_idx] = LayerWindow(limits[0], is_chunked=True)
+            continue
         if max_attention_window:
             limits.append(max_attention_window[position % len(max_attention_window)])
         windows[spec.layer_idx] = LayerWindow(min(limits), num_sinks) if limits else LayerWindow()
@@ -183,7 +196,7 @@ class PagedAttentionContext:
         return ops.paged_attention(
             q, keys, values, batch.block_tables, batch.query_start, batch.context_lens, spec.scale,
             sliding_window=window.length, num_sinks=window.num_sinks, softcap=spec.softcap or 0.0,
-            alibi_slopes=alibi_slopes, sink_logits=sink_logits,
+            alibi_slopes=alibi_slopes, sink_logits=sink_logits, is_chunked=window.is_chunked,
         )  # fmt: skip
 
     def recurrent(self, spec: StateSpec) -> RecurrentStep:

@@ -80,7 +80,8 @@ def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, offset: int, layer: La
     distance = positions - places
     seen = distance >= 0
     if window.length > 0:
-        seen &= (distance < window.length) | (places < window.num_sinks)
+        oldest = positions // window.length * window.length if window.is_chunked else positions + 1 - window.length
+        seen &= (places >= oldest) | (places < window.num_sinks)
     if layer.alibi_slopes is not None:
         scores = scores - layer.alibi_slopes.float().view(kv_heads, -1, 1, 1) * distance
     scores = scores.masked_fill(~seen, float("-inf"))

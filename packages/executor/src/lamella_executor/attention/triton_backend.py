@@ -70,7 +70,8 @@ class _TritonStep:
         return decode_attention(
             q, layer.k_cache, layer.v_cache, *self._decode,
             scale=spec.scale, max_context_len=self._step.max_context_len,
-            sliding_window=window.length, num_sinks=window.num_sinks, softcap=spec.softcap or 0.0,
+            sliding_window=window.length, is_chunked=window.is_chunked, num_sinks=window.num_sinks,
+            softcap=spec.softcap or 0.0,
             alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits,
             kv_scales=layer.kv_scales, out_scale=layer.out_scale,
             workspace=self._backend.workspace(layer, q.device), out=out,
@@ -86,7 +87,8 @@ class _TritonStep:
         return ragged_attention(
             q, *layer.own, self._step.query_start[begun:],
             scale=spec.scale, max_query_len=self._longest[1],
-            sliding_window=window.length, num_sinks=window.num_sinks, softcap=spec.softcap or 0.0,
+            sliding_window=window.length, is_chunked=window.is_chunked, num_sinks=window.num_sinks,
+            softcap=spec.softcap or 0.0,
             alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits, out_scale=layer.out_scale, out=out,
         )  # fmt: skip
 
@@ -103,7 +105,8 @@ class _TritonStep:
         return prefill_attention(
             q, layer.k_cache, layer.v_cache, step.block_tables, rows, step.query_start[: count + 1], lengths,
             scale=spec.scale, max_query_len=step.max_query_len, max_context_len=self._longest[0],
-            sliding_window=window.length, num_sinks=window.num_sinks, softcap=spec.softcap or 0.0,
+            sliding_window=window.length, is_chunked=window.is_chunked, num_sinks=window.num_sinks,
+            softcap=spec.softcap or 0.0,
             alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits,
             kv_scales=layer.kv_scales, out_scale=layer.out_scale, out=out,
         )  # fmt: skip

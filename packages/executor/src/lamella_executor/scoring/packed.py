@@ -70,10 +70,11 @@ class PackedContext:
         """Rotates q and k, then attends within each text; returns [T, Hq, D] in q's dtype.
 
         Raises:
-            ConfigError: the layer needs what no scoring model has (soft-caps, sinks, ALiBi, latent keys).
+            ConfigError: the layer needs what no scoring model has (soft-caps, chunks, sinks, ALiBi, latent keys).
         """
-        if v is None or spec.softcap is not None or sink_logits is not None or alibi_slopes is not None:
-            raise ConfigError("attention with soft-caps, sinks, ALiBi or latent keys is not supported in scoring")
+        unknown = (spec.softcap, sink_logits, alibi_slopes)
+        if v is None or spec.is_chunked or any(extra is not None for extra in unknown):
+            raise ConfigError("scoring knows no attention with soft-caps, chunks, sinks, ALiBi or latent keys")
         if rotation is not None:
             rotation.apply_(q, k)
         out = torch.empty_like(q)

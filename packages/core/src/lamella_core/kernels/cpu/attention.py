@@ -138,6 +138,7 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    is_chunked: bool = False,
 ) -> Tensor:
     """Causal attention of packed queries over paged caches that hold this step's keys and values already.
 
@@ -158,6 +159,7 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
         alibi_slopes: [Hq]; adds slope * (key - query position) to the scores.
         sink_logits: [Hq]; one more softmax column per head that has no value.
+        is_chunked: keys are cut into chunks of ``sliding_window``, and a query sees its own chunk instead.
 
     Returns:
         [T, Hq, D] in q's dtype, [T, Hq, Dv] over a latent cache; rows that see no key are zero.
@@ -171,7 +173,7 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     if library is None or not _native_serves(q, k_cache, v_cache, is_latent):
         return reference.paged_attention(
             q, k_cache, v_cache, block_tables, query_start, context_lens, scale,
-            sliding_window, num_sinks, softcap, alibi_slopes, sink_logits,
+            sliding_window, num_sinks, softcap, alibi_slopes, sink_logits, is_chunked,
         )  # fmt: skip
     q = q if _heads_adjoin(q) else q.contiguous()
     tables, starts, lengths = (x.int().contiguous() for x in (block_tables, query_start, context_lens))
@@ -180,7 +182,7 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     status = library.lamella_paged_attention(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), tables.data_ptr(), starts.data_ptr(),
         lengths.data_ptr(), pointer(extras[0]), pointer(extras[1]), q.shape[0], q.shape[1], kv_heads, head_dim,
-        q.stride(0), len(lengths), tables.shape[1], blocks, block_size, sliding_window, num_sinks,
+        q.stride(0), len(lengths), tables.shape[1], blocks, block_size, sliding_window, is_chunked, num_sinks,
         v_cache.shape[3] if is_latent else 0, scale, softcap, DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
     check_status("paged_attention", status)

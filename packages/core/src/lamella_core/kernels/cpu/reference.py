@@ -146,13 +146,16 @@ def write_rows(rows: Tensor, cache: Tensor, slots: Tensor) -> None:
     cache[slots // block_size, :, slots % block_size] = rows
 
 
-def _visible(positions: Tensor, num_keys: int, present: Tensor, window: int, num_sinks: int) -> Tensor:
-    """[queries, keys] bool: causal, inside the window or among the sinks, and not evicted."""
+def _visible(
+    positions: Tensor, num_keys: int, present: Tensor, window: int, num_sinks: int, is_chunked: bool
+) -> Tensor:
+    """[queries, keys] bool: causal, inside the window or chunk or among the sinks, and not evicted."""
     keys = torch.arange(num_keys)
     distance = positions[:, None] - keys[None, :]
     seen = distance >= 0
     if window > 0:
-        seen &= (distance < window) | (keys[None, :] < num_sinks)
+        oldest = positions // window * window if is_chunked else positions + 1 - window
+        seen &= (keys[None, :] >= oldest[:, None]) | (keys[None, :] < num_sinks)
     return seen & present[None, :num_keys]
 
 
@@ -195,6 +198,7 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    is_chunked: bool = False,
 ) -> Tensor:
     """Causal attention over a paged cache; see `ops.paged_attention`. float32 goes query by query (see the module)."""
     num_heads = q.shape[1]
@@ -211,7 +215,7 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
             chunk = q[first : first + step].float().unflatten(1, (kv_heads, num_heads // kv_heads))
             positions = torch.arange(first, first + step) - end + length
             limit = int(positions[-1]) + 1
-            seen = _visible(positions, limit, present, sliding_window, num_sinks)
+            seen = _visible(positions, limit, present, sliding_window, num_sinks, is_chunked)
             bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).expand(kv_heads, chunk.shape[2], -1, -1)
             if alibi_slopes is not None:
                 offset = torch.arange(limit)[None, :] - positions[:, None]

@@ -25,12 +25,17 @@ struct Problem {
   const std::int32_t *block_tables, *query_start, *context_lens;
   const float *alibi_slopes, *sink_logits;  // [q_heads] or null
   i64 tokens, q_heads, kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size;
-  i64 window, num_sinks;
+  i64 window, chunked, num_sinks;
   i64 value_dim;  // of a latent cache: values are the last value_dim numbers of keys; 0: they have a cache of their own
   float scale, softcap;
   i64 group() const { return q_heads / kv_heads; }
   bool latent() const { return value_dim > 0; }
   i64 out_dim() const { return latent() ? value_dim : head_dim; }
+  // First key that a query at `position` sees, sinks aside: of its window, or of its chunk.
+  i64 oldest(i64 position) const {
+    if (window <= 0) return 0;
+    return chunked ? position / window * window : position + 1 - window;
+  }
   i64 heads_per_item() const { return latent() && group() > LATENT_HEADS ? LATENT_HEADS : group(); }
 };
 
@@ -88,7 +93,7 @@ bool load_tile(const Problem& p, const Item& item, i64 start, i64 context, i64 p
 std::uint32_t visible_keys(const Problem& p, i64 start, i64 position, std::uint32_t present) {
   auto below = [](i64 n) { return n <= 0 ? 0u : n >= KT ? ~0u : (1u << n) - 1; };
   std::uint32_t seen = below(position + 1 - start);
-  if (p.window > 0) seen &= ~below(position + 1 - p.window - start) | below(p.num_sinks - start);
+  if (p.window > 0) seen &= ~below(p.oldest(position) - start) | below(p.num_sinks - start);
   return seen & present;
 }
 
@@ -195,7 +200,7 @@ bool run_item(const Problem& p, const Item& item, i64 padded, float* scratch, st
   float* q = scratch + 2 * KT * padded;
   rows.resize(std::size_t(num_rows));
   open_rows<T>(p, item, padded, q, q + num_rows * padded, rows.data());
-  const i64 oldest = p.window > 0 ? item.position + 1 - p.window : 0;  // first key that any query sees, sinks aside
+  const i64 oldest = p.oldest(item.position);  // no later query sees an older key, sinks aside
   for (i64 start = 0; start < context; start += KT) {
     if (start + KT <= oldest && start >= p.num_sinks) continue;
     if (!load_tile<T>(p, item, start, context, padded, tile)) return false;
@@ -262,17 +267,18 @@ using namespace lamella;
 
 // q [tokens, q_heads, head_dim] with token stride q_stride (elements); caches [num_blocks, kv_heads, block_size,
 // head_dim]; block_tables [num_seqs, max_blocks], negative = evicted; query_start [num_seqs + 1]; context_lens
-// [num_seqs]; out [tokens, q_heads, head_dim] contiguous. window 0: none; softcap 0: none. value_dim above 0: v_cache is
+// [num_seqs]; out [tokens, q_heads, head_dim] contiguous. window 0: none; chunked: a query sees
+// its chunk of `window` keys rather than the last ones; softcap 0: none. value_dim above 0: v_cache is
 // not read, values are the last value_dim numbers of keys, and out is [tokens, q_heads, value_dim].
 LAMELLA_API std::int32_t lamella_paged_attention(
     const void* q, const void* k_cache, const void* v_cache, void* out, const std::int32_t* block_tables,
     const std::int32_t* query_start, const std::int32_t* context_lens, const float* alibi_slopes, const float* sink_logits,
     i64 tokens, i64 q_heads, i64 kv_heads, i64 head_dim, i64 q_stride, i64 num_seqs, i64 max_blocks, i64 num_blocks,
-    i64 block_size, i64 window, i64 num_sinks, i64 value_dim, float scale, float softcap, std::int32_t dtype,
+    i64 block_size, i64 window, i64 chunked, i64 num_sinks, i64 value_dim, float scale, float softcap, std::int32_t dtype,
     std::int32_t threads) {
   const Problem p{q, k_cache, v_cache, out, block_tables, query_start, context_lens, alibi_slopes, sink_logits,
                   tokens, q_heads, kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size,
-                  window, num_sinks, value_dim, scale, softcap};
+                  window, chunked, num_sinks, value_dim, scale, softcap};
   if (value_dim < 0 || value_dim > head_dim) return kBadShape;
   if (kv_heads <= 0 || q_heads % kv_heads != 0 || block_size <= 0 || head_dim <= 0) return kBadShape;
   switch (dtype) {

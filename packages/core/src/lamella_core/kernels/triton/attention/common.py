@@ -15,6 +15,7 @@ Both functions compute what `reference.paged_attention` does, and take
   negative where evicted behind the window;
 * scale: multiplies products of queries and keys; positive;
 * sliding_window: a query sees so many last keys, its own included (0: all), and beside them the first ``num_sinks``;
+* is_chunked: keys are cut into chunks of ``sliding_window``, and a query sees its own chunk instead;
 * softcap: scores become softcap * tanh(scores / softcap); 0: they stay;
 * alibi_slopes [Hq] float32: times the key's position less the query's added to scores;
 * sink_logits [Hq]: one more softmax column per head, without a value;
@@ -69,6 +70,7 @@ class Layout:
     float8: bool  # the caches are
     native: bool  # the device converts float8 itself; if not, caches and results are uint8 to a kernel
     window: int  # 0: all keys
+    chunked: bool  # a query sees its chunk of ``window`` keys rather than the last ones
     sinks: int  # first keys seen beside the window
     softcap: float  # 0: none
 
@@ -76,9 +78,9 @@ class Layout:
 @functools.lru_cache(maxsize=1024)
 def _layout(
     q: tuple[int, ...], q_strides: tuple[int, ...], cache: tuple[int, ...], strides: tuple[int, ...],
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], same: bool, scale: float, mask: tuple[int, int, float],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], same: bool, scale: float, mask: tuple[int, int, float, bool],
 ) -> Layout:  # fmt: skip
-    """Checks and makes a `Layout`: q is [Hq, D], strides go with shapes, mask is window, sinks and softcap."""
+    """Checks and makes a `Layout`: q is [Hq, D], strides go with shapes, mask is window, sinks, softcap, chunked."""
     q_dtype, k_dtype, v_dtype = dtypes
     if q_dtype not in _PRODUCTS or k_dtype not in (q_dtype, FLOAT8):
         raise ConfigError(f"queries are {q_dtype}, cached keys {k_dtype}: keys must be float8_e4m3fn or as queries are")
@@ -100,13 +102,15 @@ def _layout(
         q_token_stride=q_strides[0], q_head_stride=q_strides[1],
         block_stride=strides[0], head_stride=strides[1], token_stride=strides[2],
         dtype=tl.float16 if float8 and q_dtype != torch.float32 else _PRODUCTS[q_dtype],
-        float8=float8, native=has_float8(), window=mask[0], sinks=mask[1] if mask[0] else 0, softcap=mask[2],
+        float8=float8, native=has_float8(), window=mask[0], chunked=mask[3],
+        sinks=mask[1] if mask[0] else 0, softcap=mask[2],
     )  # fmt: skip
 
 
 def layout_of(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, sliding_window: int, num_sinks: int, softcap: float
-) -> Layout:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, sliding_window: int, num_sinks: int, softcap: float,
+    is_chunked: bool = False,
+) -> Layout:  # fmt: skip
     """Returns what a kernel is compiled for.
 
     Raises:
@@ -115,7 +119,7 @@ def layout_of(
     strides = k_cache.stride()
     same = k_cache.shape == v_cache.shape and strides == v_cache.stride()
     dtypes = (q.dtype, k_cache.dtype, v_cache.dtype)
-    mask = (sliding_window, num_sinks, softcap)
+    mask = (sliding_window, num_sinks, softcap, is_chunked)
     return _layout(tuple(q.shape[1:]), q.stride(), tuple(k_cache.shape), strides, dtypes, same, scale, mask)
 
 
@@ -125,8 +129,9 @@ def are_alike(k: Tensor, v: Tensor) -> bool:
 
 
 def ragged_layout_of(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int, num_sinks: int, softcap: float
-) -> Layout:
+    q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int, num_sinks: int, softcap: float,
+    is_chunked: bool = False,
+) -> Layout:  # fmt: skip
     """Returns what a kernel is compiled for whose keys and values are [T, Hkv, D], of the queries' tokens.
 
     Raises:
@@ -134,7 +139,7 @@ def ragged_layout_of(
     """
     shapes, strides = ((1, k.shape[1], 0, k.shape[2]), (0, k.stride(1), k.stride(0), k.stride(2)))
     same = are_alike(k, v) and k.shape[0] == q.shape[0] and k.dtype == q.dtype
-    mask = (sliding_window, num_sinks, softcap)
+    mask = (sliding_window, num_sinks, softcap, is_chunked)
     return _layout(tuple(q.shape[1:]), q.stride(), shapes, strides, (q.dtype, k.dtype, v.dtype), same, scale, mask)
 
 
@@ -193,10 +198,20 @@ def head_cache(cache_ptr, kv_head, STEP: tl.constexpr, L: tl.constexpr):  # type
 
 
 @triton.jit
+def oldest_key(position, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns the first key in the window, or chunk, of a query at ``position``; below 0 it is the first of all."""
+    if L.chunked:
+        oldest = position // L.window * L.window
+    else:
+        oldest = position + 1 - L.window
+    return oldest
+
+
+@triton.jit
 def first_visible_tile(position, L: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns the tile that holds the first key in the window of a query at ``position``."""
     if L.window > 0:
-        first = tl.maximum(position + 1 - L.window, 0) // BLOCK_N
+        first = tl.maximum(oldest_key(position, L), 0) // BLOCK_N
     else:
         first = position * 0
     return first

@@ -33,6 +33,7 @@ from lamella_core.kernels.triton.attention.common import (
     load_pages,
     narrow_query,
     num_processors,
+    oldest_key,
     result_like,
     scales_of,
     shape_scores,
@@ -132,7 +133,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
         keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         seen = keys < length
         if L.window > 0:
-            seen = seen & ((keys >= length - L.window) | (keys < L.sinks)) & (pages >= 0)
+            seen = seen & ((keys >= oldest_key(length - 1, L)) | (keys < L.sinks)) & (pages >= 0)
         offsets = key_offsets(pages, tile, L, BLOCK_N, STEP) + cols
         mask = seen[:, None] & in_row
         k = tl.load(k_ptr + offsets, mask, other=0)
@@ -317,6 +318,7 @@ def decode_attention(
     scale: float,
     max_context_len: int,
     sliding_window: int = 0,
+    is_chunked: bool = False,
     num_sinks: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
@@ -339,7 +341,7 @@ def decode_attention(
     * tile: other than the one for this layer.
     * split: other than the one for this batch; needs a workspace large enough.
     """
-    layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap)
+    layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap, is_chunked)
     out, num_seqs = result_like(q, out_scale, out), q.shape[0]
     if num_seqs == 0:
         return out

@@ -34,6 +34,7 @@ from lamella_core.kernels.triton.attention.common import (
     layout_of,
     load_pages,
     narrow_query,
+    oldest_key,
     ragged_layout_of,
     result_like,
     scales_of,
@@ -164,7 +165,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         if MASKED:
             seen = distances <= 0
             if L.window > 0:
-                seen = seen & ((distances > -L.window) | (keys < L.sinks)[None, :])
+                seen = seen & ((keys[None, :] >= oldest_key(positions, L)[:, None]) | (keys < L.sinks)[None, :])
                 if L.page > 0:
                     seen = seen & (pages >= 0)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
@@ -285,6 +286,7 @@ def prefill_attention(
     scale: float,
     max_context_len: int = 0,
     sliding_window: int = 0,
+    is_chunked: bool = False,
     num_sinks: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
@@ -306,7 +308,7 @@ def prefill_attention(
     * max_context_len: like it; 0: no longer than the queries.
     * tile: other than the one for this layer and chunk length.
     """
-    layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap)
+    layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap, is_chunked)
     out = result_like(q, out_scale, out)
     keys = max_context_len or max_query_len
     if table_rows.shape[0]:
@@ -326,6 +328,7 @@ def ragged_attention(
     max_query_len: int,
     scale: float,
     sliding_window: int = 0,
+    is_chunked: bool = False,
     num_sinks: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
@@ -344,7 +347,7 @@ def ragged_attention(
     """
     if not are_alike(k, v):  # one of them is not a part of the fused projection any more
         k, v = k.contiguous(), v.contiguous()
-    layout = ragged_layout_of(q, k, v, scale, sliding_window, num_sinks, softcap)
+    layout = ragged_layout_of(q, k, v, scale, sliding_window, num_sinks, softcap, is_chunked)
     out = result_like(q, out_scale, out)
     tile = tile or _tile_for(layout, q, k, max_query_len, max_query_len)
     options = (alibi_slopes, sink_logits, None, out_scale)
