@@ -141,3 +141,15 @@ def test_a_generating_model_has_no_scores(tmp_path):
             llm.encode([5, 6])
         with pytest.raises(ConfigError, match="generates text"):
             ScoringExecutor.create(llm.engine)
+
+
+def test_check_compares_scores(bert, capsys):
+    from lamella.cli.check import run_check
+
+    directory = scoring_model(*BERT)[0]
+    options = {"max_tokens": 4, "dtype": "float32", "device": "cpu"}
+    assert run_check(directory, text="w5 w6 w7", tolerance=1e-4, **options)
+    assert "labels equal" in capsys.readouterr().out
+    assert not run_check(directory, text="w5 w6 w7", tolerance=0.0, **options)
+    with pytest.raises(ConfigError, match="nothing to compare with"):
+        run_check(scoring_model(*STEPS)[0], text=None, tolerance=1e-4, **options)

@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lamella.cli.check_scores import run_score_check
 from lamella.llm import LLM
 from lamella.tokenizer import TokenizerBase
-from lamella_core.auto import AutoConfig
+from lamella_core.auto import AutoConfig, AutoModelForCausalLM
 from lamella_core.checkpoint.formats import detect_format
 from lamella_core.checkpoint.rules import is_runtime_scale, scale_name, weight_of_scale
 from lamella_core.checkpoint.source import WeightSource
@@ -112,6 +113,8 @@ def run_check(
     """
     if detect_format(hf_dir) != "hugging_face":
         raise ConfigError(f"{hf_dir} is not a Hugging Face directory; check compares with what transformers can load")
+    if AutoModelForCausalLM.get_model_class(hf_dir).task == "score":
+        return run_score_check(hf_dir, text=text, dtype=dtype, tolerance=tolerance, device=device)
     err = Console(stderr=True, highlight=False)
     with err.status("loading both implementations"):
         reference = _load_reference(hf_dir, dtype)
@@ -134,16 +137,19 @@ def run_check(
 
 
 def _load_reference(hf_dir: Path, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     torch_dtype = "auto" if dtype == "auto" else DTYPES[dtype]
     if AutoConfig.from_hugging_face(hf_dir).quantization.is_quantized:
         return _load_scaled_back(hf_dir, dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(hf_dir), dtype=torch_dtype, trust_remote_code=False, attn_implementation="eager"
-    )
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(hf_dir), dtype=torch_dtype, trust_remote_code=False, attn_implementation="eager"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"transformers cannot load {hf_dir}, so there is nothing to compare with: {error}") from error
     return model.eval()
 
 
