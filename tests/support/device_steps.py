@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from tests.support.executors import LLAMA, tiny_model
 
 from lamella_executor.admission import EngineLimits
+from lamella_executor.attention.backend import HostLengths
 from lamella_executor.attention.paged_cpu import layer_windows
 from lamella_executor.config import KvCacheConfig
 from lamella_executor.kv_cache.manager import KvCacheManager
 from lamella_executor.memory import KvCacheDemand
+from lamella_executor.runner.cuda.batch import StepInputs
+from lamella_executor.runner.cuda.graphs import CapturedStep
 from lamella_executor.runner.cuda.start import start_runner
 from lamella_executor.runner.setup import RunnerSetup
 from lamella_executor.sampling_params import SamplingParams
@@ -134,3 +139,41 @@ def float32_engine_logits(runner: Any, ids: list[int]) -> torch.Tensor:
     request = request_of(ids)
     request.sequences[0].blocks = list(range(-(-len(ids) // BLOCK)))
     return runner.run(StepPlan([ScheduledSequence(request, request.sequences[0], 0, len(ids), len(ids))]))
+
+
+@dataclass
+class Replay:
+    """In place of a CUDA graph: runs what would have been recorded, on what is in the buffers now."""
+
+    function: Any
+
+    def replay(self) -> None:
+        self.function()
+
+
+def pretend_captured(runner: Any, sizes: tuple[int, ...]) -> list[int]:
+    """Gives a runner "graphs" of these sizes; returns the list of the sizes that are replayed."""
+    replayed: list[int] = []
+
+    def captured(size: int) -> CapturedStep:
+        inputs = runner.inputs(size)
+        hidden = torch.zeros(size, runner._model.config.hidden_size)
+
+        def forward() -> None:
+            replayed.append(size)
+            hidden.copy_(runner.forward(_with_lengths(inputs)))
+
+        sample = {
+            is_greedy: Replay(lambda g=is_greedy: runner.sample(hidden, inputs, is_greedy=g))
+            for is_greedy in (True, False)
+        }
+        return CapturedStep(size, hidden, Replay(forward), sample)
+
+    runner._graphs._steps = {size: captured(size) for size in sizes}
+    runner._graphs._sizes = sorted(sizes)
+    return replayed
+
+
+def _with_lengths(inputs: StepInputs) -> StepInputs:
+    contexts = inputs.attention.context_lens.numpy()
+    return replace(inputs, attention=replace(inputs.attention, host=HostLengths(contexts, np.ones_like(contexts))))

@@ -37,7 +37,6 @@ class ReferenceCache:
             store[request, layer] = torch.cat((old, new))
         return self.keys[request, layer], self.values[request, layer]
 
-
     def pools(self, spec: StateSpec) -> tuple[torch.Tensor, ...]:
         """Returns a layer's states, which hold nonsense where nothing was written."""
         if spec.layer_idx not in self.states:
@@ -103,6 +102,7 @@ class ReferenceContext:
             is_first=torch.tensor([not cache.lengths.get(request) for request in requests]),
             query_start=torch.cat((torch.zeros(1, dtype=torch.int64), ends)).int(),
             num_decode=0,
+            max_query_len=max(count for _, count in self.segments),
         )
 
 

@@ -16,6 +16,7 @@ KERNELS = {
     "masses_kernel",
     "draw_kernel",
 }
+STATE_SPACE = {"_conv_kernel", "_scan_kernel", "_chunk_scan_kernel"}
 ATTENTION = {"_decode_kernel", "_prefill_kernel", "_latent_kernel", "_join_kernel"}
 
 
@@ -29,3 +30,9 @@ def test_glue_compiles(capability, tmp_path):
 @pytest.mark.parametrize("capability", [80, 90], ids=["no_float8_no_pdl", "hopper"])
 def test_attention_compiles(capability, tmp_path):
     assert set(compile_in_subprocess(capability, "tests.support.attention_calls", tmp_path)) == ATTENTION
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90], ids=["no_pdl", "hopper"])
+def test_state_space_compiles(capability, tmp_path):
+    assert set(compile_in_subprocess(capability, "tests.support.state_space_calls", tmp_path)) == STATE_SPACE

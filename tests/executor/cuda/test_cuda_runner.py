@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests.support.device_steps import (
@@ -14,6 +13,7 @@ from tests.support.device_steps import (
     Drive,
     cpu_runner,
     float32_engine_logits,
+    pretend_captured,
     request_of,
     runner_setup,
 )
@@ -22,14 +22,12 @@ from tests.support.executors import LLAMA, MISTRAL, bench, greedy, hf_greedy, hf
 from lamella_core.errors import ConfigError
 from lamella_core.quantization.config import QuantAlgo, QuantConfig
 from lamella_executor import GenerationExecutor, SamplingParams
-from lamella_executor.attention.backend import HostLengths
 from lamella_executor.attention.paged_cpu import layer_windows
 from lamella_executor.kv_cache.manager import KvCacheManager
 from lamella_executor.loop import EngineLoop
 from lamella_executor.runner.base import NAN_LOGITS, LaunchingRunner
-from lamella_executor.runner.cuda.batch import StepInputs, reserve_decode
 from lamella_executor.runner.cuda.dry_run import dry_plans
-from lamella_executor.runner.cuda.graphs import CapturedStep, why_not_capturable
+from lamella_executor.runner.cuda.graphs import why_not_capturable
 from lamella_executor.runner.cuda.runner import CudaRunner
 from lamella_executor.runner.cuda.start import start_runner
 from lamella_executor.runner.cuda.state import RunnerLimits
@@ -40,44 +38,6 @@ from lamella_executor.stats import StatsBuffer
 
 PROMPTS = [prompt(length, seed) for seed, length in enumerate((9, 1, 5, 13))]
 RANDOM = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.9, top_k=30, top_p=0.95, min_p=0.01, seed=5)
-
-
-@dataclass
-class Replay:
-    """In place of a CUDA graph: runs what would have been recorded, on what is in the buffers now."""
-
-    function: Any
-
-    def replay(self) -> None:
-        self.function()
-
-
-def pretend_captured(runner: CudaRunner, sizes: tuple[int, ...]) -> list[int]:
-    """Gives a runner "graphs" of these sizes; returns the list of the sizes that are replayed."""
-    replayed: list[int] = []
-
-    def captured(size: int) -> CapturedStep:
-        inputs = reserve_decode(runner._state.inbox, runner._state.block_tables, size, 64)
-        hidden = torch.zeros(size, runner._model.config.hidden_size)
-
-        def forward() -> None:
-            replayed.append(size)
-            hidden.copy_(runner.forward(with_lengths(inputs)))
-
-        sample = {
-            is_greedy: Replay(lambda g=is_greedy: runner.sample(hidden, inputs, is_greedy=g))
-            for is_greedy in (True, False)
-        }
-        return CapturedStep(size, hidden, Replay(forward), sample)
-
-    runner._graphs._steps = {size: captured(size) for size in sizes}
-    runner._graphs._sizes = sorted(sizes)
-    return replayed
-
-
-def with_lengths(inputs: StepInputs) -> StepInputs:
-    contexts = inputs.attention.context_lens.numpy()
-    return replace(inputs, attention=replace(inputs.attention, host=HostLengths(contexts, np.ones_like(contexts))))
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tests.support.device_steps import BLOCK, Drive, cpu_runner, request_of, runner_setup
@@ -74,7 +76,8 @@ class Noted:
 def test_a_float8_cache_has_one_scale_and_is_read_by_prompts_too():
     cache, noted = DeviceKvCache([SPEC], 3, BLOCK, FLOAT8, "cpu"), Noted()
     windows = {0: LayerWindow()}
-    ctx = CudaStepContext(cache, torch.arange(3), 1, noted, torch_rope_and_cache, windows, None, num_whole=1)
+    step = SimpleNamespace(num_decode=1, num_whole=1)
+    ctx = CudaStepContext(cache, torch.arange(3), step, noted, torch_rope_and_cache, windows, None)
     keys, queries = torch.randn(3, 1, 28), torch.randn(3, 4, 28)
     assert ctx.attend(SPEC, queries, keys, None, kv_scales=torch.tensor([0.5, 9.0])).shape == (3, 4, 20)
     assert noted.call.own is None and noted.call.kv_scales.tolist() == [0.5, 0.5]

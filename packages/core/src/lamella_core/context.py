@@ -72,8 +72,10 @@ class RecurrentStep:
     pools: tuple[torch.Tensor, ...]  # [slots + 1, *shape] of each of the layer's states; the last slot is scratch
     slots: torch.Tensor  # [S] int32: where each sequence's states are
     is_first: torch.Tensor  # [S] bool: the sequence starts here, with states of zero, whatever its slot holds
-    query_start: torch.Tensor  # [S - num_decode + 1] int32: first token of each other sequence, after the num_decode
+    query_start: torch.Tensor  # [S - num_decode + 1] int32: first token of each other sequence, after the num_decode;
+    # of no meaning if there are none
     num_decode: int
+    max_query_len: int  # tokens of one of the others at most; 1 if there are none
 
 
 class Communicator(Protocol):

@@ -209,5 +209,10 @@ class PagedAttentionContext:
         if states is None or batch.state_slots is None or batch.is_first is None:
             raise RuntimeError(f"layer {spec.layer_idx} has states, and the step's sequences have no slots for them")
         return RecurrentStep(
-            states.layer(spec.layer_idx), batch.state_slots, batch.is_first, batch.query_start, num_decode=0
+            states.layer(spec.layer_idx),
+            batch.state_slots,
+            batch.is_first,
+            batch.query_start,
+            num_decode=0,
+            max_query_len=batch.input_ids.shape[0],
         )

@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lamella_core.context import AttentionSpec, Communicator
+from lamella_core.context import AttentionSpec, Communicator, RecurrentStep, StateSpec
 from lamella_core.layers.rotary import Rotation
-from lamella_executor.attention.backend import LayerCall, StepAttention
+from lamella_executor.attention.backend import AttentionStep, LayerCall, StepAttention
 from lamella_executor.attention.paged_cpu import LayerWindow
+from lamella_executor.attention.states import RecurrentStates, StepStates
 
 COPY_TILE = 16  # blocks copied at a time: bounds the temporary memory
 
@@ -35,7 +36,9 @@ class DeviceKvCache:
         tokens_per_block: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        states: RecurrentStates | None = None,  # of layers without keys and values, beside them
     ) -> None:
+        self.states = states
         self.num_blocks = num_blocks
         self.tokens_per_block = tokens_per_block
         self.dtype = dtype
@@ -66,7 +69,7 @@ class DeviceKvCache:
 
     @property
     def num_bytes(self) -> int:
-        return sum(pool.nbytes for pool in self._pools)
+        return sum(pool.nbytes for pool in self._pools) + (self.states.num_bytes if self.states is not None else 0)
 
     def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Returns keys and values of a layer, each [N + 1, Hkv, P, D]."""
@@ -109,17 +112,20 @@ class CudaStepContext:
         self,
         cache: DeviceKvCache,
         slots: Tensor,  # [T] int64: block * P + offset, where a token's keys and values go
-        num_decode: int,
+        step: AttentionStep,
         attention: StepAttention,
         rope_and_cache: RopeAndCache,
         windows: dict[int, LayerWindow],
         tp: Communicator,
-        num_whole: int = 0,  # see `AttentionStep.num_whole`
+        states: StepStates | None = None,  # of a model that has some
     ) -> None:
         self._cache = cache
-        self._has_own = num_whole > 0 and cache.is_float8
+        self._step = step
+        self._has_own = cache.is_float8 and step.num_whole > 0
         self._slots = slots
-        self._num_decode = num_decode
+        self._num_decode = step.num_decode
+        self._states = states
+        self._is_first = states.is_first.bool() if states is not None else None
         self._attention = attention
         self._rope_and_cache = rope_and_cache
         self._windows = windows
@@ -164,6 +170,20 @@ class CudaStepContext:
         rest = self._attention.prefill(q[num_decode:], call, out[num_decode:])
         is_there = first.data_ptr() == out.data_ptr() and rest.data_ptr() == out[num_decode:].data_ptr()
         return out if is_there else torch.cat((first, rest))
+
+    def recurrent(self, spec: StateSpec) -> RecurrentStep:
+        """Returns where the states of a layer are in this step.
+
+        Raises:
+            RuntimeError: the step's sequences have no slots.
+        """
+        states, where, step = self._cache.states, self._states, self._step
+        if states is None or where is None or self._is_first is None:
+            raise RuntimeError(f"layer {spec.layer_idx} has states, and the step's sequences have no slots for them")
+        pools = states.layer(spec.layer_idx)
+        return RecurrentStep(
+            pools, where.slots, self._is_first, step.query_start, step.num_decode, step.max_query_len
+        )  # fmt: skip
 
 
 def torch_rope_and_cache(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from lamella_core.context import StateSpec
 from lamella_executor.attention.memory import reserve
 
 COPY_TILE = 16  # slots copied at a time: bounds the temporary memory
+
+
+@dataclass(frozen=True, slots=True)
+class StepStates:
+    """Where the states of a step's sequences are, in the order of the sequences; device tensors."""
+
+    slots: Tensor  # [S] int32
+    is_first: Tensor  # [S] int32, not 0: the sequence starts in this step
 
 
 class RecurrentStates:
@@ -37,6 +46,11 @@ class RecurrentStates:
             found.update({member: pool[index] for index, member in enumerate(members)})
         for spec in specs:
             self._layers[spec.layer_idx] = tuple(found[spec.layer_idx, place] for place in range(len(spec.shapes)))
+
+    @property
+    def scratch_slot(self) -> int:
+        """Where rows that only pad a step keep their states."""
+        return self.num_slots
 
     @property
     def num_bytes(self) -> int:

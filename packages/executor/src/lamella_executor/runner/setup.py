@@ -48,11 +48,14 @@ class RunnerSetup:
         """Slots for recurrent states: one per sequence that computes; 0 if the model has none, on whatever rank."""
         return self.max_sequences if self.model.has_states else 0
 
-    def make_states(self, device: torch.device | str) -> RecurrentStates | None:
-        """Returns memory for the recurrent states of this rank's layers; None if the model has none."""
+    def make_states(self, device: torch.device | str, *, is_dry: bool = False) -> RecurrentStates | None:
+        """Returns memory for the recurrent states of this rank's layers; None if the model has none.
+
+        For a dry run, whose sequences have no slots, there is scratch alone.
+        """
         if not self.model.has_states:
             return None
-        return RecurrentStates(self.model.state_specs(), self.num_state_slots, device)
+        return RecurrentStates(self.model.state_specs(), 0 if is_dry else self.num_state_slots, device)
 
     @property
     def max_sequences(self) -> int:

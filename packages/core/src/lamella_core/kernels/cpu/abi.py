@@ -38,8 +38,8 @@ SIGNATURES: dict[str, list[type]] = {
     # kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size, window, chunked, num_sinks, value_dim,
     # scale, softcap, dtype, threads
     "lamella_paged_attention": [P] * 9 + [I64] * 13 + [F32, F32, I32, I32],
-    # x, dt, a, b, c, d, states, slots, starts, is_first, y, sequences, num_slots, heads, head_dim, size, groups, a_size,
-    # x_stride, dt_stride, bc_stride, threads
+    # x, dt, a, b, c, d, states, slots, starts, is_first, y, sequences, num_slots, heads, head_dim, size, groups,
+    # a_size, x_stride, dt_stride, bc_stride, threads
     "lamella_state_scan": [P] * 11 + [I64] * 10 + [I32],
     # calls, count, width, failed
     "lamella_replay": [P, I64, I64, P],

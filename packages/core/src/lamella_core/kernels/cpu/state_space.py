@@ -1,8 +1,8 @@
 """CPU operations of state-space layers: causal convolution and selective scan over packed sequences.
 
 Legend: T tokens, S sequences, C channels, W width of the convolution; H heads of P channels with states of N numbers,
-G groups of heads that share b and c. In float32 a sequence has the same results and states bit by bit however its tokens
-are divided into calls, and whatever runs beside it.
+G groups of heads that share b and c. In float32 a sequence has the same results and states, bit by bit, however its
+tokens are divided into calls, and whatever runs beside it.
 """
 
 from __future__ import annotations
@@ -113,10 +113,13 @@ def softplus(x: Tensor) -> Tensor:
 
 def _starts(step: RecurrentStep) -> Tensor:
     """Returns the first token of every sequence, and the end of the last: [S + 1] int32."""
-    if not step.num_decode:
+    num_decode, device = step.num_decode, step.slots.device
+    if num_decode == step.slots.shape[0]:
+        return torch.arange(num_decode + 1, dtype=torch.int32, device=device)
+    if not num_decode:
         return step.query_start
-    singles = torch.arange(step.num_decode, dtype=torch.int32, device=step.slots.device)
-    return torch.cat((singles, step.query_start + step.num_decode))
+    singles = torch.arange(num_decode, dtype=torch.int32, device=device)
+    return torch.cat((singles, step.query_start + num_decode))
 
 
 def _scan(

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from lamella_executor.attention.backend import AttentionStep, HostLengths
+from lamella_executor.attention.states import StepStates
 from lamella_executor.runner.cuda.slots import Slot
 from lamella_executor.runner.cuda.transfer import Inbox
 from lamella_executor.scheduler.plan import ScheduledSequence
@@ -32,6 +33,7 @@ class StepInputs:
     sampled_slots: Tensor  # [R]
     generated: Tensor  # [R], tokens that each sampled sequence has generated so far
     num_sampled: int  # R
+    states: StepStates | None = None  # of a model with recurrent states
 
 
 def is_decode_only(items: SequenceOf[ScheduledSequence]) -> bool:
@@ -45,8 +47,12 @@ def pack_decode(
     items: SequenceOf[ScheduledSequence],
     slots: SequenceOf[Slot],
     size: int,
+    scratch_state: int | None = None,
 ) -> StepInputs:
-    """Packs a step of one token each, padded to ``size`` rows that belong to the last slot, which is scratch."""
+    """Packs a step of one token each, padded to ``size`` rows that belong to the last slot, which is scratch.
+
+    ``scratch_state`` is the scratch slot of recurrent states; None: the model has none.
+    """
     step = slots[0].step
     starts = [item.start for item in items]
     tokens = [item.sequence.token_ids[start] for item, start in zip(items, starts)]
@@ -62,13 +68,16 @@ def pack_decode(
         inbox.put(contexts, size, fill=1),
         inbox.put(contexts - prompts, size),
     )
+    states = _put_states(inbox, items, scratch_state, size)
     for row, slot in enumerate(slots):
         slot.row, slot.sampled_step = row, step
     lengths = HostLengths(contexts, np.ones(len(items), np.int32))
-    return _decode_inputs(sections, block_tables, int(contexts.max()), lengths)
+    return _decode_inputs(sections, block_tables, int(contexts.max()), lengths, states)
 
 
-def reserve_decode(inbox: Inbox, block_tables: Tensor, size: int, max_context_len: int) -> StepInputs:
+def reserve_decode(
+    inbox: Inbox, block_tables: Tensor, size: int, max_context_len: int, scratch_state: int | None = None
+) -> StepInputs:
     """Returns where `pack_decode` puts a step of ``size`` rows, for its capture; sends rows that are all padding."""
     inbox.begin()
     scratch = block_tables.shape[0] - 1
@@ -79,8 +88,9 @@ def reserve_decode(inbox: Inbox, block_tables: Tensor, size: int, max_context_le
         inbox.put([], size, fill=1),
         inbox.put([], size),
     )
+    states = _put_states(inbox, [], scratch_state, size)
     inbox.send()
-    return _decode_inputs(sections, block_tables, max_context_len, None)
+    return _decode_inputs(sections, block_tables, max_context_len, None, states)
 
 
 def _decode_inputs(
@@ -88,6 +98,7 @@ def _decode_inputs(
     block_tables: Tensor,
     max_context_len: int,
     host: HostLengths | None,
+    states: StepStates | None,
 ) -> StepInputs:
     tokens, slots, positions, contexts, generated = sections
     size = tokens.shape[0]
@@ -102,11 +113,28 @@ def _decode_inputs(
         max_context_len=max_context_len,
         host=host,
     )
-    return StepInputs(tokens, slots, positions, attention, None, size, None, slots, generated, size)
+    return StepInputs(tokens, slots, positions, attention, None, size, None, slots, generated, size, states)
+
+
+def _put_states(
+    inbox: Inbox, items: SequenceOf[ScheduledSequence], scratch: int | None, size: int
+) -> StepStates | None:
+    """Packs where the items' recurrent states are; padding, and dry runs, use the scratch slot."""
+    if scratch is None:
+        return None
+    slots = [item.sequence.state_slot for item in items]
+    return StepStates(
+        inbox.put([slot if slot >= 0 else scratch for slot in slots], size, fill=scratch),
+        inbox.put([int(item.start == 0) for item in items], size, fill=1),
+    )
 
 
 def pack_mixed(
-    inbox: Inbox, block_tables: Tensor, items: SequenceOf[ScheduledSequence], slots: SequenceOf[Slot]
+    inbox: Inbox,
+    block_tables: Tensor,
+    items: SequenceOf[ScheduledSequence],
+    slots: SequenceOf[Slot],
+    scratch_state: int | None = None,
 ) -> StepInputs:
     """Packs any step; items that compute one token and come first are attended to as decoding ones."""
     tokens, lengths = _token_ids(items, slots), np.array([item.num_tokens for item in items], np.int32)
@@ -133,6 +161,7 @@ def pack_mixed(
         max_context_len=int(contexts.max()),
         host=HostLengths(contexts, lengths),
     )
+    states = _put_states(inbox, items, scratch_state, len(items))
     rows = _LogitRows(items, slots, ends)
     return StepInputs(
         tokens=inbox.put(tokens),
@@ -145,6 +174,7 @@ def pack_mixed(
         sampled_slots=inbox.put(indices[rows.items]),
         generated=inbox.put([contexts[i] - slots[i].num_prompt_tokens for i in rows.items]),
         num_sampled=len(rows.sampled),
+        states=states,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lamella_core.config import ModelConfig
 from lamella_core.errors import OutOfMemoryError
 from lamella_executor.config import KvCacheConfig
-from lamella_executor.memory import KvCacheDemand, KvCachePlan
+from lamella_executor.memory import KvCacheDemand, KvCachePlan, costless_blocks
 
 REUSE_FACTOR = 8  # with block reuse the cache also keeps this many times what runs at once, if memory allows
 GRAPH_BYTES = 3 << 20  # of one recorded size, beside the tensors: kernel nodes and their arguments
@@ -28,11 +28,12 @@ class DeviceNeeds:
     workspace: int  # of the largest step
     graphs: int
     state: int  # block tables and buffers
+    recurrent: int = 0  # states of the sequences, in models that have them
 
     @property
     def to_come(self) -> int:
         """What is not in place yet."""
-        return self.workspace + self.graphs + self.state
+        return self.workspace + self.graphs + self.state + self.recurrent
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class DeviceMemoryPlan:
             "largest step": self.needs.workspace,
             "recorded steps": self.needs.graphs,
             "tables and buffers": self.needs.state,
+            "recurrent states": self.needs.recurrent,
             f"KV cache, {self.kv.num_blocks} blocks of {self.kv.tokens_per_block} tokens": self.kv.num_bytes,
             "left": rest,
             "others and the driver": self.device.total - self.device.free - self.needs.weights,
@@ -101,13 +103,24 @@ def plan_device_memory(
     if config.max_gpu_total_bytes is not None:
         room = min(room, config.max_gpu_total_bytes)
     if block_bytes == 0:
-        return DeviceMemoryPlan(KvCachePlan(1, tokens_per_block, 0), needs, device)
+        if available < 0:
+            raise OutOfMemoryError(
+                f"{bound}{device.free / _MIB:.0f} MiB are free on the device beside {needs.weights / _MIB:.0f} MiB of "
+                f"weights; the largest step, recorded steps and tables take "
+                f"{(needs.to_come - needs.recurrent) / _MIB:.0f} MiB and the recurrent states of "
+                f"{demand.max_sequences} sequences {needs.recurrent / _MIB:.0f}. Lower max_batch_size or "
+                "max_num_tokens, or raise gpu_memory_utilization"
+            )
+        return DeviceMemoryPlan(
+            KvCachePlan(costless_blocks(demand, tokens_per_block), tokens_per_block, 0), needs, device
+        )
     num_blocks = room // block_bytes - 1  # one is scratch
     if num_blocks < 1:
+        tables = needs.state + needs.recurrent
         raise OutOfMemoryError(
             f"no KV block fits on the device: {bound}{device.free / _MIB:.0f} MiB are free beside "
             f"{needs.weights / _MIB:.0f} MiB of weights; the largest step takes {needs.workspace / _MIB:.0f}, recorded "
-            f"steps {needs.graphs / _MIB:.0f}, tables {needs.state / _MIB:.0f} MiB, and the cache may use "
+            f"steps {needs.graphs / _MIB:.0f}, tables and states {tables / _MIB:.0f} MiB, and the cache may use "
             f"{room / _MIB:.1f} MiB of the rest, where two blocks of {tokens_per_block} tokens take "
             f"{2 * block_bytes / _MIB:.1f} MiB. Lower max_num_tokens or max_batch_size, or raise "
             "KvCacheConfig.free_gpu_memory_fraction, max_gpu_total_bytes or gpu_memory_utilization"

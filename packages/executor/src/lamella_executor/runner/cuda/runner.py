@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lamella_core.context import Communicator, SingleRank
+from lamella_core.context import Communicator, RecurrentStep, SingleRank, StateSpec
 from lamella_core.errors import OutOfMemoryError
 from lamella_core.models.base import CausalLM
 from lamella_executor.attention.backend import AttentionBackend
@@ -52,6 +52,9 @@ class OutputContext:
 
     def attend(self, *args: object, **kwargs: object) -> Tensor:
         raise RuntimeError("the output layer does not attend")
+
+    def recurrent(self, spec: StateSpec) -> RecurrentStep:
+        raise RuntimeError("the output layer has no states")
 
 
 class CudaStep:
@@ -106,6 +109,7 @@ class CudaRunner:
         self._state = DeviceState(limits, cache.tokens_per_block, cache.scratch_block, parts.device)
         max_blocks = limits.max_blocks(cache.tokens_per_block)
         self._slots = SlotTable(limits.num_slots, max_blocks, cache.tokens_per_block, cache.scratch_block)
+        self._scratch_state = cache.states.scratch_slot if cache.states is not None else None
         self._graphs = DecodeGraphs()
         self._outputs = OutputContext(self._tp)
 
@@ -147,9 +151,9 @@ class CudaRunner:
         state.inbox.begin()
         if is_decode:
             size = len(items) if captured is None else captured.size
-            inputs = pack_decode(state.inbox, state.block_tables, items, slots, size)
+            inputs = pack_decode(state.inbox, state.block_tables, items, slots, size, self._scratch_state)
         else:
-            inputs = pack_mixed(state.inbox, state.block_tables, items, slots)
+            inputs = pack_mixed(state.inbox, state.block_tables, items, slots, self._scratch_state)
         self._send(plan, updates)
         self._stage.begin(plan)
         if captured is None:
@@ -190,10 +194,16 @@ class CudaRunner:
         if updates:
             self._parts.ops.update(self._state, records, places, blocks)
         if plan.block_copies:
-            ends = [torch.tensor(side, dtype=torch.int64) for side in zip(*plan.block_copies)]
-            if device.type == "cuda":
-                ends = [end.pin_memory().to(device, non_blocking=True) for end in ends]
-            self._cache.copy_blocks(*ends)
+            self._cache.copy_blocks(*self._ends(plan.block_copies))
+        if plan.state_copies and self._cache.states is not None:
+            self._cache.states.copy(*self._ends(plan.state_copies))
+
+    def _ends(self, copies: list[tuple[int, int]]) -> list[Tensor]:
+        """Returns the sources and the destinations of copies, [n] int64 each, on the device."""
+        ends = [torch.tensor(side, dtype=torch.int64) for side in zip(*copies)]
+        if self._parts.device.type != "cuda":
+            return ends
+        return [end.pin_memory().to(self._parts.device, non_blocking=True) for end in ends]
 
     def _logits(self, hidden: Tensor, inputs: StepInputs) -> Tensor:
         """Returns logits [L, vocab_size] in the model's dtype from hidden states [L, H]."""
@@ -222,7 +232,8 @@ class CudaRunner:
 
     def inputs(self, size: int) -> StepInputs:
         """Returns the inputs of a captured step of ``size`` rows and sends padding there."""
-        return reserve_decode(self._state.inbox, self._state.block_tables, size, self._limits.max_seq_len)
+        state = self._state
+        return reserve_decode(state.inbox, state.block_tables, size, self._limits.max_seq_len, self._scratch_state)
 
     @property
     def is_sampling(self) -> bool:
@@ -239,8 +250,8 @@ class CudaRunner:
         step = inputs.attention
         count = step.num_tokens
         ctx = CudaStepContext(
-            self._cache, state.kv_slots[:count], step.num_decode, parts.attention.begin(step),
-            parts.ops.rope_and_cache, self._windows, self._tp, step.num_whole,
+            self._cache, state.kv_slots[:count], step, parts.attention.begin(step), parts.ops.rope_and_cache,
+            self._windows, self._tp, inputs.states,
         )  # fmt: skip
         rows = inputs.logit_rows if stage.is_last else None
         return self._model(

@@ -16,6 +16,7 @@ from lamella_core.models.base import CausalLM
 from lamella_core.placement import check_room, replan
 from lamella_executor.attention.backend import AttentionBackend
 from lamella_executor.attention.paged_cuda import DeviceKvCache
+from lamella_executor.attention.states import state_bytes
 from lamella_executor.attention.torch_backend import TorchAttention
 from lamella_executor.distributed.pipeline import StageLinks
 from lamella_executor.memory import KvCachePlan, block_bytes
@@ -86,8 +87,9 @@ def start_runner(
         workspace, state = _measure(setup, limits, parts)
     graph_rows = min(setup.limits.max_batch_size, setup.max_sequences)
     graphs = graph_bytes(setup.model.config, capture_sizes(graph_rows)) if device.type == "cuda" else 0
+    recurrent = state_bytes(setup.model.state_specs(), setup.num_state_slots)
     plan = plan_device_memory(
-        DeviceNeeds(setup.model.weight_bytes(), workspace, graphs, state),
+        DeviceNeeds(setup.model.weight_bytes(), workspace, graphs, state, recurrent),
         _device_memory(device),
         setup.kv_config,
         setup.demand,
@@ -180,8 +182,11 @@ def _attention(name: str, has_triton: bool, device: torch.device, cache_dtype: t
     return backend
 
 
-def _make_runner(setup: RunnerSetup, limits: RunnerLimits, parts: DeviceParts, num_blocks: int) -> CudaRunner:
-    cache = DeviceKvCache(setup.specs, num_blocks, setup.tokens_per_block, setup.cache_dtype, parts.device)
+def _make_runner(
+    setup: RunnerSetup, limits: RunnerLimits, parts: DeviceParts, num_blocks: int, *, is_dry: bool = False
+) -> CudaRunner:
+    states = setup.make_states(parts.device, is_dry=is_dry)
+    cache = DeviceKvCache(setup.specs, num_blocks, setup.tokens_per_block, setup.cache_dtype, parts.device, states)
     config, stage = setup.model.config, None
     if setup.groups.mapping.pp_size > 1:
         rows = max(limits.max_num_tokens, limits.max_sequences)
@@ -200,7 +205,7 @@ def _measure(setup: RunnerSetup, limits: RunnerLimits, parts: DeviceParts) -> tu
         config = setup.model.config
         return activation_bytes(config, limits.max_num_tokens) + logits_bytes(config, limits.max_sequences), 0
     before = torch.cuda.memory_allocated()
-    runner = _make_runner(setup, limits, parts, 1)
+    runner = _make_runner(setup, limits, parts, 1, is_dry=True)
     torch.cuda.current_stream().synchronize()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
