@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lamella_core.kernels import ops
-from lamella_core.kernels.triton import all_reduce
+from lamella_core.kernels.triton.all_reduce_norm import can_sum_and_norm, sum_and_norm
 from lamella_core.mapping import Mapping
 from lamella_executor.distributed.gpu import CudaCommunicator, SumLimits
 from lamella_executor.distributed.groups import RankGroups
@@ -69,8 +69,8 @@ def measure(groups: RankGroups, rows: int, hidden: int) -> dict[str, float]:
         found[f"{way}+norm"] = graph_us(
             lambda sums=sums: ops.rms_norm(sums.all_reduce(x), weight, 1e-5, residual, scale)
         )
-    if all_reduce.can_sum_and_norm(x, weight, peers) and x.nbytes <= LARGEST_OWN_BYTES:
-        found["fused"] = graph_us(lambda: all_reduce.sum_and_norm(x, residual, weight, 1e-5, peers, scale))
+    if can_sum_and_norm(x, residual, weight, peers) and x.nbytes <= LARGEST_OWN_BYTES:
+        found["fused"] = graph_us(lambda: sum_and_norm(x, residual, weight, 1e-5, peers, scale))
     return found
 
 

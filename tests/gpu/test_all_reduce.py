@@ -15,25 +15,26 @@ def run(task, world, tp=None):
     return answers(task, world, tp or world, module="gpu_rank_process", timeout_s=240.0)
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.fixture(scope="module", params=WORLDS)
+def results(request):
+    """What each rank found, by task."""
+    return run("everything", request.param)
+
+
 @pytest.mark.parametrize("task", ["sums", "graphs"])
-def test_sums_are_right_and_have_equal_bits(task, world):
-    got = run(task, world)
-    assert [answer["wrong"] for answer in got] == [[]] * world
-    assert len({answer["bits"] for answer in got}) == 1
+def test_sums_are_right_and_have_equal_bits(results, task):
+    assert [rank[task]["wrong"] for rank in results] == [[]] * len(results)
+    assert len({rank[task]["bits"] for rank in results}) == 1
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_sum_fused_with_the_norm(world):
-    got = run("norms", world)
-    assert all(answer["totals_equal"] for answer in got)
-    assert max(answer["worst_steps"] for answer in got) <= 2.0
-    assert len({answer["bits"] for answer in got}) == 1
+def test_sum_fused_with_the_norm(results):
+    assert all(rank["norms"]["totals_equal"] for rank in results)
+    assert max(rank["norms"]["worst_steps"] for rank in results) <= 2.0
+    assert len({rank["norms"]["bits"] for rank in results}) == 1
 
 
-@two_gpus
-def test_gathers_along_any_dimension():
-    assert run("gathers", 2) == [[True] * 6] * 2
+def test_gathers_along_any_dimension(results):
+    assert all(all(rank["gathers"]) for rank in results)
 
 
 @pytest.mark.parametrize("world", WORLDS)

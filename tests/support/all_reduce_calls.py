@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from lamella_core.kernels.triton import all_reduce
+from lamella_core.kernels.triton.all_reduce_norm import sum_and_norm
+from lamella_core.kernels.triton.exchange import Peers
 
 BF16 = torch.bfloat16
 
@@ -12,15 +14,15 @@ BF16 = torch.bfloat16
 def calls() -> None:
     for size in (2, 3, 8):
         table = torch.zeros(size + 1, dtype=torch.int64)
-        peers = all_reduce.Peers(1, size, table, torch.zeros(all_reduce.CHANNELS, dtype=torch.int32))
+        peers = Peers(1, size, table, torch.zeros(Peers.num_channels, dtype=torch.int32))
         for dtype in (BF16, torch.float16, torch.float32):
             x = torch.zeros(8, 4096, dtype=dtype)
             all_reduce.one_shot(x, peers)
             all_reduce.two_shot(x, peers)
-    peers = all_reduce.Peers(0, 4, torch.zeros(5, dtype=torch.int64), peers.epochs)
+    peers = Peers(0, 4, torch.zeros(5, dtype=torch.int64), peers.epochs)
     for dtype in (BF16, torch.float32):
         x, weight, scale = torch.zeros(4, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype), torch.ones(())
-        all_reduce.sum_and_norm(x, x, weight, 1e-5, peers)
-        all_reduce.sum_and_norm(x, x, weight, 1e-5, peers, unit_offset=True)
+        sum_and_norm(x, x, weight, 1e-5, peers)
+        sum_and_norm(x, x, weight, 1e-5, peers, unit_offset=True)
         if dtype is BF16:
-            all_reduce.sum_and_norm(x, x, weight, 1e-5, peers, scale)
+            sum_and_norm(x, x, weight, 1e-5, peers, scale)

@@ -19,13 +19,15 @@ from safetensors.torch import save_file
 from tests.support.triton_interpreter import repair_interpreter
 
 from lamella_core.kernels.triton import all_reduce
-from lamella_core.kernels.triton.all_reduce import Peers
+from lamella_core.kernels.triton.all_reduce_norm import sum_and_norm
+from lamella_core.kernels.triton.exchange import Peers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WORDS = (2, 600)  # of one message; the last takes every channel several tiles
 FEWER = {3: ("bfloat16",)}  # by number of ranks: more processes than cores poll slowly
 ROUNDS = 3  # of the same shape: both of a channel's slots, and one of them again
 H, EPS = 24, 1e-5
+CHANNELS, SLOT_WORDS = 2, 128
 
 
 def dtypes(size: int) -> tuple[str, ...]:
@@ -48,11 +50,12 @@ def norm_inputs(rank: int, name: str) -> tuple[torch.Tensor, torch.Tensor, torch
 
 def map_peers(rank: int, size: int, folder: Path) -> tuple[Peers, list[torch.Tensor]]:
     """Returns the peers, and the tensors that own their memory; the last is the abort word, this rank's own."""
-    count = all_reduce.slots_bytes(size) // 8
+    count = Peers.slots_bytes(size) // 8  # more than the few channels need
     slots = [torch.from_file(str(folder / f"slots{r}"), True, count, dtype=torch.int64) for r in range(size)]
     abort = torch.zeros(1, dtype=torch.int32)
     table = torch.tensor([x.data_ptr() for x in (*slots, abort)])
-    return Peers(rank, size, table, torch.zeros(all_reduce.CHANNELS, dtype=torch.int32)), [*slots, abort]
+    epochs = torch.zeros(CHANNELS, dtype=torch.int32)
+    return Peers(rank, size, table, epochs, CHANNELS, SLOT_WORDS), [*slots, abort]
 
 
 def results(peers: Peers) -> dict[str, torch.Tensor]:
@@ -65,11 +68,11 @@ def results(peers: Peers) -> dict[str, torch.Tensor]:
                 found[f"two {name} {words} {round_}"] = all_reduce.two_shot(x, peers)
         x, residual, weight = norm_inputs(peers.rank, name)
         for unit_offset in (False, True):
-            got = all_reduce.sum_and_norm(x, residual, weight, EPS, peers, unit_offset=unit_offset)
+            got = sum_and_norm(x, residual, weight, EPS, peers, unit_offset=unit_offset)
             found[f"normed {name} {unit_offset}"], found[f"total {name} {unit_offset}"] = got
         if x.element_size() == 2:
             scale = torch.tensor(0.05)
-            found[f"float8 {name}"] = all_reduce.sum_and_norm(x, residual, weight, EPS, peers, scale)[0].float()
+            found[f"float8 {name}"] = sum_and_norm(x, residual, weight, EPS, peers, scale)[0].float()
     return found
 
 
@@ -84,9 +87,6 @@ def main() -> None:
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     repair_interpreter()
-    all_reduce.CHANNELS = 2  # so that programs take several tiles
-    all_reduce._LEAST_BLOCK = 64
-    all_reduce.SLOT_WORDS = 128
     peers, owners = map_peers(rank, size, folder)
     found = results(peers)
     save_file({key: value.contiguous() for key, value in found.items()}, folder / f"results{rank}")

@@ -133,6 +133,10 @@ def gathers(groups: RankGroups) -> list[bool]:
     return right
 
 
+def everything(groups: RankGroups) -> dict[str, Any]:
+    return {task.__name__: task(groups) for task in (sums, norms, graphs, gathers)}
+
+
 def messages(groups: RankGroups) -> list[float]:
     """Down the pipeline on the GPU, back over the host."""
     mapping = groups.mapping

@@ -70,8 +70,9 @@ class CudaCommunicator:
         if self._memory is None or x.nbytes > max(self._limits.one_shot, self._limits.two_shot):
             return None
         from lamella_core.kernels.triton import all_reduce
+        from lamella_core.kernels.triton.exchange import can_sum
 
-        if not all_reduce.can_sum(x):
+        if not can_sum(x):
             return None
         kernel = all_reduce.one_shot if x.nbytes <= self._limits.one_shot else all_reduce.two_shot
         return kernel(x, self._memory.peers)
@@ -88,13 +89,13 @@ class CudaCommunicator:
         """See `lamella_core.context.Communicator`; None where `all_reduce` does not take one exchange."""
         if self._memory is None or x.nbytes > self._limits.fused or not x.numel():
             return None
-        from lamella_core.kernels.triton import all_reduce
+        from lamella_core.kernels.triton import all_reduce_norm
 
         peers = self._memory.peers
-        if not (all_reduce.can_sum_and_norm(x, weight, peers) and all_reduce.can_sum(residual)):
+        if not all_reduce_norm.can_sum_and_norm(x, residual, weight, peers):
             return None
         scale = None if x.dtype is torch.float32 else out_scale
-        return all_reduce.sum_and_norm(x, residual, weight, eps, peers, scale, unit_offset)
+        return all_reduce_norm.sum_and_norm(x, residual, weight, eps, peers, scale, unit_offset)
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """Returns the ranks' tensors side by side along ``dim``; for single rows nothing is copied twice."""
@@ -162,6 +163,7 @@ class GpuGroups:
                 groups._warm_up_links(mapping)
         except BaseException:
             groups.abort()
+            groups.close()
             raise
         return groups
 

@@ -103,9 +103,11 @@ class RankGroups:
             return cls(mapping, device, world, _cpu_tensor_group(mapping, store, world, address, timeout_s), None)
         from lamella_executor.distributed.gpu import GpuGroups
 
-        gpu = GpuGroups.join(
-            mapping, store, world, device=torch.device(device), timeout_s=timeout_s, stop=stop
-        )  # fmt: skip
+        try:
+            gpu = GpuGroups.join(mapping, store, world, device=torch.device(device), timeout_s=timeout_s, stop=stop)
+        except BaseException:
+            world.close()
+            raise
         return cls(mapping, device, world, gpu.tp, gpu)
 
     def agree_min(self, value: int) -> int:
@@ -150,7 +152,11 @@ class RankGroups:
             group.abort()
 
     def close(self) -> None:
-        """Ends the connections and their threads. All messages must have been waited for."""
+        """Ends the connections and their threads. All messages must have been waited for.
+
+        On a GPU this waits for what is enqueued, unless the groups were aborted. The GPUs of other ranks may still read
+        and write this one's memory until they have done their last step, so ranks close after the last result is known.
+        """
         if self._gpu is not None:
             self._gpu.close()
         for group in self._own:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lamella_core.kernels.triton.all_reduce import CHANNELS, Peers, slots_bytes
+from lamella_core.kernels.triton.exchange import Peers
 from lamella_executor.distributed.gloo import GlooGroup
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def _driver() -> ctypes.CDLL:
 
 
 class PeerMemory:
-    """This rank's slots and all ranks' slots as mapped here; see `lamella_core.kernels.triton.all_reduce`.
+    """This rank's slots and all ranks' slots as mapped here; see `lamella_core.kernels.triton.exchange`.
 
     Attributes:
         peers: what the kernels take.
@@ -63,7 +63,7 @@ class PeerMemory:
         self._abort = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         addresses = [own if address is None else address for address in mapped]
         table = torch.tensor([*addresses, self._abort.data_ptr()], dtype=torch.int64).to(device)
-        self.peers = Peers(rank, size, table, torch.zeros(CHANNELS, dtype=torch.int32, device=device))
+        self.peers = Peers(rank, size, table, torch.zeros(Peers.num_channels, dtype=torch.int32, device=device))
 
     @classmethod
     def share(cls, world: GlooGroup, ranks: Sequence[int], device: torch.device) -> PeerMemory | None:
@@ -73,7 +73,7 @@ class PeerMemory:
         """
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # the driver's functions need PyTorch's context
-            own, handle = _allocate(slots_bytes(len(ranks)))
+            own, handle = _allocate(Peers.slots_bytes(len(ranks)))
             everyone = world.all_gather(_record(handle), dim=0).view(world.size, -1)
             group = [everyone[rank] for rank in ranks]
             mapped = _map_all(group, ranks.index(world.rank)) if own else None
