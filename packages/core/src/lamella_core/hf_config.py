@@ -31,6 +31,7 @@ _REQUIRED = object()
 _ARGUMENTS = ("architecture", "model_type", "dtype", "mapping")  # fields that overrides cannot name
 
 _ROPE_ALIASES = {"su": "longrope"}
+_MAMBA_SSM = {"Mamba1": ["MambaForCausalLM"], "Mamba2": ["Mamba2ForCausalLM"]}  # by ssm_cfg.layer
 
 
 class HfConfig:
@@ -56,7 +57,7 @@ class HfConfig:
         self._generation = generation if isinstance(generation, dict) else {}
         self._quantization = quantization
         self._read: set[str] = set()
-        names = data.get("architectures")
+        names = data.get("architectures", _mamba_ssm_architectures(data))
         if CHECKPOINT_KEY in data:
             raise ConfigError(f"{where} is that of a Lamella checkpoint; load it with from_checkpoint")
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -334,6 +335,15 @@ def read_hf_config(directory: str | os.PathLike[str], overrides: MappingABC[str,
         for name in ("generation_config.json", QUANT_FILE)
     )
     return HfConfig(read_json_object(path), str(path), dict(overrides or {}), generation, quantization)
+
+
+def _mamba_ssm_architectures(data: dict[str, Any]) -> list[str] | None:
+    """Returns the architecture of a config.json as mamba_ssm writes it, which names none; None for any other."""
+    inner = data.get("ssm_cfg")
+    if not isinstance(inner, dict) or "d_model" not in data:
+        return None
+    kind = inner.get("layer", "Mamba1")
+    return _MAMBA_SSM.get(kind) if isinstance(kind, str) else None
 
 
 def _first_given(*values: Any) -> Any:
