@@ -121,6 +121,8 @@ def test_shapes_are_those_of_the_models_themselves() -> None:
                 seen = mapping.with_rank(stage * tp)
                 exact = model_class.empty(config.with_mapping(seen)).weight_bytes()
                 assert exact - shard.stage_bytes(mapping, stage) in (0, 2 * config.hidden_size)  # but the last norm
+    layers = shard_shape(llama(num_hidden_layers=4), Mapping(2, tp_size=2)).layers
+    assert sum(layer.num_reductions for layer in layers) == 8
     assert LlamaForCausalLM.empty(llama()).num_parameters() == 8_030_261_248
 
 

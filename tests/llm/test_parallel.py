@@ -133,7 +133,7 @@ def test_an_engine_keeps_its_sizes(engine_dir: Path) -> None:
 def test_an_engine_object_of_several_ranks_needs_its_directory(engine_dir: Path) -> None:
     engine = Engine.load(engine_dir)
     assert recipe_of(engine).arguments == {"directory": str(engine_dir)}
-    with pytest.raises(ConfigError, match="this Engine is of 2 ranks.*save all of them"):
+    with pytest.raises(ConfigError, match="built for 2 ranks.*in memory.*tensor_parallel_size=2"):
         recipe_of(Engine(engine.spec, {0: engine.weights(0)}))
 
 

@@ -39,16 +39,13 @@ def open_engine(args: LlmArgs) -> tuple[Engine | RankRecipe, Path | None]:
     """
     if isinstance(args.model, Engine):
         _check_built(args.model.spec, args)
-        return _whole(args.model), args.model.tokenizer_dir
+        return engine_recipe(args.model) or args.model, args.model.tokenizer_dir
     directory = resolve_model_dir(args.model, args.revision, weights=args.load_format != "dummy")
     kind = detect_format(directory)
     if kind == "engine":
-        spec = _read_spec(directory)
-        _check_built(spec, args)
-        if spec.model.mapping.world_size > 1:
-            return engine_recipe(directory, spec), directory
-        engine = Engine.load(directory)
-        return engine, engine.tokenizer_dir or directory
+        _check_built(_read_spec(directory), args)
+        opened = engine_recipe(directory) or Engine.load(directory)
+        return opened, opened.tokenizer_dir or directory
     source, config = _source(args, directory, kind)
     if config.mapping.world_size > 1:
         check_ranks(config, source.build_config.device)
@@ -76,22 +73,6 @@ def _source(args: LlmArgs, directory: Path, kind: str) -> tuple[RankSource, Mode
         sizes = replace(sizes, world_size=num_gpus)
     config, _ = sizes.resolve(lambda mapping: source(mapping).config(), build_config, num_local=num_gpus)
     return source(config.mapping), config
-
-
-def _whole(engine: Engine) -> Engine | RankRecipe:
-    """Returns what runs an engine in memory: itself, or its directory if it is of several ranks.
-
-    Raises:
-        ConfigError: it is of several ranks and has no directory that the others could read.
-    """
-    if engine.world_size == 1:
-        return engine
-    if engine.directory is None:
-        raise ConfigError(
-            f"this Engine is of {engine.world_size} ranks, which other processes run: save all of them into a "
-            "directory (lamella-build does) and pass that, or pass the model with tensor_parallel_size"
-        )
-    return engine_recipe(engine.directory, engine.spec)
 
 
 def _read_spec(directory: Path) -> EngineSpec:

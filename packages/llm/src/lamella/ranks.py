@@ -20,10 +20,9 @@ from lamella_core.engine.writer import has_tokenizer
 from lamella_core.errors import ConfigError
 from lamella_core.models.registry import get_model_class
 from lamella_executor.worker.launchers import AGENT_VARIABLE
-from lamella_executor.worker.recipe import EngineRecipe
+from lamella_executor.worker.recipe import EngineRecipe, find_recipe
 
 _BUILD_RANK = "lamella.ranks:build_rank"
-_LOAD_RANK = "lamella_executor.worker.recipe:load_directory"
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,14 @@ class RankRecipe(EngineRecipe):
             del engine
 
 
-def engine_recipe(directory: Path, spec: EngineSpec) -> RankRecipe:
-    """Returns how the ranks of an engine directory are opened."""
-    return RankRecipe(_LOAD_RANK, {"directory": str(directory.resolve())}, spec.model.mapping, spec.build.device)
+def engine_recipe(engine: Engine | Path) -> RankRecipe | None:
+    """Returns how the ranks of an engine or its directory are opened; None if it has one rank.
+
+    Raises:
+        ConfigError: an engine of several ranks that is in memory only.
+    """
+    found = find_recipe(engine)
+    return None if found is None else RankRecipe(found.target, found.arguments, found.mapping, found.device)
 
 
 def source_recipe(source: RankSource, *, shows_progress: bool = False) -> RankRecipe:

@@ -88,8 +88,8 @@ def _layer_shape(layer: nn.Module, specs: list[AttentionSpec], config: ModelConf
     linears = [module for module in layer.modules() if isinstance(module, Linear)]
     dense = [module for module in linears if module.experts is None]
     stacked = [module for module in linears if module.experts is not None]
-    reducing = [m for m in dense if isinstance(m, RowParallelLinear) and m.reduce]
-    mixtures = [module for module in layer.modules() if isinstance(module, MoE)]
+    summing = [module for module in layer.modules() if isinstance(module, (RowParallelLinear, MoE)) and module.reduce]
+    left = sum(getattr(layer, name, False) for name in ("sums_hidden", "sums_attended", "sums_both"))  # to its norms
     expert_bytes = sum(_bytes(module) for module in stacked)
     itemsize = 1 if config.quantization.kv_cache_quant_algo is not None else config.torch_dtype.itemsize
     windows = [spec.sliding_window for spec in specs]
@@ -100,7 +100,7 @@ def _layer_shape(layer: nn.Module, specs: list[AttentionSpec], config: ModelConf
         fp8_flops=fp8_flops,
         kv_bytes=itemsize * sum(spec.cache_width for spec in specs),
         window=None if None in windows or not windows else max(w for w in windows if w is not None),
-        num_reductions=(len(reducing) + len(mixtures)) if config.mapping.tp_size > 1 else 0,
+        num_reductions=len(summing) + left,
     )
     return _with_experts(shape, layer, stacked, config) if stacked else shape
 
