@@ -45,6 +45,25 @@ def test_a_window_on_a_gpu_equals_one_on_the_cpu(prompts):
     assert gpu == cpu
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("MambaForCausalLM", "odd_state"),
+        ("FalconMambaForCausalLM", "tied"),
+        ("Mamba2ForCausalLM", "grouped"),
+        ("Mamba2ForCausalLM", "biased_odd_state"),
+        ("BambaForCausalLM", "attention_last"),
+        ("NemotronHForCausalLM", "all_kinds"),
+    ],
+    ids="-".join,
+)
+def test_recurrent_states_on_a_gpu_equal_those_on_the_cpu(case, prompts):
+    directory = hf_dir(*case)
+    expected = greedy(engine_of(directory, "cpu", **LIMITS), prompts)
+    assert greedy(engine_of(directory, "cuda", **LIMITS), prompts) == expected
+    assert greedy(engine_of(directory, "cuda", max_num_tokens=9, **LIMITS), prompts) == expected
+
+
 def test_kernels_touch_no_memory_that_is_not_theirs():
     """Prompts, replayed and eager steps, every kind of sampling, float8: under compute-sanitizer's memcheck."""
     sanitizer = shutil.which("compute-sanitizer")
