@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "calls.h"
 #include "lanes.h"
 
 namespace lamella {

@@ -3,6 +3,7 @@
 // All arithmetic is float32 per row; rows never meet, so results do not depend on the number of rows or threads.
 #include <cmath>
 
+#include "calls.h"
 #include "lanes.h"
 
 namespace lamella {

@@ -8,6 +8,7 @@
 //   stream   M <= MR_MAX: panels pass from memory through the registers once, used for all rows.
 //   blocked  larger M: a KC x 16 block of weights stays in L1 while all row blocks use it.
 // Weights are converted to float32 in registers; next to MR_MAX multiply-adds per weight that costs no time.
+#include "calls.h"
 #include "panels.h"
 
 namespace lamella {

@@ -3,6 +3,7 @@
 // Every output is the sum of 16 lanes: lane i adds the products of k = i, i + 16, i + 32, ... in rising order by fused
 // multiply-adds (K is padded with zeros to a multiple of 16); the lanes are then added in a fixed tree. Nothing else
 // enters, so a row's result has the same bits for every M, thread count and position.
+#include "calls.h"
 #include "lanes.h"
 
 namespace lamella {
