@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch.distributed import TCPStore
 
 from lamella_core.errors import ConfigError, WorkerError
 from lamella_executor.distributed.groups import RankGroups
@@ -100,12 +101,13 @@ class Ranks:
             self._device_index = launcher.device_indices[0]
             _check_devices(recipe, launcher)
             self._num_threads = max(1, torch.get_num_threads() // self._options.ranks_beside(0))
-            self._store = host_store(hosts[0])
+            store = host_store(hosts[0])
+            self._store: TCPStore | None = store
             setup = Setup(
                 rank=0,
                 world_size=world_size,
                 store_host=hosts[0],
-                store_port=self._store.port,
+                store_port=store.port,
                 mapping=recipe.mapping.to_dict(),
                 device=recipe.device,
                 device_index=self._device_index,
@@ -157,8 +159,10 @@ class Ranks:
         return assembled
 
     def _join(self, device: str) -> RankGroups:
+        if self._store is None:
+            raise WorkerError("the start was given up")
         self._groups = RankGroups.join(
-            self._recipe.mapping.with_rank(0),
+            self._recipe.mapping,
             self._store,
             device=device,
             timeout_s=self._options.stall_timeout_s,
@@ -179,6 +183,7 @@ class Ranks:
             close_runner()
         if self._groups is not None:
             self._groups.close()
+        self._store = None
 
     def _use_device(self) -> str:
         """Makes the calling thread use rank 0's device, or its share of the machine's cores; returns its name."""

@@ -30,7 +30,7 @@ class EngineRecipe:
     Attributes:
         target: "package.module:function".
         arguments: keyword arguments beside ``rank``: JSON values only.
-        mapping: how many ranks there are and what each holds; its own ``rank`` does not count.
+        mapping: how many ranks there are and what each holds, seen from rank 0.
         device: "cpu", "cuda", or "auto" for the GPU if rank 0's machine has one; resolved here. What the engines that
             the function returns were built for.
 
@@ -53,6 +53,7 @@ class EngineRecipe:
         from lamella_core.device import resolve_device  # imports torch
 
         object.__setattr__(self, "device", resolve_device(self.device))
+        object.__setattr__(self, "mapping", self.mapping.with_rank(0))
         object.__setattr__(self, "arguments", json.loads(self._encoded()))  # a copy, the same as other ranks get
 
     @property
@@ -85,7 +86,7 @@ class EngineRecipe:
 
     def _check(self, engine: Engine, rank: int) -> None:
         built = engine.spec.model.mapping.with_rank(0)
-        if built != self.mapping.with_rank(0):
+        if built != self.mapping:
             raise ConfigError(f"{self.target} made an engine for {built}, but the recipe's mapping is {self.mapping}")
         if rank not in engine.ranks:
             raise ConfigError(f"{self.target} was asked for rank {rank} and returned ranks {engine.ranks}")
