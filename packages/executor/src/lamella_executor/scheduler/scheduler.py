@@ -32,6 +32,7 @@ from lamella_executor.scheduler.capacity import CapacityModel
 from lamella_executor.scheduler.chunks import num_logits, plan_chunks
 from lamella_executor.scheduler.limits import RequestLimits
 from lamella_executor.scheduler.microbatch import MicroBatches, Rounds, Steps, is_chunk
+from lamella_executor.scheduler.places import Places
 from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.scheduler.policy import make_policy
 from lamella_executor.sequence import PENDING_TOKEN, RequestState, Sequence
@@ -100,10 +101,8 @@ class Scheduler:
         self._time = Rounds(self._policy, self._batches) if num_micro_batches > 1 else Steps(self._policy)
         self._requests: dict[int, RequestState] = {}
         self._waiting: OrderedDict[RequestState, int] = OrderedDict()  # -> how often it was overtaken
-        self._running: dict[RequestState, None] = {}  # in order of admission
-        self._draining: set[RequestState] = set()  # their last token is pending
-        self._num_slots = 0  # of max_batch_size, taken by running requests
-        self._num_rows = 0  # sum of the running requests' widths: what a step of decode tokens may need
+        self._places = Places(max_batch_size, max_num_tokens, kv.num_state_slots)
+        self._running = self._places.running  # in order of admission
 
     # requests come and go
 
@@ -169,8 +168,8 @@ class Scheduler:
 
         Call `advance` with the plan once it is launched (or computed), before new tokens are appended.
         """
-        waiting = () if self._is_full else self._waiting
-        share = self._batches.share(self._running, waiting, self._max_num_tokens)
+        first = islice(self._waiting, self._places.num_free)
+        share = self._batches.share(self._running, first, self._max_num_tokens)
         step = _Step(budget=self._max_num_tokens, num_chunk_tokens=share.num_chunk_tokens)
         self._time.begin(share.ready, self._running)
         self._schedule_running(share.ready, step)
@@ -206,8 +205,7 @@ class Scheduler:
             sequence, request = item.sequence, item.request
             sequence.token_ids.append(PENDING_TOKEN)
             if item.end + 1 >= sequence.num_prompt_tokens + request.max_tokens and request in self._running:
-                self._free_place(request)
-                self._draining.add(request)
+                self._places.drain(request)
 
     def hold(self, plan: StepPlan) -> None:
         """The plan was launched, and others will be before its results are here."""
@@ -218,10 +216,6 @@ class Scheduler:
         self._batches.release(plan)
 
     # parts
-
-    @property
-    def _is_full(self) -> bool:
-        return self._num_slots >= self._max_batch_size or self._num_rows >= self._max_num_tokens
 
     def _commit(self, item: ScheduledSequence) -> None:
         sequence, end = item.sequence, item.end
@@ -255,7 +249,8 @@ class Scheduler:
                 self._time.delayed(request)
 
     def _schedule_waiting(self, step: _Step) -> None:
-        if not self._waiting or step.paused or step.is_held_up or self._is_full or not self._opens():
+        is_shut = step.paused or step.is_held_up or not self._places.num_free
+        if not self._waiting or is_shut or not self._opens():
             return
         blocked: list[RequestState] = []
         for request in list(islice(self._waiting, self._max_batch_size + MAX_BLOCKED)):
@@ -277,11 +272,7 @@ class Scheduler:
 
     def _admit(self, request: RequestState, step: _Step) -> bool:
         """Starts a waiting request if slots, rows, tokens and blocks allow."""
-        if self._num_slots + request.slots > self._max_batch_size:
-            return False
-        if self._num_rows + request.width > self._max_num_tokens:
-            return False
-        if not self._has_slots(request):
+        if not self._places.fit(request):
             return False
         sequence = request.sequences[0]
         if sequence.token_ids[-1] == PENDING_TOKEN:  # paused in the last step; known before the next
@@ -295,23 +286,13 @@ class Scheduler:
             request.first_scheduled_s = time.monotonic()
             request.num_reused_tokens = match.num_tokens
         del self._waiting[request]
-        self._running[request] = None
-        self._num_slots += request.slots
-        self._num_rows += request.width
+        self._places.take(request)
         step.started.append(request)
         is_complete = self._schedule(request, self._chunks(request, step), step)
         self._policy.admitted(request)
         if not is_complete:
             self._time.delayed(request)
         return True
-
-    def _has_slots(self, request: RequestState) -> bool:
-        """Whether the slots of recurrent states suffice, counting what the running requests may fork into."""
-        num_slots = self._kv.num_state_slots
-        if not num_slots:
-            return True
-        num_draining = sum([draining.width for draining in self._draining])
-        return self._num_rows + num_draining + request.width <= num_slots
 
     def _match(self, request: RequestState, sequence: Sequence) -> PrefixMatch:
         # Log-probabilities of prompt tokens need the logits of every prompt position.
@@ -356,17 +337,10 @@ class Scheduler:
 
     def _leave(self, request: RequestState, *, cache: bool = True) -> None:
         """Takes a request out of the running ones, if it is there, and its sequences' blocks."""
-        if request in self._running:
-            self._free_place(request)
-        self._draining.discard(request)
+        self._places.leave(request)
         for sequence in request.sequences:
             self._kv.free(sequence, cache=cache)
         self._time.left(request)
-
-    def _free_place(self, request: RequestState) -> None:
-        del self._running[request]
-        self._num_slots -= request.slots
-        self._num_rows -= request.width
 
 
 def _is_behind(sequences: list[Sequence]) -> bool:
