@@ -64,7 +64,7 @@ nothing_left() {
     left=
     for host in $HOSTS; do
       for process in $(processes "$host"); do
-        tr '\0' ' ' <"/proc/$process/cmdline" 2>/dev/null | grep -q -- "$1" && left="$left $process"
+        { tr "\\0" " " <"/proc/$process/cmdline"; } 2>/dev/null | grep -q -- "$1" && left="$left $process"
       done
     done
     [ -z "$left" ] && return 0
