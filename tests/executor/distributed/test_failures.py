@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from tests.support.executors import greedy, hf_greedy, prompt
 from tests.support.sharded import open_engine, sharded_engine, threaded
-from tests.support.worker_crews import belongings, children, wait_for
+from tests.support.worker_crews import belongings, children, is_alive, wait_for
 
 from lamella_core.errors import ConfigError, EngineDeadError, StepError, WorkerError
 from lamella_core.mapping import Mapping
@@ -96,6 +98,27 @@ def test_killed_while_loading_though_rank_0_still_loads(tmp_path: Path):
             opening.result(60)
         assert time.monotonic() - started < LIMIT_S
     assert wait_for(lambda: not children() and threading.active_count() <= before)
+
+
+LOADING = """
+import sys
+from tests.support.sharded import open_engine
+from tests.executor.distributed.test_failures import recipe
+open_engine(recipe("sleepy", marks=sys.argv[1], seconds=120.0))
+"""
+
+
+def test_ctrl_c_while_loading_ends_everything(tmp_path: Path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", LOADING, str(tmp_path)], env=environment, stderr=subprocess.PIPE)
+    marks = [tmp_path / "loading0", tmp_path / "loading1"]
+    assert wait_for(lambda: all(mark.exists() and mark.read_text() for mark in marks), 90)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - started < LIMIT_S
+    assert process.returncode == -signal.SIGINT and errors.rstrip().endswith(b"KeyboardInterrupt")
+    assert wait_for(lambda: not is_alive(int(marks[1].read_text())))
 
 
 @pytest.mark.parametrize(

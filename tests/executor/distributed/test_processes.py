@@ -14,7 +14,7 @@ from tests.support.sharded import open_engine, sharded_engine
 from tests.support.worker_crews import belongings, children, is_alive, wait_for
 
 MODEL = ("LlamaForCausalLM", "one_kv_head")
-ROOT = Path(__file__).parents[3]
+NUM_CYCLES = int(os.environ.get("LAMELLA_TEST_CYCLES", "3"))
 
 # Runs in every Python process at its start: notes in a file of its own what is unpickled, and which ranks' files are
 # opened.
@@ -75,16 +75,16 @@ def test_the_hook_would_notice(tmp_path: Path) -> None:
     assert any("pickle.find_class" in note.read_text() for note in tmp_path.glob("[0-9]*"))
 
 
-def test_nothing_is_left_after_three_engines() -> None:
+def test_nothing_is_left_after_engines_that_came_and_went() -> None:
     directory = sharded_engine(*MODEL, 2)
     left = []
-    for cycle in range(3):
+    for cycle in range(NUM_CYCLES):
         executor = open_engine(directory)
         assert executor.generate([5, 6], greedy(2)).outputs[0].token_ids == hf_greedy([5, 6], 2, MODEL)
-        if cycle == 0:
+        if cycle % 3 == 0:
             executor.generate_async([7], greedy(60))
             executor.shutdown()
-        elif cycle == 1:
+        elif cycle % 3 == 1:
             executor.shutdown()
         else:
             del executor  # dropped, with nothing to do
@@ -93,5 +93,5 @@ def test_nothing_is_left_after_three_engines() -> None:
         assert time.monotonic() - started < 5.0
         wait_for(lambda: not left or belongings() == left[0], 2.0)
         left.append(belongings())
-    assert left[0] == left[1] == left[2]
+    assert all(each == left[0] for each in left)
     assert not [name for name in os.listdir("/dev/shm") if "lamella" in name or "torch" in name]

@@ -51,7 +51,8 @@ class AgentLauncher:
                 raise ConfigError(
                     f"a session of {world_size} ranks needs {world_size} processes, lamella-launch was started with "
                     f"{len(self._nodes)}; remedy: mpirun -n {world_size} lamella-launch ..., or fewer ranks "
-                    "(tensor_parallel_size x pipeline_parallel_size)"
+                    "(tensor_parallel_size x pipeline_parallel_size; an engine directory: build it again with "
+                    f"lamella-build --tp_size {len(self._nodes)} --pp_size 1)"
                 )
             self._connections = self._connect(range(1, world_size), forced_address(os.environ))
         except BaseException:
