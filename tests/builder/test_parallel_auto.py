@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tests.support.tiny_models import TINY, hf_dir
 
 from lamella_builder.auto_parallel import Choice, DeviceFacts, Workload, choose_mapping, device_facts
 from lamella_builder.auto_parallel.shapes import shard_shape
+from lamella_core.auto import AutoConfig
 from lamella_core.engine import BuildConfig
 from lamella_core.errors import ConfigError, OutOfMemoryError
 from lamella_core.hardware import find_hardware
@@ -136,3 +138,19 @@ def test_ranks_of_one_host_share_it() -> None:
     one, four = device_facts("cpu", 1), device_facts("cpu", 4)
     assert four.bandwidth == pytest.approx(one.bandwidth / 4) and four.gpus_per_node == 4
     assert device_facts("cpu", 4, gpus_per_node=2).bandwidth == pytest.approx(one.bandwidth / 2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reductions"),
+    [("DeepseekV3ForCausalLM", 2), ("FalconForCausalLM", 1), ("GPT2LMHeadModel", 2), ("Mamba2ForCausalLM", 1)],
+)
+def test_other_kinds_of_layers(architecture: str, reductions: int) -> None:
+    config = AutoConfig.from_hugging_face(hf_dir(architecture, next(iter(TINY[architecture]))))
+    whole = Mapping()
+    exact = get_model_class(config.architecture, config.model_type).empty(config).weight_bytes()
+    last_norm = exact - shard_shape(config, whole).stage_bytes(whole, 0)
+    assert 0 <= last_norm <= 2 * config.hidden_size * config.torch_dtype.itemsize
+    layers = shard_shape(config, Mapping(2, tp_size=2)).layers
+    assert sum(layer.num_reductions for layer in layers) == reductions * len(layers)
+    assert all(layer.kv_bytes + layer.state_bytes > 0 for layer in layers)
+    assert choose(config, 2).mapping.world_size == 2

@@ -122,8 +122,8 @@ class _Stage:
         self._leaves_node = mapping.rank // per_node != following // per_node
 
     def cache_bytes(self, context: float) -> float:
-        """Keys and values of a request with ``context`` tokens."""
-        return sum(layer.kv_bytes * min(context, layer.window or context) for layer in self._layers)
+        """Keys, values and states of a request with ``context`` tokens."""
+        return sum(_cache_bytes(layer, context) for layer in self._layers)
 
     def decode_s(self, requests: float, context: float) -> float:
         """One step of one token for each of ``requests``."""
@@ -131,8 +131,7 @@ class _Stage:
         total = 0.0
         for layer in self._layers:
             touched = 1.0 - (1.0 - layer.chosen) ** requests
-            caches = requests * layer.kv_bytes * min(context, layer.window or context)
-            read = layer.weight_bytes + layer.expert_bytes * touched + caches
+            read = layer.weight_bytes + layer.expert_bytes * touched + requests * _cache_bytes(layer, context)
             total += max(read / facts.bandwidth, requests * self._token_s(layer, requests))
             total += touched * layer.num_experts * facts.expert_s
         if self._mapping.is_last_pp_rank:
@@ -180,3 +179,7 @@ class _Stage:
         excess = math.sqrt(2 * math.log(layer.expert_split) / mean) if layer.expert_split > 1 and mean > 0 else 0.0
         experts = layer.expert_flops / facts.flops + layer.expert_fp8_flops / facts.fp8_flops
         return own + experts * (1.0 + excess)
+
+
+def _cache_bytes(layer: LayerShape, context: float) -> float:
+    return layer.kv_bytes * min(context, layer.window or context) + layer.state_bytes

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from lamella_core.config import ModelConfig
-from lamella_core.context import AttentionSpec
+from lamella_core.context import AttentionSpec, StateSpec
 from lamella_core.layers.linear import Linear, RowParallelLinear
 from lamella_core.layers.moe import GatedExperts, MoE, Router
 from lamella_core.mapping import Mapping
@@ -24,6 +25,7 @@ class LayerShape:
     flops: float
     fp8_flops: float
     kv_bytes: int  # of one token
+    state_bytes: int  # of one request, whatever its length
     window: int | None  # last tokens that a query sees; None: all
     num_reductions: int  # all-reduces of [tokens, hidden]
     expert_bytes: int = 0
@@ -44,7 +46,7 @@ class ShardShape:
     """A whole model, split over tensor-parallel ranks only, as the rank that holds most has it."""
 
     layers: tuple[LayerShape, ...]
-    embedding_bytes: int
+    first_bytes: int  # what only the first stage holds: embeddings
     head_bytes: int
     head_flops: float
     vocab_size: int
@@ -55,7 +57,7 @@ class ShardShape:
         """Returns the bytes of weights on one rank of a pipeline stage."""
         seen = mapping.with_rank(stage * mapping.tp_size)
         total = sum(self.layers[index].total_bytes for index in seen.pp_layers(len(self.layers)))
-        total += self.embedding_bytes if seen.is_first_pp_rank else 0
+        total += self.first_bytes if seen.is_first_pp_rank else 0
         shares = self.is_tied and mapping.pp_size == 1
         return total + (self.head_bytes if seen.is_last_pp_rank and not shares else 0)
 
@@ -68,26 +70,33 @@ def shard_shape(config: ModelConfig, mapping: Mapping) -> ShardShape:
     """
     config = config.with_mapping(mapping)
     model = get_model_class(config.architecture, config.model_type).empty(config)
-    specs: dict[int, list[AttentionSpec]] = {}
+    attention, states = defaultdict(list), defaultdict(list)
     for spec in model.attention_specs():
-        specs.setdefault(spec.layer_idx, []).append(spec)
-    embedding = 0 if model.embed_tokens is None else _bytes(model.embed_tokens)
-    head = embedding if config.tie_word_embeddings or model.lm_head is None else _bytes(model.lm_head)
+        attention[spec.layer_idx].append(spec)
+    for state in model.state_specs():
+        states[state.layer_idx].append(state)
+    layers = [model.layers[str(index)] for index in range(config.num_hidden_layers)]
+    own_head = 0 if model.lm_head is None else _bytes(model.lm_head)
+    last = own_head + (0 if model.norm is None else _bytes(model.norm))
+    is_tied = config.tie_word_embeddings and model.embed_tokens is not None
+    head = _bytes(model.embed_tokens) if is_tied and model.embed_tokens is not None else own_head
     return ShardShape(
-        layers=tuple(_layer_shape(model.layers[str(i)], specs.get(i, []), config) for i in range(len(model.layers))),
-        embedding_bytes=embedding,
+        layers=tuple(_layer_shape(layer, attention[i], states[i], config) for i, layer in enumerate(layers)),
+        first_bytes=model.weight_bytes() - last - sum(_bytes(layer) for layer in layers),
         head_bytes=head,
         head_flops=2 * head / config.torch_dtype.itemsize,
         vocab_size=config.vocab_size,
         hidden_bytes=config.hidden_size * config.torch_dtype.itemsize,
-        is_tied=config.tie_word_embeddings,
+        is_tied=is_tied,
     )
 
 
-def _layer_shape(layer: nn.Module, specs: list[AttentionSpec], config: ModelConfig) -> LayerShape:
-    linears = [module for module in layer.modules() if isinstance(module, Linear)]
-    dense = [module for module in linears if module.experts is None]
-    stacked = [module for module in linears if module.experts is not None]
+def _layer_shape(
+    layer: nn.Module, specs: list[AttentionSpec], states: list[StateSpec], config: ModelConfig
+) -> LayerShape:
+    experts = [module for module in layer.modules() if isinstance(module, GatedExperts)]
+    stacked = [linear for module in experts for linear in (module.gate_up_proj, module.down_proj)]
+    dense = [module for module in layer.modules() if isinstance(module, Linear) and module not in stacked]
     summing = [module for module in layer.modules() if isinstance(module, (RowParallelLinear, MoE)) and module.reduce]
     left = sum(getattr(layer, name, False) for name in ("sums_hidden", "sums_attended", "sums_both"))  # to its norms
     expert_bytes = sum(_bytes(module) for module in stacked)
@@ -99,6 +108,7 @@ def _layer_shape(layer: nn.Module, specs: list[AttentionSpec], config: ModelConf
         flops=flops,
         fp8_flops=fp8_flops,
         kv_bytes=itemsize * sum(spec.cache_width for spec in specs),
+        state_bytes=sum(state.num_bytes for state in states),
         window=None if None in windows or not windows else max(w for w in windows if w is not None),
         num_reductions=len(summing) + left,
     )
