@@ -74,7 +74,7 @@ start_waiting() {
 slurm_up
 echo "== $(on node1 sinfo --version), $(on node1 srun --mpi=list 2>&1 | tr '\n' ' ')"
 
-echo "== sessions one after another, one of them with a killed worker"
+echo "== sessions one after another and side by side, one of them with a killed worker"
 batch "$PYTHON" tests/support/launched_script.py 2 sessions
 code=$?
 [ $code = 7 ] || fail "exit code $code: $(cat "$WORK/log"; tail -n 5 "$WORK"/slurm*.log)"

@@ -34,7 +34,7 @@ echo "== a script on two hosts without lamella-launch is told what to do"
 launch "$PYTHON" tests/support/launched_script.py 2 sessions >"$WORK/stdout" && fail "it should not have worked"
 grep -q "lamella-launch" "$WORK/stderr" || fail "no remedy: $(cat "$WORK/stderr")"
 
-echo "== sessions one after another, one of them with a killed worker"
+echo "== sessions one after another and side by side, one of them with a killed worker"
 launch lamella-launch "$PYTHON" tests/support/launched_script.py 2 sessions >"$WORK/stdout"
 code=$?
 [ $code = 7 ] || fail "exit code $code: $(cat "$WORK/stdout" "$WORK/stderr")"

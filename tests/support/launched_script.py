@@ -45,7 +45,7 @@ def load(crew: Crew, deeds: dict[int, list[object]]) -> None:
 
 
 def sessions(world_size: int) -> dict[str, object]:
-    """One session after another: fine, its worker killed, fine again; then one with more ranks than there are."""
+    """Sessions: a fine one; one whose worker is killed; two side by side; one with more ranks than there are."""
     failures: list[WorkerError] = []
     crew = start_crew(world_size, failures)
     load(crew, {})
@@ -57,9 +57,11 @@ def sessions(world_size: int) -> dict[str, object]:
     except WorkerError as error:
         killed, seconds = str(error), time.monotonic() - began
     crew.stop(TIMEOUT_S)
-    crew = start_crew(2, failures)
-    load(crew, {})
-    crew.stop(TIMEOUT_S)
+    crew, other = start_crew(world_size, failures), start_crew(2, failures)
+    for each in (other, crew):
+        load(each, {})
+    for each in (crew, other):
+        each.stop(TIMEOUT_S)
     try:
         find_launcher(world_size + 1)
     except ConfigError as error:

@@ -55,6 +55,17 @@ def guarded(command: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", str(Path(guard.__file__)), str(os.getpid()), *command]
 
 
+def has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Returns whether ``process`` has ended; it is not reaped, so that its number stays its group's."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def signal_group(leader: subprocess.Popen[bytes], number: int) -> None:
+    """Sends a signal to the process group of ``leader``, which must not have been reaped."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, number)
+
+
 class Agent:
     """Starts, watches and ends the workers of one rank: one per session that the command has open."""
 
@@ -110,19 +121,18 @@ class Agent:
 
     def _report_ended(self) -> None:
         for key, worker in list(self._workers.items()):
-            code = worker.poll()
-            if code is not None:
+            if has_ended(worker):
+                self._kill(key)  # its children
                 del self._workers[key]
-                self._report(Ended(*key, describe_exit(code)))
+                self._report(Ended(*key, describe_exit(worker.wait())))
 
     def _report(self, message: AgentMessage) -> None:
         self._exchange.send(message, 0)
 
     def _kill(self, key: WorkerKey) -> None:
         worker = self._workers.get(key)
-        if worker is not None and worker.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(worker.pid, signal.SIGKILL)
+        if worker is not None:
+            signal_group(worker, signal.SIGKILL)
 
     def _forget(self, session: int) -> None:
         for key in [key for key in self._connections if key[0] == session]:

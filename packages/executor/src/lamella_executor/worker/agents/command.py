@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import selectors
 import signal
 import subprocess
@@ -12,7 +10,7 @@ from types import FrameType
 
 import msgspec
 
-from lamella_executor.worker.agents.agent import child_environment, guarded
+from lamella_executor.worker.agents.agent import child_environment, guarded, has_ended, signal_group
 from lamella_executor.worker.agents.exchange import POLL_S, Exchange
 from lamella_executor.worker.agents.messages import (
     AgentMessage,
@@ -56,13 +54,14 @@ class CommandAgent:
         port = self._listener.getsockname()[1]
         environment = child_environment({AGENT_VARIABLE: f"{LOOPBACK}:{port}:{self._token.hex()}"})
         child = subprocess.Popen(guarded(list(command)), env=environment, start_new_session=True)
-        _forward_signals(child.pid)
-        while child.poll() is None:
+        _forward_signals(child)
+        while not has_ended(child):
             self._carry_orders()
             self._carry_reports()
         ignore_signals()  # this process's end is near, and its exit code the command's
-        _signal_group(child.pid, signal.SIGKILL)
-        code = child.returncode if child.returncode >= 0 else 128 - child.returncode
+        signal_group(child, signal.SIGKILL)
+        code = child.wait()
+        code = code if code >= 0 else 128 - code
         for rank in range(1, self._exchange.size):
             self._exchange.send(Quit(code), rank)
         self._listener.close()
@@ -115,22 +114,18 @@ class CommandAgent:
             self._exchange.send(Forget(session), rank)
 
 
-def _forward_signals(group: int) -> None:
+def _forward_signals(command: subprocess.Popen[bytes]) -> None:
     """Passes signals to the command's process group, which is its own: it gets each of them once."""
 
     def forward(number: int, frame: FrameType | None) -> None:
-        _signal_group(group, number)
+        signal_group(command, number)
 
     for number in FORWARDED_SIGNALS:
-        signal.signal(number, forward)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, forward)
 
 
 def ignore_signals() -> None:
     """Leaves signals to others; children started from now on inherit this."""
     for number in FORWARDED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _signal_group(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)

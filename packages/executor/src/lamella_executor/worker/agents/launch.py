@@ -64,11 +64,11 @@ def _run_alone(command: list[str], mpi: ModuleType) -> int:
         ConfigError: the job has other ranks, which the MPI library does not see.
     """
     place = mpi_place(os.environ)
-    if place is not None and (place.size or 1) > 1:
+    if place is not None and (place.size or place.rank + 1) > 1:
         library = mpi.Get_library_version().splitlines()[0][:60].strip(" \0")
         raise ConfigError(
-            f"rank {place.rank} of {place.size} ({place.source}) is alone for the MPI library that mpi4py found "
-            f"({library}): library and launcher do not fit together; remedy: start the job with that library's own "
+            f"rank {place.rank} of {place.size or 'several'} ({place.source}) is alone for the MPI library that mpi4py "
+            f"found ({library}): library and launcher do not fit together; remedy: start the job with that library's own "
             "mpirun, or with the srun --mpi=... that it was built for, or name another library with MPI4PY_LIBMPI"
         )
     mpi.Finalize()

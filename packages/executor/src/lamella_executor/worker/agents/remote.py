@@ -53,6 +53,8 @@ class AgentLine:
 
     def order(self, order: Order) -> None:
         """Sends an order; if agent 0 is gone, `ended` says so of every worker."""
+        if self._lost:
+            return
         try:
             send(self._channel, order)
         except OSError:
