@@ -11,7 +11,7 @@ from tests.support.fake_engine import Shape
 from lamella_core.errors import RequestError
 from lamella_executor.config import CapacitySchedulerPolicy
 
-FEW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @FEW
@@ -31,7 +31,7 @@ def test_pipelined_is_synchronous(shape: Shape, traffic: list[Arrival], num_batc
 
 
 @pytest.mark.parametrize("policy", list(CapacitySchedulerPolicy))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     traffic=st.lists(arrivals, min_size=4, max_size=12),
     num_blocks=st.integers(9, 14),
