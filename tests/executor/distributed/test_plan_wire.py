@@ -102,7 +102,7 @@ def drive(shape: Shape, traffic: list[Arrival], unsent: frozenset[int]) -> Cross
     raise AssertionError("the loop does not come to an end")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     shape=shapes,
     traffic=st.lists(arrivals, min_size=1, max_size=12),
