@@ -68,8 +68,8 @@ def _run_alone(command: list[str], mpi: ModuleType) -> int:
         library = mpi.Get_library_version().splitlines()[0][:60].strip(" \0")
         raise ConfigError(
             f"rank {place.rank} of {place.size or 'several'} ({place.source}) is alone for the MPI library that mpi4py "
-            f"found ({library}): library and launcher do not fit together; remedy: start the job with that library's own "
-            "mpirun, or with the srun --mpi=... that it was built for, or name another library with MPI4PY_LIBMPI"
+            f"found ({library}): library and launcher do not fit together; remedy: start the job with that library's "
+            "own mpirun, or with the srun --mpi=... that it was built for, or name another library with MPI4PY_LIBMPI"
         )
     mpi.Finalize()
     return become(command, child_environment({}))
