@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from lamella_builder.job import BuildJob, BuildRequest, with_choices
 from lamella_builder.rank_source import RankSource
 from lamella_builder.sizes import ParallelSizes, parse_partition
 from lamella_core.config import ModelConfig
-from lamella_core.engine import BuildConfig, Engine
+from lamella_core.engine import BuildConfig, Engine, EngineSpec
+from lamella_core.engine.writer import write_rank
 from lamella_core.errors import CheckpointError, ConfigError, LamellaError, OutOfMemoryError, WorkerError
 from lamella_core.mapping import Mapping
 from lamella_core.models.llama import LlamaForCausalLM
@@ -60,6 +62,30 @@ def test_ranks_side_by_side_are_those_built_one_after_another(model: Path, tmp_p
     assert {f"rank {rank}" for rank in range(4)} < {name for name, _, _ in reported}
     assert ("rank 3", len(rank_pool.STEPS), len(rank_pool.STEPS)) in reported
     assert {"read weights", "write engine"} <= Engine.load(tmp_path / "other").spec.step_seconds.keys()
+
+
+def test_the_first_ranks_of_the_first_and_last_stage_time_kernels(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = RankSource(
+        model, "hugging_face", replace(DEFAULT, kernel_selection="timed"), Mapping(4, tp_size=2, pp_size=2)
+    )
+    built: list[tuple[list[int], int]] = []
+
+    def build(self: rank_pool.RankPool, ranks: list[int], like: EngineSpec | None) -> list[Any]:
+        built.append((list(ranks), 0 if like is None else len(like.timings)))
+        made = [RankSource.from_dict(self._task["source"]).engine(rank, like=like) for rank in ranks]
+        return [(e.spec, write_rank(Path(self._task["directory"]), r, e.weights(r))) for r, e in zip(ranks, made)]
+
+    monkeypatch.setattr(rank_pool.RankPool, "build", build)
+    request = BuildRequest(str(model), tmp_path / "engine", source.build_config, ParallelSizes(tp_size=2, pp_size=2), 2)
+    seconds = BuildJob(request).run()
+    first, last = source.engine(0).spec, source.engine(2).spec
+    assert built == [([0], 0), ([2], len(first.timings)), ([1, 3], len(with_choices(first, last).timings))]
+    assert list(seconds) == ["build rank 0", "build rank 2", "build 2 ranks"]
+    assert Engine.load(tmp_path / "engine", 3).model(3).lm_head is not None
+    BuildJob(replace(request, sizes=ParallelSizes(pp_size=2))).run()
+    assert [ranks for ranks, _ in built[3:]] == [[0], [1]]
 
 
 def test_an_error_of_a_rank_is_one_error_with_the_rank_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
@@ -176,7 +202,6 @@ def test_the_kernels_of_the_first_rank_count() -> None:
 def test_sizes_by_themselves() -> None:
     assert parse_partition(None) is None and parse_partition("20,12") == (20, 12)
     assert ParallelSizes(tp_size=2, moe_tp_size=-1).mapping() == Mapping(2, tp_size=2)
-    assert ParallelSizes(auto_parallel=True).num_ranks is None and ParallelSizes(pp_size=3).num_ranks == 3
     for values, message in (
         ({"tp_size": True}, "tensor_parallel_size is True"),
         ({"pp_size": 0}, "pipeline_parallel_size is 0"),

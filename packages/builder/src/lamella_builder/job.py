@@ -148,6 +148,8 @@ class BuildJob:
                 writer.adopt_rank(rank, spec, entry)
                 like = with_choices(like, spec)
             others = [rank for rank in range(mapping.world_size) if rank not in leaders]
+            if not others:
+                return
             with clock.step(f"build {len(others)} ranks"):
                 built = pool.build(others, like)
             for rank, (spec, entry) in zip(others, built, strict=True):

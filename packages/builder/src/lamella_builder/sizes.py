@@ -89,13 +89,6 @@ class ParallelSizes:
         """Returns how errors name a field."""
         return _LONG.get(field, field) if self.long_names else field
 
-    @property
-    def num_ranks(self) -> int | None:
-        """Ranks in all; None if neither these sizes nor the cost model need to say."""
-        if self.auto_parallel:
-            return self.world_size
-        return (self.tp_size or 1) * (self.pp_size or 1)
-
     def _check_auto(self) -> None:
         set_too = [name for name in _SIZES if getattr(self, name) not in (None, 1)]
         set_too += ["pp_partition"] if self.pp_partition is not None else []
@@ -106,7 +99,10 @@ class ParallelSizes:
             )
 
     def _check_world(self) -> None:
-        names, product = f"{self.name_of('tp_size')} x {self.name_of('pp_size')}", self.num_ranks
+        names, product = (
+            f"{self.name_of('tp_size')} x {self.name_of('pp_size')}",
+            (self.tp_size or 1) * (self.pp_size or 1),
+        )
         if self.world_size != product:
             raise ConfigError(
                 f"world_size is {self.world_size}, but {names} is {product}; leave world_size out, or set "

@@ -126,8 +126,9 @@ def _choose(shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig) -
     strict, count, device = shape.dtype == torch.float32, len(members), members[0].weight.device.type
     candidates = candidate_plans(shape.dtype, shape.n, shape.k, require_batch_invariant=strict, device=device)
     too_small = shape.n * shape.k < LEAST_TIMED_NUMBERS
+    is_grouped = device == "cuda" and all(held.is_stacked for held in members)  # experts have a kernel of their own
     default = functools.partial(default_plan, shape.dtype, shape.n, shape.k, batch_invariant=strict, device=device)
-    if build.kernel_selection == "default" or too_small or not candidates:
+    if build.kernel_selection == "default" or too_small or is_grouped or not candidates:
         return Choice(shape, default(), count)
     if len(candidates) == 1:
         return Choice(shape, candidates[0], count)
