@@ -67,7 +67,7 @@ def load_mpi() -> ModuleType:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"lamella-launch needs mpi4py and an MPI library ({error}); remedy: pip install 'lamella-executor[mpi]', "
+            f"mpi4py and an MPI library are needed ({error}); remedy: pip install 'lamella-executor[mpi]', "
             "and start it with the mpirun or srun of the MPI library that mpi4py finds"
         ) from error
     return MPI
