@@ -33,7 +33,7 @@ class SumLimits:
 
 
 # Two H200s, bf16 rows of 4096 and 8192, microseconds in one exchange, in two and through NCCL: 8 KiB 2.4, 3.3, 12.3;
-# 64 KiB 2.7, 3.7, 12.9; 1 MiB 9.9, 10.3, 19.5; 2 MiB 16, 19, 31. Fused with the norm, and NCCL beside it: 2 MiB 18.7, 31;
+# 64 KiB 2.7, 3.7, 12.9; 1 MiB 9.9, 10.3, 19.5; 2 MiB 16, 19, 31. Fused with the norm, and NCCL then: 2 MiB 18.7, 31;
 # 4 MiB 32, 38. Above 64 KiB one exchange took 0.2 to 0.9 ms in a third of the cases, for a reason not found; two never.
 _LIMITS = {
     2: SumLimits(1 << 16, 1 << 21, 1 << 22),
