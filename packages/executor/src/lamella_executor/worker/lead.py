@@ -154,7 +154,9 @@ class Ranks:
             raise
         except RuntimeError as error:
             failure = crew.await_failure(VERDICT_S)
-            raise error if failure is None else WorkerError(*failure.args) from error
+            if failure is None:
+                raise
+            raise WorkerError(*failure.args) from error
         crew.wait_ready("start", _START_LIMIT_S)
         return assembled
 
