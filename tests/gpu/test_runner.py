@@ -133,16 +133,6 @@ def test_a_step_that_cannot_be_recorded_runs_eagerly(caplog):
     runner.close()
 
 
-def test_experts_run_eagerly(caplog):
-    case = ("MixtralForCausalLM", "top2")
-    with caplog.at_level(logging.WARNING):
-        runner = gpu_runner(fresh_model(*case))
-    assert "GatedExperts) waits for values of the device" in caplog.text
-    out = Drive(runner, [request_of(p) for p in PROMPTS]).generate(6, ahead=True)
-    assert out == [hf_greedy(p, 6, case) for p in PROMPTS]
-    runner.close()
-
-
 def test_memory_is_given_back():
     engine = engine_of(hf_dir(*LLAMA), "cuda")
     held = []

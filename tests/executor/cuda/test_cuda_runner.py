@@ -232,9 +232,12 @@ def _tokens(result: Any) -> list[list[int]]:
     return [output.token_ids for output in result.outputs]
 
 
-def test_what_cannot_be_captured_says_why():
-    assert why_not_capturable(tiny_model(*LLAMA)) is None
-    reason = why_not_capturable(tiny_model("MixtralForCausalLM", "top2"))
+def test_what_cannot_be_captured_says_why(monkeypatch):
+    experts = tiny_model("MixtralForCausalLM", "top2")
+    monkeypatch.setattr("lamella_core.kernels.triton.is_available", lambda: True)
+    assert why_not_capturable(tiny_model(*LLAMA)) is None and why_not_capturable(experts) is None
+    monkeypatch.setattr("lamella_core.kernels.triton.is_available", lambda: False)
+    reason = why_not_capturable(experts)
     assert reason == "layers.0.mlp.experts (GatedExperts) waits for values of the device"
 
 

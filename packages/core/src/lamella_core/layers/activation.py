@@ -15,6 +15,7 @@ import torch
 
 from lamella_core.errors import ConfigError, nearest_name
 from lamella_core.kernels import ops
+from lamella_core.kernels.experts import Swiglu
 from lamella_core.kernels.fused import SiluGateAfter
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -100,6 +101,30 @@ def gated(name: str) -> GatedActivation:
         return activation(gate) * up
 
     return ops.silu_and_mul if activation is silu else apply
+
+
+class ClampedSwiglu:
+    """The gated activation of GPT-OSS (OpenAI 2025): gate * sigmoid(alpha * gate) * (up + 1), both limited before.
+
+    Args:
+        alpha: steepness of the sigmoid.
+        limit: the gate becomes at most this, up stays within +- it.
+    """
+
+    def __init__(self, alpha: float, limit: float) -> None:
+        self.alpha, self.limit = alpha, limit
+
+    def __call__(self, gate_up: torch.Tensor, out_scale: torch.Tensor | None = None) -> torch.Tensor:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (gate / (gate * -self.alpha).exp_().add_(1.0) * (up + 1.0)).to(gate_up.dtype)
+
+
+def swiglu_of(activation: GatedActivation) -> Swiglu | None:
+    """Returns a gated activation as kernels of experts take it; None if they do not have it."""
+    if isinstance(activation, ClampedSwiglu):
+        return Swiglu(alpha=activation.alpha, offset=1.0, limit=activation.limit)
+    return Swiglu() if activation is ops.silu_and_mul else None
 
 
 def fusible_gate(activation: GatedActivation, out_scale: torch.Tensor | None) -> SiluGateAfter | None:

@@ -52,13 +52,19 @@ class Linear(nn.Module):
         self.out_features_local = sum(s.padded_length for s in self.out_sections)
         self.method: LinearMethod = linear_method(config, name)
         self.method.create_weights(self)
-        self.bias = empty_parameter(ShardSpec(dims=(self.out_sections,)), self.dtype) if bias else None
+        self.bias = empty_parameter(self._bias_shard, self.dtype) if bias else None
 
     @property
     def weight_shard(self) -> ShardSpec:
         """Of weights [out, in] on this rank, or [experts, out, in]."""
         stack = () if self.experts is None else ((self.experts,),)
         return ShardSpec(dims=(*stack, self.out_sections, (self.in_section,)), stacked_experts=bool(stack))
+
+    @property
+    def _bias_shard(self) -> ShardSpec:
+        """Of a bias [out] on this rank, or [experts, out]."""
+        stack = () if self.experts is None else ((self.experts,),)
+        return ShardSpec(dims=(*stack, self.out_sections), stacked_experts=bool(stack))
 
     @property
     def input_scale(self) -> torch.Tensor | None:

@@ -14,7 +14,9 @@ from torch import nn
 from lamella_core.checks import check_integer
 from lamella_core.config import ModelConfig
 from lamella_core.context import ForwardContext
-from lamella_core.layers.activation import gated, sigmoid
+from lamella_core.kernels import triton as triton_kernels
+from lamella_core.kernels.experts import ExpertStack
+from lamella_core.layers.activation import GatedActivation, gated, sigmoid, swiglu_of
 from lamella_core.layers.linear import Linear, ReplicatedLinear
 from lamella_core.layers.mlp import FeedForward, GatedMLP
 from lamella_core.layers.sharding import Section, fused, split, whole
@@ -100,13 +102,29 @@ def _unquantized_gate(config: ModelConfig, outputs: int, name: str) -> Replicate
 class GatedExperts(nn.Module):
     """The gated MLPs of this rank's experts, stacked: parameters [experts on this rank, out, in].
 
-    With ``scale_inputs`` a token's weight multiplies what an expert reads, not what it returns.
+    On a GPU all experts are computed together, without the host's knowing which tokens go where; elsewhere one after
+    the other.
+
+    Args:
+        config: of the whole model.
+        num_experts: of the whole model.
+        inner: inner size of one expert.
+        name: dotted path of this module.
+        scale_inputs: a token's weight multiplies what an expert reads, not what it returns.
+        bias: whether both projections have one.
+        activation: None: the gated form of the config's.
     """
 
-    waits_for_device = True  # the loop over experts reads how many tokens each of them got
-
     def __init__(
-        self, config: ModelConfig, num_experts: int, inner: int, *, name: str, scale_inputs: bool = False
+        self,
+        config: ModelConfig,
+        num_experts: int,
+        inner: int,
+        *,
+        name: str,
+        scale_inputs: bool = False,
+        bias: bool = False,
+        activation: GatedActivation | None = None,
     ) -> None:
         super().__init__()
         mapping = config.mapping
@@ -117,10 +135,16 @@ class GatedExperts(nn.Module):
         tp, rank, what = mapping.moe_tp_size, mapping.moe_tp_rank, f"the expert size of {name}"
         hidden = whole(config.hidden_size)
         both = fused([split(inner, tp, rank, what=what, name=key) for key in ("gate", "up")])
-        self.gate_up_proj = Linear(hidden, both, False, config=config, name=f"{name}.gate_up_proj", experts=stack)
-        self.activation = gated(config.hidden_act)
+        self.gate_up_proj = Linear(hidden, both, bias, config=config, name=f"{name}.gate_up_proj", experts=stack)
+        self.activation = activation or gated(config.hidden_act)
         down = split(inner, tp, rank, what=what)
-        self.down_proj = Linear(down, (hidden,), False, config=config, name=f"{name}.down_proj", experts=stack)
+        self.down_proj = Linear(down, (hidden,), bias, config=config, name=f"{name}.down_proj", experts=stack)
+        self.adds_bias = rank == 0  # of down_proj: ranks that share an expert sum their parts
+
+    @property
+    def waits_for_device(self) -> bool:
+        """Whether `forward` on a GPU reads how many tokens each expert got, which no recorded step can."""
+        return not triton_kernels.is_available()
 
     def forward(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Returns this rank's part of the weighted sum over each token's experts: [T, H].
@@ -130,6 +154,25 @@ class GatedExperts(nn.Module):
             experts: numbers of each token's experts, [T, top_k].
             weights: of those experts, [T, top_k] float32.
         """
+        if x.is_cuda and triton_kernels.is_available():
+            from lamella_core.kernels.triton.moe import gated_experts
+
+            return gated_experts(x, experts, weights, self.stack())
+        return self._one_by_one(x, experts, weights)
+
+    def stack(self) -> ExpertStack:
+        """Returns the experts as kernels take them."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        return ExpertStack(
+            self.local_experts.start,
+            gate_up.method.stacked(gate_up, gate_up.bias),
+            down.method.stacked(down, down.bias if self.adds_bias else None),
+            self.activation,
+            swiglu_of(self.activation),
+            self.scale_inputs,
+        )
+
+    def _one_by_one(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         top_k = experts.shape[1]
         by_expert, order = experts.flatten().sort(stable=True)  # assignments (token, choice) in order of experts
         held = torch.arange(self.local_experts.start, self.local_experts.stop + 1, device=x.device)
@@ -141,10 +184,16 @@ class GatedExperts(nn.Module):
             if begin < end:
                 rows, factor = tokens[begin:end], scale[begin:end]
                 given = x[rows] * factor.to(x.dtype) if self.scale_inputs else x[rows]
-                inner = self.activation(self.gate_up_proj.method.apply(self.gate_up_proj, given, None, local))
-                result = self.down_proj.method.apply(self.down_proj, inner, None, local)
+                inner = self.activation(_project(self.gate_up_proj, given, local))
+                result = _project(self.down_proj, inner, local, adds_bias=self.adds_bias)
                 out.index_add_(0, rows, result if self.scale_inputs else (result * factor).to(x.dtype))
         return out
+
+
+def _project(layer: Linear, x: torch.Tensor, expert: int, *, adds_bias: bool = True) -> torch.Tensor:
+    """Returns x [T, in] times the weight of one of this rank's experts, plus its bias: [T, out]."""
+    bias = layer.bias[expert] if layer.bias is not None and adds_bias else None
+    return layer.method.apply(layer, x, bias, expert)
 
 
 class SharedExpert(GatedMLP):
@@ -165,7 +214,8 @@ class SharedExpert(GatedMLP):
 class MoE(FeedForward):
     """Router, experts and perhaps a shared one; the ranks' parts are summed: [T, H] -> [T, H].
 
-    ``router`` is by default a `TopKRouter`, to which ``renormalize`` goes. For ``scale_inputs`` see `GatedExperts`.
+    ``router`` is by default a `TopKRouter`, to which ``renormalize`` goes. For ``scale_inputs``, ``bias`` and
+    ``activation`` see `GatedExperts`.
     """
 
     def __init__(  # noqa: PLR0913 - by keyword, most models leave most out
@@ -180,10 +230,20 @@ class MoE(FeedForward):
         router: Router | None = None,
         shared: SharedExpert | None = None,
         scale_inputs: bool = False,
+        bias: bool = False,
+        activation: GatedActivation | None = None,
     ) -> None:
         super().__init__()
         self.router = router or TopKRouter(config, num_experts, top_k, name=f"{name}.router", renormalize=renormalize)
-        self.experts = GatedExperts(config, num_experts, inner, name=f"{name}.experts", scale_inputs=scale_inputs)
+        self.experts = GatedExperts(
+            config,
+            num_experts,
+            inner,
+            name=f"{name}.experts",
+            scale_inputs=scale_inputs,
+            bias=bias,
+            activation=activation,
+        )
         self.shared = shared
         self.reduce = True
 

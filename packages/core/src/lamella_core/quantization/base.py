@@ -13,6 +13,7 @@ from lamella_core.quantization.modules import is_excluded
 
 if TYPE_CHECKING:
     from lamella_core.config import ModelConfig
+    from lamella_core.kernels.experts import ExpertProjection
     from lamella_core.kernels.fused import SiluGateAfter
     from lamella_core.layers.linear import Linear
 
@@ -51,6 +52,10 @@ class LinearMethod(Protocol):
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, gate: SiluGateAfter
     ) -> torch.Tensor | None:
         """Like `apply`, with a gate after the product in its kernel; None where that is not faster or not possible."""
+        ...
+
+    def stacked(self, layer: Linear, bias: torch.Tensor | None) -> ExpertProjection:
+        """Returns a layer that stacks several experts as grouped products take it, with bias [experts, out] if any."""
         ...
 
 

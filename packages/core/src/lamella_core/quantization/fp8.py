@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lamella_core.kernels.experts import ExpertProjection
 from lamella_core.kernels.fp8 import FLOAT8, quantize, quantize_per_token
 from lamella_core.kernels.matmul import Scales, default_plan
 from lamella_core.layers.parameter import Parameter, empty_parameter
@@ -64,6 +65,11 @@ class Fp8PerTensor:
             return None
         x, x_scale = self._quantized(layer, x, None)
         return gated(x, layer.weight, bias, Scales(x_scale, layer.weight_scale, layer.dtype), gate)
+
+    def stacked(self, layer: Linear, bias: torch.Tensor | None) -> ExpertProjection:
+        return ExpertProjection(
+            layer.weight, bias, layer.weight_scale, layer.activation_scale if self.is_static else None
+        )
 
     def _quantized(self, layer: Linear, x: torch.Tensor, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns x as float8 and its scale or scales."""

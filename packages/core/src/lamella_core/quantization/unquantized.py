@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lamella_core.kernels.experts import ExpertProjection
 from lamella_core.kernels.matmul import default_plan
 from lamella_core.layers.parameter import empty_parameter
 from lamella_core.quantization.config import QuantConfig
@@ -45,3 +46,6 @@ class Unquantized:
     ) -> torch.Tensor | None:
         gated = layer.plan.gated(x.shape[0])
         return None if gated is None else gated(x, layer.weight, bias, None, gate)
+
+    def stacked(self, layer: Linear, bias: torch.Tensor | None) -> ExpertProjection:
+        return ExpertProjection(layer.weight, bias)

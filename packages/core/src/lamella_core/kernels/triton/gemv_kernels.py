@@ -27,7 +27,7 @@ def _prefetch(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _weight_rows(block, n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+def weight_rows(block, n, BLOCK_N: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns the first weight row of a block, the block's rows relative to it, and which of them exist.
 
     GATED: n rows are [gate, up], and a block alternates rows of both halves.
@@ -125,7 +125,7 @@ def vector_kernel(  # type: ignore[no-untyped-def]
     """Up to 4 rows; each thread has its part of K."""
     BLOCK_K: tl.constexpr = LANES * VEC
     EVEN: tl.constexpr = K % BLOCK_K == 0
-    first, w_row, w_row_inside = _weight_rows(tl.program_id(0), n, BLOCK_N, GATED)
+    first, w_row, w_row_inside = weight_rows(tl.program_id(0), n, BLOCK_N, GATED)
     base = w_ptr + first.to(tl.int64) * K
     # Lanes come first, so that each gets a thread, and a thread holds its part of all outputs and rows.
     k = tl.arange(0, LANES)[:, None, None, None] * VEC + tl.arange(0, VEC)[None, None, None, :]
@@ -186,7 +186,7 @@ def matrix_kernel(  # type: ignore[no-untyped-def]
     """Up to 16 rows, by matrix units; each warp has its part of K."""
     TURN: tl.constexpr = SPLITS * BLOCK_K
     EVEN: tl.constexpr = K % TURN == 0
-    first, w_row, w_row_inside = _weight_rows(tl.program_id(0), n, BLOCK_N, False)
+    first, w_row, w_row_inside = weight_rows(tl.program_id(0), n, BLOCK_N, False)
     base = w_ptr + first.to(tl.int64) * K
     k = tl.arange(0, SPLITS)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
     row = tl.arange(0, ROWS)[None, :, None]

@@ -1,0 +1,19 @@
+"""Kernels of mixtures of experts compile to machine code of the GPUs they are for, also where there is none."""
+
+import pytest
+from tests.support.triton_compiler import compile_in_subprocess
+
+KERNELS = {
+    "_count_kernel",
+    "_place_kernel",
+    "product_kernel",
+    "sum_kernel",
+    "quantize_kernel",
+    "_quantize_per_token_kernel",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90], ids=["no_float8_no_pdl", "hopper"])
+def test_experts_compile(capability, tmp_path):
+    assert set(compile_in_subprocess(capability, "tests.support.moe_calls", tmp_path)) == KERNELS
