@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
 
-from lamella_core.checks import check_number
+from lamella_core.checks import check_integer, check_number
 from lamella_core.errors import ConfigError, RequestError
 from lamella_executor.admission import EngineLimits, make_request
 from lamella_executor.config import KvCacheConfig, SchedulerConfig
@@ -100,14 +100,8 @@ class GenerationExecutor:
             WorkerError: another rank's process failed while it started.
             OutOfMemoryError: weights or KV cache do not fit in memory, or the cache is too small for one token.
         """
-        for name, value, kind in (
-            ("kv_cache_config", kv_cache_config, KvCacheConfig),
-            ("scheduler_config", scheduler_config, SchedulerConfig),
-        ):
-            if value is not None and not isinstance(value, kind):
-                raise ConfigError(f"{name} is a {type(value).__name__}; pass a {kind.__name__}")
-        if not isinstance(stats_capacity, int) or stats_capacity < 0:
-            raise ConfigError(f"stats_capacity is {stats_capacity!r}; it must be an integer of at least 0")
+        _check_configs(kv_cache_config, scheduler_config)
+        check_integer("stats_capacity", stats_capacity, 0)
         check_number("worker_timeout_s", worker_timeout_s, positive=True)
         from lamella_executor.assemble import assemble  # imports torch; keeps `import lamella_executor` light
 
@@ -264,6 +258,15 @@ class GenerationExecutor:
     def _submit(self, command: Submit) -> GenerationResult:
         self._mailbox.put(command)
         return command.result
+
+
+def _check_configs(kv_cache_config: object, scheduler_config: object) -> None:
+    for name, value, kind in (
+        ("kv_cache_config", kv_cache_config, KvCacheConfig),
+        ("scheduler_config", scheduler_config, SchedulerConfig),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(f"{name} is a {type(value).__name__}; pass a {kind.__name__}")
 
 
 def _is_batch(prompts: object) -> bool:

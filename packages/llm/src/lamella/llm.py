@@ -205,6 +205,18 @@ class LLM:
             raise RequestError("generate_async takes one prompt; call it once per prompt, or use generate for a list")
         return submit(self._executor, prepare(inputs, one_params(sampling_params), self._tokenizer), streaming)
 
+    @overload
+    def encode(
+        self, inputs: str | dict[str, Any] | list[int] | tuple[str, str], *, use_tqdm: bool = ...,
+        step_token: str | int | None = ...,
+    ) -> EncodingOutput: ...  # fmt: skip
+
+    @overload
+    def encode(
+        self, inputs: list[str] | list[dict[str, Any]] | list[list[int]] | list[tuple[str, str]], *,
+        use_tqdm: bool = ..., step_token: str | int | None = ...,
+    ) -> list[EncodingOutput]: ...  # fmt: skip
+
     def encode(
         self, inputs: Any, *, use_tqdm: bool = True, step_token: str | int | None = None
     ) -> EncodingOutput | list[EncodingOutput]:

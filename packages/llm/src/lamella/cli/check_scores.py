@@ -27,7 +27,7 @@ def run_score_check(hf_dir: Path, *, text: str | None, dtype: str, tolerance: fl
         reference = _load(hf_dir, dtype)
         llm = LLM(hf_dir, dtype=dtype, device=device)
     with llm, err.status("comparing"), torch.inference_mode():
-        ours = llm.encode(texts, use_tqdm=False)
+        ours = [llm.encode(text, use_tqdm=False) for text in texts]
         theirs = [
             reference(torch.tensor([out.prompt_token_ids]), torch.ones(1, len(out.prompt_token_ids))).logits[0].float()
             for out in ours
