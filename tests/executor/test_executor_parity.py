@@ -52,6 +52,7 @@ OTHERS = [
     ("Qwen2ForCausalLM", "upper_window"),
     ("GPT2LMHeadModel", "tied"),
     ("MixtralForCausalLM", "top2"),
+    ("GptOssForCausalLM", "yarn"),
     ("Gemma2ForCausalLM", "low_caps"),
     ("BloomForCausalLM", "six_heads"),
     ("FalconForCausalLM", "one_kv_head_alibi"),

@@ -16,6 +16,9 @@ _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_
          "short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.0, 1.1, 1.5, 2.0],
          "short_mscale": 1.1, "long_mscale": 1.3}  # fmt: skip
 
+_YARN = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+         "truncate": False, "original_max_position_embeddings": 16}  # fmt: skip
+
 # A variant's name seeds its weights. PhiMoE weighs near experts together and drops others: in these, no score is so
 # near a boundary that half precision crosses it.
 EXPERTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -59,5 +62,16 @@ EXPERTS: dict[str, dict[str, dict[str, Any]]] = {
                               "attention_bias": True},
         "stepped_window": {**BASE, **_EXPERTS, "decoder_sparse_step": 2, "use_sliding_window": True,
                            "sliding_window": 6, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    },
+    "GptOssForCausalLM": {
+        "yarn": {**BASE, **_LOCAL, "head_dim": 8, "sliding_window": 6, "rope_parameters": _YARN},
+        "clamped_tied": {**BASE, **_LOCAL, "head_dim": 16, "sliding_window": 4, "num_experts_per_tok": 3,
+                         "swiglu_limit": 0.4, "swiglu_alpha": 1.2, "tie_word_embeddings": True,
+                         "layer_types": ["full_attention", "sliding_attention"], "rope_parameters": _YARN},
+        "packable": {**BASE, **_LOCAL, "hidden_size": 64, "intermediate_size": 64, "head_dim": 8, "sliding_window": 5,
+                     "rope_parameters": _YARN},  # sizes that MXFP4 can have, also of two ranks' halves
+        "one_kv_head_unbiased": {**BASE, **_LOCAL, "head_dim": 8, "sliding_window": 9,
+                          "attention_bias": False, "num_key_value_heads": 1, "intermediate_size": 40,
+                          "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}},
     },
 }  # fmt: skip

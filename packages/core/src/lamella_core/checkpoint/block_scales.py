@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from lamella_core.checkpoint.formats import CONFIG_FILE, read_json_object
+from lamella_core.checkpoint.mxfp4 import Mxfp4Source
 from lamella_core.checkpoint.source import WeightSource
 from lamella_core.errors import CheckpointError
 from lamella_core.kernels.fp8 import FLOAT8
 from lamella_core.layers.sharding import Slices
-from lamella_core.quantization.hugging_face import weight_block_size
+from lamella_core.quantization.hugging_face import is_mxfp4, weight_block_size
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +27,18 @@ _NUMBERS_AT_ONCE = 1 << 22
 
 
 def open_source(directory: Path | str) -> WeightSource:
-    """Returns the tensors of a Hugging Face directory, those with scales per block as what they stand for.
+    """Returns the tensors of a Hugging Face directory; those with scales per block and MXFP4 as what they stand for.
 
     Raises:
         CheckpointError: files are missing or damaged, or float8 tensors lack their scales.
         ConfigError: config.json gives blocks of an impossible size.
     """
     path = Path(directory) / CONFIG_FILE
-    block = weight_block_size(read_json_object(path), str(path)) if path.is_file() else None
+    config = read_json_object(path) if path.is_file() else {}
+    if is_mxfp4(config):
+        logger.info("%s: MXFP4 weights are widened as they are read", directory)
+        return Mxfp4Source(directory)
+    block = weight_block_size(config, str(path))
     if block is None:
         return WeightSource(directory)
     logger.info(

@@ -12,7 +12,7 @@ from lamella_core.layers.linear import QKVParallelLinear, RowParallelLinear
 from lamella_core.layers.mixer import TokenMixer
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.rotary import Rotation
-from lamella_core.layers.sharding import replicated
+from lamella_core.layers.sharding import ShardSpec, replicated, split_heads
 
 
 class Attention(TokenMixer):
@@ -35,6 +35,7 @@ class Attention(TokenMixer):
         use_rope: False for a layer without positions in a model that rotates in others.
         alibi_slopes: of all heads [Hq of all ranks] float32, see `alibi_slopes`; None: no ALiBi.
         clip_qkv: queries, keys and values are clamped to +-clip_qkv as they are projected; None: they stay.
+        has_sinks: each head's softmax has one more column, of a learned score and without a value (see `sinks`).
     """
 
     def __init__(  # noqa: PLR0913 - by keyword, most models leave most out
@@ -54,6 +55,7 @@ class Attention(TokenMixer):
         use_rope: bool = True,
         alibi_slopes: torch.Tensor | None = None,
         clip_qkv: float | None = None,
+        has_sinks: bool = False,
     ) -> None:
         super().__init__()
         tp = config.mapping.tp_size
@@ -71,6 +73,8 @@ class Attention(TokenMixer):
         self.use_rope = use_rope
         self.clip_qkv = clip_qkv
         self._slopes = None if alibi_slopes is None else alibi_slopes.chunk(tp)[config.mapping.tp_rank]
+        sinks = split_heads(config.num_attention_heads, 1, tp, config.mapping.tp_rank, name="q")
+        self.sinks = empty_parameter(ShardSpec(dims=((sinks,),)), config.torch_dtype) if has_sinks else None
         self.heads = (self.spec.num_heads, self.spec.num_kv_heads, self.spec.num_kv_heads)
         self.qkv_proj = QKVParallelLinear(qkv_bias, config=config, name=f"{name}.qkv_proj")
         self.o_proj = RowParallelLinear(
@@ -122,6 +126,7 @@ class Attention(TokenMixer):
             v,
             rotation=rotation,
             alibi_slopes=self._slopes,
+            sink_logits=self.sinks,
             kv_scales=self.kv_scales,
             out_scale=self.o_proj.input_scale,
         )

@@ -31,12 +31,12 @@ class Router(nn.Module):
     It is never quantized: it is small, and another choice of experts changes more than any rounding.
     """
 
-    def __init__(self, config: ModelConfig, num_experts: int, top_k: int, *, name: str) -> None:
+    def __init__(self, config: ModelConfig, num_experts: int, top_k: int, *, name: str, bias: bool = False) -> None:
         super().__init__()
         check_integer("num_local_experts", num_experts, 1, MOST_EXPERTS)
         check_integer("num_experts_per_tok", top_k, 1, num_experts, " (the number of experts)")
         self.top_k = top_k
-        self.gate = _unquantized_gate(config, num_experts, name)
+        self.gate = _unquantized_gate(config, num_experts, name, bias)
 
     def forward(self, x: torch.Tensor, ctx: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns expert numbers [T, top_k] int64 and their float32 weights [T, top_k]."""
@@ -51,9 +51,16 @@ class TopKRouter(Router):
     """Softmax over all experts, the ``top_k`` largest, optionally rescaled to sum to one."""
 
     def __init__(
-        self, config: ModelConfig, num_experts: int, top_k: int, *, name: str, renormalize: bool = True
+        self,
+        config: ModelConfig,
+        num_experts: int,
+        top_k: int,
+        *,
+        name: str,
+        bias: bool = False,
+        renormalize: bool = True,
     ) -> None:
-        super().__init__(config, num_experts, top_k, name=name)
+        super().__init__(config, num_experts, top_k, name=name, bias=bias)
         self.renormalize = renormalize
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,9 +101,9 @@ class SparseMixerRouter(Router):
         return torch.cat(experts, dim=-1), torch.cat(weights, dim=-1)
 
 
-def _unquantized_gate(config: ModelConfig, outputs: int, name: str) -> ReplicatedLinear:
+def _unquantized_gate(config: ModelConfig, outputs: int, name: str, bias: bool = False) -> ReplicatedLinear:
     plain = replace(config, quantization=QuantConfig())
-    return ReplicatedLinear(config.hidden_size, outputs, False, config=plain, name=f"{name}.gate")
+    return ReplicatedLinear(config.hidden_size, outputs, bias, config=plain, name=f"{name}.gate")
 
 
 class GatedExperts(nn.Module):
@@ -134,7 +141,7 @@ class GatedExperts(nn.Module):
         stack = Section(num_experts, self.local_experts.start, held, held)
         tp, rank, what = mapping.moe_tp_size, mapping.moe_tp_rank, f"the expert size of {name}"
         hidden = whole(config.hidden_size)
-        both = fused([split(inner, tp, rank, what=what, name=key) for key in ("gate", "up")])
+        both = fused([replace(split(inner, tp, rank, what=what, name=key), group=1) for key in ("gate", "up")])
         self.gate_up_proj = Linear(hidden, both, bias, config=config, name=f"{name}.gate_up_proj", experts=stack)
         self.activation = activation or gated(config.hidden_act)
         down = split(inner, tp, rank, what=what)

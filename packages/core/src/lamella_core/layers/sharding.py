@@ -188,6 +188,10 @@ def _interleaved_cuts(sections: Sequence[Section]) -> list[tuple[slice | None, s
     stride, base = sum(section.group for section in sections), 0
     for section in sections:
         done, end = section.start, section.start + section.length
+        if section.group == 1:  # sections take turns
+            source = slice(base + done * stride, base + end * stride, stride)
+            found.append((source, slice(section.offset, section.offset + section.length)))
+            done = end
         while done < end:
             group, within = divmod(done, section.group)
             count = min(section.group - within, end - done)

@@ -4,8 +4,8 @@ Four spellings are read: ``hf_quant_config.json`` as NVIDIA's ModelOpt writes it
 config.json with quant_method "modelopt" (newer ModelOpt), "compressed-tensors" or "fp8". All name the same tensors:
 ``weight`` float8, ``weight_scale``, ``input_scale`` where activations are static, ``k_scale`` and ``v_scale``.
 
-"fp8" with a weight_block_size has scales per block of a weight instead. Such weights count as not quantized: they are
-widened as they are read, see `lamella_core.checkpoint.block_scales`.
+"fp8" with a weight_block_size has scales per block of a weight instead, and "mxfp4" packs 4-bit floats. Such weights
+count as not quantized: they are widened as they are read, see `lamella_core.checkpoint.block_scales` and ``mxfp4``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ C = TypeVar("C", bound="ModelConfig")
 QUANT_FILE = "hf_quant_config.json"
 READABLE = (QuantAlgo.FP8, QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN)
 _REMEDY = "use the unquantized model, or one quantized to FP8"
-_METHODS = ("modelopt", "compressed-tensors", "fp8")
+MXFP4 = "mxfp4"
+_METHODS = ("modelopt", "compressed-tensors", "fp8", MXFP4)
 
 
 def read_quantization(config: dict[str, Any], quant_file: dict[str, Any] | None, where: str) -> QuantConfig | None:
@@ -99,6 +100,8 @@ def _from_config(fields: dict[str, Any], where: str) -> QuantConfig:
         return _from_compressed_tensors(fields, where)
     if method == "fp8":
         return _from_fp8(fields, where)
+    if method == MXFP4:
+        return QuantConfig()
     raise ConfigError(
         f"{where}: the weights are quantized with quant_method {method!r}, which cannot be read; readable: "
         f"{', '.join(_METHODS)}. Else {_REMEDY}"
@@ -154,6 +157,12 @@ def weight_block_size(config: dict[str, Any], where: str) -> tuple[int, int] | N
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         raise ConfigError(f"{where}: weight_block_size is {block!r}; it must be two positive whole numbers: {_REMEDY}")
     return block[0], block[1]
+
+
+def is_mxfp4(config: dict[str, Any]) -> bool:
+    """Whether a config.json says that weights beside it are packed as MXFP4."""
+    described = config.get("quantization_config")
+    return isinstance(described, dict) and described.get("quant_method") == MXFP4
 
 
 def _from_fp8(fields: dict[str, Any], where: str) -> QuantConfig:
