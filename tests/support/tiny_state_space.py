@@ -28,6 +28,8 @@ _NEMOTRON_H = {
     "n_groups": 2,
     "chunk_size": 8,
 }
+_JAMBA = {**BASE, "num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1,
+          "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4}  # fmt: skip
 _MAMBA2 = {**_MAMBA, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
 
 STATE_SPACE: dict[str, dict[str, dict[str, Any]]] = {
@@ -54,6 +56,15 @@ STATE_SPACE: dict[str, dict[str, dict[str, Any]]] = {
                                    "mamba_proj_bias": True, "mamba_n_groups": 1, "tie_word_embeddings": True},
         "odd_state": {**_BAMBA, "attn_layer_indices": [1], "num_hidden_layers": 3, "mamba_conv_bias": False,
                       "mamba_d_conv": 2, "mamba_d_state": 11},
+    },
+    "JambaForCausalLM": {
+        "attention_and_experts_last": _JAMBA,
+        "experts_after_mamba_biased": {**_JAMBA, "attn_layer_offset": 0, "num_experts_per_tok": 3,
+                                       "mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": True,
+                                       "num_key_value_heads": 1},
+        "odd_sizes": {**_JAMBA, "num_hidden_layers": 3, "attn_layer_period": 3, "expert_layer_period": 3,
+                      "expert_layer_offset": 0, "mamba_d_state": 5, "mamba_d_conv": 3, "mamba_dt_rank": 7,
+                      "mamba_expand": 3, "num_experts_per_tok": 1},
     },
     "NemotronHForCausalLM": {
         "all_kinds": {**_NEMOTRON_H, "layers_block_type": _blocks("M-*M")},

@@ -17,7 +17,14 @@ from lamella_core.layers.mlp import FeedForward, GatedMLP
 from lamella_core.layers.moe import MoE, Router, SharedExpert
 from lamella_core.layers.norm import RMSNorm
 from lamella_core.models._moe import SparseConfig
-from lamella_core.models._rules import expert_rules, gated_mlp_rules, module_rules, norm_rules, vocabulary_rules
+from lamella_core.models._rules import (
+    expert_rules,
+    gated_mlp_rules,
+    module_rules,
+    norm_rules,
+    shared_expert_rules,
+    vocabulary_rules,
+)
 from lamella_core.models.base import CausalLM
 
 _ATTENTION = "layers.{i}.attention"
@@ -117,14 +124,6 @@ def _attention_rules() -> list[WeightRule]:
     ]
 
 
-def _shared_expert_rules() -> list[WeightRule]:
-    source, target = "model.layers.{i}.mlp.shared_experts", "layers.{i}.mlp.shared"
-    return [
-        *(WeightRule(f"{source}.{s}_proj.weight", f"{target}.gate_up_proj.weight", section=s) for s in ("gate", "up")),
-        WeightRule(f"{source}.down_proj.weight", f"{target}.down_proj.weight"),
-    ]
-
-
 class DeepseekModel(CausalLM):
     """Pre-norm decoder: RMSNorm, latent attention, gated MLPs in the first layers, then experts beside a shared one."""
 
@@ -136,7 +135,7 @@ class DeepseekModel(CausalLM):
         *_attention_rules(),
         *gated_mlp_rules(),
         *expert_rules(),
-        *_shared_expert_rules(),
+        *shared_expert_rules("mlp.shared_experts"),
     )
 
     def make_layer(self, index: int) -> nn.Module:

@@ -72,14 +72,24 @@ def attention_rules(out: str = "o_proj") -> list[WeightRule]:
     return [*fused, *_both(f"{_LAYER}.self_attn.{out}", "layers.{i}.attention.o_proj")]
 
 
-def gated_mlp_rules() -> list[WeightRule]:
-    """Gate and up projections fused into one; biases where the model has them."""
+def gated_mlp_rules(module: str = "mlp", target: str = "layers.{i}.mlp") -> list[WeightRule]:
+    """Gate and up projections fused into one; biases where the model has them.
+
+    ``module`` is where a layer of the checkpoint has them.
+    """
+    source = f"{_LAYER}.{module}"
     fused = [
-        WeightRule(f"{_LAYER}.mlp.{s}_proj.{leaf}", f"layers.{{i}}.mlp.gate_up_proj.{leaf}", section=s)
+        WeightRule(f"{source}.{s}_proj.{leaf}", f"{target}.gate_up_proj.{leaf}", section=s)
         for s in ("gate", "up")
         for leaf in ("weight", "bias")
     ]
-    return [*fused, *_both(f"{_LAYER}.mlp.down_proj", "layers.{i}.mlp.down_proj")]
+    return [*fused, *_both(f"{source}.down_proj", f"{target}.down_proj")]
+
+
+def shared_expert_rules(module: str = "mlp.shared_expert") -> list[WeightRule]:
+    """A gated expert that every token goes to, and its own gate where the model has one."""
+    target = "layers.{i}.mlp.shared"
+    return [*gated_mlp_rules(module, target), WeightRule(f"{_LAYER}.{module}_gate.weight", f"{target}.gate.weight")]
 
 
 def fused_mlp_rules() -> list[WeightRule]:
@@ -101,13 +111,17 @@ def plain_mlp_rules(up: str = "up_proj", down: str = "down_proj") -> list[Weight
 
 
 def expert_rules(
-    module: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"), router: str = "gate"
+    module: str = "mlp",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    router: str = "gate",
+    held: str = "mlp",
 ) -> list[WeightRule]:
     """Router and experts: one tensor per expert and projection, as on the hub, or all in one, as transformers has them.
 
-    ``module`` is where the hub has them, ``names`` are its gate, up and down projections.
+    ``module`` is where the hub has them, ``names`` are its gate, up and down projections. ``held`` is where
+    transformers has them, ``router`` what it calls the router.
     """
-    hub, held, target = f"{_LAYER}.{module}", f"{_LAYER}.mlp", "layers.{i}.mlp"
+    hub, held, target = f"{_LAYER}.{module}", f"{_LAYER}.{held}", "layers.{i}.mlp"
     gate_up, down = f"{target}.experts.gate_up_proj.weight", f"{target}.experts.down_proj.weight"
     sources = dict.fromkeys((f"{hub}.gate.weight", f"{held}.{router}.weight"))
     return [

@@ -21,13 +21,12 @@ from lamella_core.layers.mixer import TokenMixer
 from lamella_core.layers.mlp import GatedMLP
 from lamella_core.layers.norm import RMSNorm
 from lamella_core.layers.state_space import Mamba2Mixer, Mamba2Sizes
-from lamella_core.models._rules import attention_rules, module_rules
+from lamella_core.models._rules import attention_rules, gated_mlp_rules
 from lamella_core.models._state_space import mixer_rules, time_step_limit
 from lamella_core.models.base import CausalLM
 from lamella_core.models.registry import register
 
 _LAYER = "model.layers.{i}"
-_GATED = {"gate_proj": "gate", "up_proj": "up"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +105,7 @@ class BambaForCausalLM(CausalLM):
         WeightRule(f"{_LAYER}.pre_ff_layernorm.weight", "layers.{i}.mlp_norm.weight"),
         *mixer_rules(f"{_LAYER}.mamba", "layers.{i}.attention"),
         *attention_rules(),
-        *(
-            WeightRule(f"{_LAYER}.feed_forward.{name}.{leaf}", f"layers.{{i}}.mlp.gate_up_proj.{leaf}", section=section)
-            for name, section in _GATED.items()
-            for leaf in ("weight", "bias")
-        ),
-        *module_rules({"down_proj": "down_proj"}, f"{_LAYER}.feed_forward.", "layers.{i}.mlp."),
+        *gated_mlp_rules("feed_forward"),
     )
 
     def make_layer(self, index: int) -> nn.Module:

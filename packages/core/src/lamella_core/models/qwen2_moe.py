@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lamella_core.checkpoint.rules import WeightRule
 from lamella_core.errors import ConfigError
 from lamella_core.hf_config import HfConfig
 from lamella_core.layers.attention import Attention
@@ -16,7 +15,14 @@ from lamella_core.layers.mlp import FeedForward, GatedMLP
 from lamella_core.layers.moe import MoE, SharedExpert
 from lamella_core.layers.norm import RMSNorm
 from lamella_core.models._moe import SparseConfig
-from lamella_core.models._rules import attention_rules, expert_rules, gated_mlp_rules, norm_rules, vocabulary_rules
+from lamella_core.models._rules import (
+    attention_rules,
+    expert_rules,
+    gated_mlp_rules,
+    norm_rules,
+    shared_expert_rules,
+    vocabulary_rules,
+)
 from lamella_core.models.base import CausalLM
 from lamella_core.models.registry import register
 
@@ -60,15 +66,6 @@ class Qwen2MoeConfig(SparseConfig):
         }
 
 
-def _shared_expert_rules() -> list[WeightRule]:
-    source, target = "model.layers.{i}.mlp.shared_expert", "layers.{i}.mlp.shared"
-    return [
-        *(WeightRule(f"{source}.{s}_proj.weight", f"{target}.gate_up_proj.weight", section=s) for s in ("gate", "up")),
-        WeightRule(f"{source}.down_proj.weight", f"{target}.down_proj.weight"),
-        WeightRule(f"{source}_gate.weight", f"{target}.gate.weight"),
-    ]
-
-
 @register("Qwen2MoeForCausalLM")
 class Qwen2MoeForCausalLM(CausalLM):
     """Pre-norm decoder: RMSNorm, grouped-query attention, experts beside a gated shared one or a gated MLP."""
@@ -82,7 +79,7 @@ class Qwen2MoeForCausalLM(CausalLM):
         *attention_rules(),
         *gated_mlp_rules(),
         *expert_rules(),
-        *_shared_expert_rules(),
+        *shared_expert_rules(),
     )
 
     def make_layer(self, index: int) -> nn.Module:
