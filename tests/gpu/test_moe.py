@@ -16,13 +16,13 @@ from lamella_core.kernels.triton import moe
 from lamella_executor import SamplingParams
 from lamella_executor.runner.cuda.runner import CudaRunner
 
+WITH_EXPERTS = (
+    "MixtralForCausalLM", "PhimoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Llama4ForCausalLM",
+    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM",
+)  # fmt: skip
 ROUTED = [
-    ("MixtralForCausalLM", "top2"),
-    ("PhimoeForCausalLM", "jitter"),
-    ("Qwen2MoeForCausalLM", "shared"),
-    ("Qwen3MoeForCausalLM", "wide_heads"),
-    *(("DeepseekV2ForCausalLM", variant) for variant in TINY["DeepseekV2ForCausalLM"]),
-    *(("DeepseekV3ForCausalLM", variant) for variant in TINY["DeepseekV3ForCausalLM"]),
+    *((architecture, next(iter(TINY[architecture]))) for architecture in WITH_EXPERTS),
+    *(("DeepseekV3ForCausalLM", variant) for variant in list(TINY["DeepseekV3ForCausalLM"])[1:]),
 ]
 
 

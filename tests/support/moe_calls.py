@@ -6,7 +6,7 @@ import torch
 
 from lamella_core.kernels import ops
 from lamella_core.kernels.experts import ExpertProjection, ExpertStack, Swiglu
-from lamella_core.kernels.triton import moe
+from lamella_core.kernels.triton import moe, routing
 from lamella_core.kernels.triton.launch import has_float8
 
 FLOAT8 = torch.float8_e4m3fn
@@ -39,6 +39,7 @@ def call(tokens: int, experts: ExpertStack, dtype: torch.dtype = torch.bfloat16)
 
 
 def calls() -> None:
+    routing.top_k_softmax(torch.empty(4, 128, dtype=torch.bfloat16), 8, True)
     for tokens in (1, 80, 4096):
         call(tokens, stack(torch.bfloat16))
     call(8, stack(torch.float32), torch.float32)

@@ -8,6 +8,7 @@ KERNELS = {
     "_place_kernel",
     "product_kernel",
     "sum_kernel",
+    "_top_k_kernel",
     "quantize_kernel",
     "_quantize_per_token_kernel",
 }

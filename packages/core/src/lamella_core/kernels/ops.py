@@ -52,6 +52,16 @@ def silu_and_mul(gate_up: Tensor, out_scale: Tensor | None = None) -> Tensor:
     return cpu_ops.silu_and_mul(gate_up)
 
 
+def top_k_softmax(scores: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` largest of softmax(scores [T, N]): places [T, top_k] int64 and values float32, perhaps rescaled."""
+    if scores.is_cuda and triton_kernels.is_available():
+        from lamella_core.kernels.triton.routing import top_k_softmax as top_k_softmax_kernel
+
+        return top_k_softmax_kernel(scores, top_k, renormalize)
+    values, places = torch.softmax(scores.float(), dim=-1).topk(top_k, dim=-1)
+    return places, values / values.sum(-1, keepdim=True) if renormalize else values
+
+
 def rope_inplace(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool = False) -> None:
     """Rotates the first ``rotary_dim`` values of every head of q [T, Hq, D] and k [T, Hkv, D] in place."""
     rope = reference.rope_inplace if q.is_cuda else cpu_ops.rope_inplace

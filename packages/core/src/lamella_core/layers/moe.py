@@ -14,6 +14,7 @@ from torch import nn
 from lamella_core.checks import check_integer
 from lamella_core.config import ModelConfig
 from lamella_core.context import ForwardContext
+from lamella_core.kernels import ops
 from lamella_core.kernels import triton as triton_kernels
 from lamella_core.kernels.experts import ExpertStack
 from lamella_core.layers.activation import GatedActivation, gated, sigmoid, swiglu_of
@@ -63,11 +64,11 @@ class TopKRouter(Router):
         super().__init__(config, num_experts, top_k, name=name, bias=bias)
         self.renormalize = renormalize
 
+    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.choose(self.gate(x, ctx))
+
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, experts = torch.softmax(scores, dim=-1).topk(self.top_k, dim=-1)
-        if self.renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return experts, weights
+        return ops.top_k_softmax(scores, self.top_k, self.renormalize)
 
 
 class SigmoidRouter(Router):
