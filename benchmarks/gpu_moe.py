@@ -102,7 +102,7 @@ def make_stack(shape: Shape, dtype: torch.dtype, *, random_weights: bool = True)
         return ExpertProjection(weight, None, scale)
 
     up, down = projection(2 * shape.inner, shape.hidden), projection(shape.hidden, shape.inner)
-    return ExpertStack(0, up, down, ops.silu_and_mul, Swiglu())
+    return ExpertStack(shape.experts, 0, up, down, ops.silu_and_mul, Swiglu())
 
 
 def routed(shape: Shape, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -85,7 +85,7 @@ def test_the_same_bits_every_time(dtype, tokens):
         weight = torch.randn(32, n, k, device="cuda", generator=generator).mul_(0.1).to(dtype)
         return ExpertProjection(weight, None, torch.full((32,), 0.5, device="cuda") if dtype.itemsize == 1 else None)
 
-    stack = ExpertStack(0, projection(512, 256), projection(256, 256), torch.nn.Identity(), Swiglu())
+    stack = ExpertStack(32, 0, projection(512, 256), projection(256, 256), torch.nn.Identity(), Swiglu())
     x = torch.randn(tokens, 256, device="cuda", generator=generator).bfloat16()
     weights, experts = torch.randn(tokens, 32, device="cuda", generator=generator).softmax(-1).topk(6, dim=-1)
     first = moe.gated_experts(x, experts, weights, stack)

@@ -25,6 +25,7 @@ def projection(n: int, k: int, dtype: torch.dtype, *, scaling: str, bias: bool) 
 
 def stack(dtype: torch.dtype, *, scaling: str = "", bias: bool = False, gate: Swiglu | None = None) -> ExpertStack:
     return ExpertStack(
+        num_experts=2 * HELD,
         first=HELD,
         gate_up=projection(2 * INNER, H, dtype, scaling=scaling, bias=bias),
         down=projection(H, INNER, dtype, scaling=scaling, bias=bias),

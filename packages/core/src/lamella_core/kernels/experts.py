@@ -37,7 +37,8 @@ class ExpertProjection:
 class ExpertStack:
     """The gated MLPs of a rank's experts."""
 
-    first: int  # number of the first, of all experts of the model
+    num_experts: int  # of the model, on all ranks
+    first: int  # number of this rank's first
     gate_up: ExpertProjection  # [E, 2 I, H], gate first
     down: ExpertProjection  # [E, H, I]
     activation: Callable[[Tensor], Tensor]  # [T, 2 I] -> [T, I]

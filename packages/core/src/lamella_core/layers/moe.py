@@ -137,6 +137,7 @@ class GatedExperts(nn.Module):
         super().__init__()
         mapping = config.mapping
         self.scale_inputs = scale_inputs
+        self.num_experts = num_experts
         self.local_experts = mapping.ep_experts(num_experts)
         held = len(self.local_experts)
         stack = Section(num_experts, self.local_experts.start, held, held)
@@ -172,6 +173,7 @@ class GatedExperts(nn.Module):
         """Returns the experts as kernels take them."""
         gate_up, down = self.gate_up_proj, self.down_proj
         return ExpertStack(
+            self.num_experts,
             self.local_experts.start,
             gate_up.method.stacked(gate_up, gate_up.bias),
             down.method.stacked(down, down.bias if self.adds_bias else None),

@@ -28,7 +28,7 @@ from lamella_core.kernels.triton.launch import (
     next_power_of_2,
     use_pdl,
 )
-from lamella_core.kernels.triton.moe_align import Blocks, make_blocks
+from lamella_core.kernels.triton.moe_align import Blocks, make_blocks, needs_sorting
 from lamella_core.kernels.triton.moe_kernels import product_kernel, quantize_kernel, sum_kernel
 from lamella_core.kernels.triton.quantize import quantize_fp8_per_token
 
@@ -72,14 +72,14 @@ TILES: tuple[tuple[float, Tile], ...] = (
 FLOAT32_TILE = Tile(block_m=16, block_n=64, block_bytes=128, num_warps=4, num_stages=2)
 
 
-def default_tile(tokens: int, top_k: int, held: int, dtype: torch.dtype) -> Tile:
-    """Returns the tile for products over so many tokens, each with ``top_k`` of the experts.
+def default_tile(tokens: int, top_k: int, num_experts: int, dtype: torch.dtype) -> Tile:
+    """Returns the tile for products over so many tokens, each with ``top_k`` of the model's experts.
 
     One tile serves both products: they share the order of rows.
     """
     if dtype == torch.float32:
         return FLOAT32_TILE
-    rows = tokens * top_k / max(1, min(held, tokens * top_k))
+    rows = tokens * top_k / max(1, min(num_experts, tokens * top_k))
     return next(tile for most, tile in TILES if rows <= most)
 
 
@@ -114,9 +114,12 @@ def gated_experts(x: Tensor, experts: Tensor, weights: Tensor, stack: ExpertStac
         return torch.empty_like(x)
     experts, weights = experts.contiguous(), weights.contiguous()
     up, down = stack.gate_up, stack.down
-    tile = tile or default_tile(tokens, top_k, stack.held, up.weight.dtype)
+    tile = tile or default_tile(tokens, top_k, stack.num_experts, up.weight.dtype)
     tile = fitting(tile, x.device)
-    blocks = make_blocks(experts, stack.first, stack.held, tile.block_m)
+    if needs_sorting(tokens, top_k, stack.num_experts):
+        blocks = make_blocks(experts, stack.first, stack.held, tile.block_m)
+    else:
+        blocks = Blocks(experts.numel(), experts)
     if stack.scale_inputs:
         rows = (x.unsqueeze(1) * weights.to(x.dtype).unsqueeze(-1)).flatten(0, 1)
     else:

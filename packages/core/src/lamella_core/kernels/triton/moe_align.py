@@ -43,9 +43,9 @@ def most_blocks(assignments: int, held: int, block_m: int) -> int:
     return hit + (assignments - hit) // block_m
 
 
-def needs_sorting(tokens: int, top_k: int, held: int) -> bool:
-    """Whether sorting pays: else hardly two tokens share an expert."""
-    return tokens > 1 and tokens * top_k > held // FEW_EXPERTS_HIT
+def needs_sorting(tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether sorting pays: else hardly two tokens share one of the model's experts."""
+    return tokens > 1 and tokens * top_k > num_experts // FEW_EXPERTS_HIT
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -111,7 +111,7 @@ def _place_kernel(  # type: ignore[no-untyped-def]
 
 
 def make_blocks(experts: Tensor, first: int, held: int, block_m: int) -> Blocks:
-    """Divides the assignments to the experts ``first`` ... ``first + held - 1`` into blocks of ``block_m`` rows.
+    """Sorts the assignments to the experts ``first`` ... ``first + held - 1`` into blocks of ``block_m`` rows of one expert.
 
     Args:
         experts: of each token, [T, top_k] int64, contiguous; those of other ranks get no block.
@@ -119,10 +119,7 @@ def make_blocks(experts: Tensor, first: int, held: int, block_m: int) -> Blocks:
         held: experts of this rank.
         block_m: rows of a block, a power of two.
     """
-    tokens, top_k = experts.shape
-    total = tokens * top_k
-    if not needs_sorting(tokens, top_k, held):
-        return Blocks(total, experts)
+    total = experts.numel()
     count = most_blocks(total, held, block_m)
     counts = torch.empty(held, dtype=torch.int32, device=experts.device)
     rows = torch.empty(count * block_m, dtype=torch.int32, device=experts.device)
