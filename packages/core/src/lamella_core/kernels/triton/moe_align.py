@@ -111,7 +111,7 @@ def _place_kernel(  # type: ignore[no-untyped-def]
 
 
 def make_blocks(experts: Tensor, first: int, held: int, block_m: int) -> Blocks:
-    """Sorts the assignments to the experts ``first`` ... ``first + held - 1`` into blocks of ``block_m`` rows of one expert.
+    """Sorts the assignments to this rank's experts into blocks of ``block_m`` rows, each of one expert.
 
     Args:
         experts: of each token, [T, top_k] int64, contiguous; those of other ranks get no block.
