@@ -1,12 +1,13 @@
-"""Calls that compile the kernels of state-space layers: see `tests.support.triton_compiler`."""
+"""Calls that compile the kernels of layers with states: see `tests.support.triton_compiler`."""
 
 from __future__ import annotations
 
 import torch
 
 from lamella_core.context import RecurrentStep
+from lamella_core.kernels.cpu.delta_rule import DecayParameters
 from lamella_core.kernels.cpu.state_space import ScanParameters
-from lamella_core.kernels.triton import state_space
+from lamella_core.kernels.triton import delta_rule, state_space
 
 SLOTS = 4
 
@@ -18,7 +19,7 @@ def _step() -> RecurrentStep:
 
 
 def calls() -> None:
-    """Mamba-2.8B's and Mamba-2 2.7B's layers, in bfloat16; and float32."""
+    """Mamba-2.8B's, Mamba-2 2.7B's and Qwen3-Next's layers, in bfloat16; and float32."""
     step, tokens = _step(), 101
     for dtype, heads, size, groups, state in (
         (torch.bfloat16, 5120, 1, 1, 16),
@@ -35,3 +36,7 @@ def calls() -> None:
         b = torch.zeros(tokens, groups, state, dtype=dtype)
         states = torch.zeros(SLOTS + 1, heads, size, state)
         state_space.selective_scan(x.unflatten(1, (heads, size)), x[:, :heads], b, b, params, states, step)
+    for dtype, key_heads, heads, size in ((torch.bfloat16, 16, 32, 128), (torch.float32, 2, 4, 64)):
+        params, states = DecayParameters(torch.zeros(heads), torch.zeros(heads)), torch.zeros(SLOTS, heads, size, size)
+        qkv = torch.zeros(tokens, (2 * key_heads + heads) * size, dtype=dtype)
+        delta_rule.gated_delta_rule(qkv, qkv[:, :heads], qkv[:, heads : 2 * heads], params, states, step)

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from lamella_core.context import RecurrentStep
 from lamella_core.kernels import triton as triton_kernels
+from lamella_core.kernels.cpu import delta_rule as cpu_delta_rule
 from lamella_core.kernels.cpu import ops as cpu_ops
 from lamella_core.kernels.cpu import reference
 from lamella_core.kernels.cpu import state_space as cpu_state_space
+from lamella_core.kernels.cpu.delta_rule import DecayParameters
 from lamella_core.kernels.cpu.state_space import ScanParameters
 
 
@@ -93,3 +95,14 @@ def selective_scan(
 
         return selective_scan_kernel(x, dt, b, c, params, states, step)
     return cpu_state_space.selective_scan(x, dt, b, c, params, states, step)
+
+
+def gated_delta_rule(
+    qkv: Tensor, a: Tensor, b: Tensor, params: DecayParameters, states: Tensor, step: RecurrentStep
+) -> Tensor:
+    """Gated delta rule of qkv [T, 2 K D + H V] with a and b [T, H]: [T, H, V]; brings ``states`` up to date."""
+    if qkv.is_cuda and triton_kernels.is_available():
+        from lamella_core.kernels.triton.delta_rule import gated_delta_rule as gated_delta_rule_kernel
+
+        return gated_delta_rule_kernel(qkv, a, b, params, states, step)
+    return cpu_delta_rule.gated_delta_rule(qkv, a, b, params, states, step)

@@ -42,7 +42,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tenso
     Returns:
         [T, C] in x's dtype, computed in float32.
     """
-    starts, slots = _starts(step), step.slots.long()
+    starts, slots = sequence_starts(step), step.slots.long()
     num_before = weight.shape[1] - 1
     before = windows[slots].masked_fill(step.is_first[:, None, None], 0.0).transpose(1, 2)  # [S, W - 1, C]
     lengths = (starts[1:] - starts[:-1]).long()
@@ -88,7 +88,7 @@ def selective_scan(
     steps = softplus(dt.float() + params.dt_bias.float())
     if params.dt_min > 0.0 or params.dt_max is not None:
         steps = steps.clamp(params.dt_min, params.dt_max)
-    library, starts, d = kernels(), _starts(step), params.d.float()
+    library, starts, d = kernels(), sequence_starts(step), params.d.float()
     wide_x, wide_b, wide_c = (tensor.float().contiguous() for tensor in (x, b, c))
     is_native = library is not None and x.is_cpu and states.is_contiguous() and states.dtype == torch.float32
     if not is_native:
@@ -111,7 +111,7 @@ def softplus(x: Tensor) -> Tensor:
     return torch.where(x > _SOFTPLUS_LINEAR, x, x.clamp(max=_SOFTPLUS_LINEAR).exp_().log1p_())
 
 
-def _starts(step: RecurrentStep) -> Tensor:
+def sequence_starts(step: RecurrentStep) -> Tensor:
     """Returns the first token of every sequence, and the end of the last: [S + 1] int32."""
     num_decode, device = step.num_decode, step.slots.device
     if num_decode == step.slots.shape[0]:
@@ -128,19 +128,19 @@ def _scan(
     """`selective_scan` through PyTorch, token by token; all float32."""
     out = torch.empty_like(x)
     repeats = x.shape[1] // b.shape[1]
-    bounds = _starts(step).tolist()
+    bounds = sequence_starts(step).tolist()
     for i, (slot, is_first) in enumerate(zip(step.slots.tolist(), step.is_first.tolist(), strict=True)):
         h = torch.zeros_like(states[slot]) if is_first else states[slot]  # [H, P, N]
         for t in range(bounds[i], bounds[i + 1]):
             decay = (dt[t, :, None] * a).exp()[:, None, :]  # [H, 1, N] or [H, 1, 1]
             inputs = (dt[t, :, None] * x[t])[:, :, None] * b[t].repeat_interleave(repeats, 0)[:, None, :]
             h = h * decay + inputs
-            out[t] = _tree_sum(h * c[t].repeat_interleave(repeats, 0)[:, None, :]) + d[:, None] * x[t]
+            out[t] = tree_sum(h * c[t].repeat_interleave(repeats, 0)[:, None, :]) + d[:, None] * x[t]
         states[slot] = h
     return out
 
 
-def _tree_sum(x: Tensor) -> Tensor:
+def tree_sum(x: Tensor) -> Tensor:
     """Sums the last dimension in an order that depends on its size alone."""
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2

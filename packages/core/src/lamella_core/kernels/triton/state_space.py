@@ -28,7 +28,7 @@ _LEAST_DOT = 16  # smallest side of a matrix product
 
 
 @triton.jit
-def _softplus(x):  # type: ignore[no-untyped-def]
+def softplus(x):  # type: ignore[no-untyped-def]
     """log(1 + e^x) with a small relative error, also where e^x is lost beside 1."""
     e = tl.exp(tl.minimum(x, 20.0))
     u = 1.0 + e
@@ -37,7 +37,7 @@ def _softplus(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _bounds(query_start_ptr, sequence, first, IS_DECODE: tl.constexpr):  # type: ignore[no-untyped-def]
+def token_bounds(query_start_ptr, sequence, first, IS_DECODE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The first token of one of the launch's sequences and that after its last; ``first`` tokens stand before them."""
     if IS_DECODE:
         begin = sequence
@@ -61,7 +61,7 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
     sequence, block = tl.program_id(0), tl.program_id(1)
-    begin, end = _bounds(query_start_ptr, sequence, first, IS_DECODE)
+    begin, end = token_bounds(query_start_ptr, sequence, first, IS_DECODE)
     start = begin + block * BLOCK_T
     if start >= end:
         return
@@ -130,7 +130,7 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
     sequence, block = tl.program_id(0), tl.program_id(1)
-    begin, end = _bounds(query_start_ptr, sequence, first, IS_DECODE)
+    begin, end = token_bounds(query_start_ptr, sequence, first, IS_DECODE)
     if not IS_DECODE:
         sequence += first
     is_fresh = tl.load(is_first_ptr + sequence) != 0
@@ -162,7 +162,7 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
     b_at, c_at = b_ptr + at * bc_stride + group * N + n, c_ptr + at * bc_stride + group * N + n
     for _ in range(begin, end):
         x = tl.load(x_at, in_rows, other=0.0).to(tl.float32)
-        dt = _softplus(tl.load(dt_at, in_rows, other=0.0).to(tl.float32) + dt_bias)
+        dt = softplus(tl.load(dt_at, in_rows, other=0.0).to(tl.float32) + dt_bias)
         if HAS_BOUNDS:
             dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
         b = tl.load(b_at, n < N, other=0.0).to(tl.float32)
@@ -190,7 +190,7 @@ def _chunk_scan_kernel(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
     sequence, head = tl.program_id(0), tl.program_id(1)
-    begin, end = _bounds(query_start_ptr, sequence, first, False)
+    begin, end = token_bounds(query_start_ptr, sequence, first, False)
     sequence += first
     is_fresh = tl.load(is_first_ptr + sequence) != 0
     slot = tl.load(slots_ptr + sequence).to(tl.int64)
@@ -209,7 +209,7 @@ def _chunk_scan_kernel(  # type: ignore[no-untyped-def]
     for start in range(begin, end, L):
         at = start + step.to(tl.int64)
         is_token = start + step < end
-        dt = _softplus(tl.load(dt_ptr + at * dt_stride + head, is_token, other=0.0).to(tl.float32) + dt_bias)
+        dt = softplus(tl.load(dt_ptr + at * dt_stride + head, is_token, other=0.0).to(tl.float32) + dt_bias)
         if HAS_BOUNDS:
             dt = tl.minimum(tl.maximum(dt, dt_min), dt_max)
         dt = tl.where(is_token, dt, 0.0)  # what pads a chunk neither decays nor adds

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "lanes.h"
+#include "padding.h"
 
 namespace lamella {
 namespace {
@@ -15,29 +16,11 @@ struct Scan {
   const float *x, *dt, *a, *b, *c, *d;
   float *states, *y;
   i64 heads, head_dim, size, groups, a_size, x_stride, dt_stride, bc_stride;
-
-  i64 padded() const { return (size + VW - 1) / VW * VW; }
 };
-
-// Copies rows of `size` values to rows of `padded` ones, or back; what pads is zero.
-void widen(const float* from, float* to, i64 rows, i64 size, i64 padded) {
-  for (i64 r = 0; r < rows; ++r) {
-    std::memcpy(to + r * padded, from + r * size, std::size_t(size) * sizeof(float));
-    for (i64 n = size; n < padded; ++n) to[r * padded + n] = 0.0f;
-  }
-}
-const float* widened(const float* from, float* to, i64 size, i64 padded) {
-  if (size == padded) return from;
-  widen(from, to, 1, size, padded);
-  return to;
-}
-void narrow(const float* from, float* to, i64 rows, i64 size, i64 padded) {
-  for (i64 r = 0; r < rows; ++r) std::memcpy(to + r * size, from + r * padded, std::size_t(size) * sizeof(float));
-}
 
 // Tokens [begin, end) of one sequence and head. `scratch` holds the head's states [head_dim, padded], then four rows.
 void scan_head(const Scan& s, i64 head, float* stored, bool is_first, i64 begin, i64 end, float* scratch) {
-  const i64 padded = s.padded(), group = head / (s.heads / s.groups);
+  const i64 padded = padded_size(s.size), group = head / (s.heads / s.groups);
   float *h = scratch, *a = h + s.head_dim * padded, *decay = a + padded;
   float *own_b = decay + padded, *own_c = own_b + padded;  // where the source's rows are not whole registers
   if (is_first)
@@ -93,7 +76,7 @@ LAMELLA_API std::int32_t lamella_state_scan(const float* x, const float* dt, con
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 8) reduction(|| : failed) if (threads > 1 && jobs > 1 && work > PARALLEL_WORK)
   for (i64 job = 0; job < jobs; ++job) {
     static thread_local Scratch memory;
-    float* scratch = memory.floats(std::size_t((head_dim + 4) * scan.padded()));
+    float* scratch = memory.floats(std::size_t((head_dim + 4) * padded_size(size)));
     if (!scratch) {
       failed = true;
       continue;
