@@ -69,14 +69,13 @@ def test_a_killed_rank_ends_the_engine_and_the_next_one_works(sizes, prompts, tm
     free = torch.cuda.mem_get_info(0)[0]
     with open_engine(directory) as executor:
         before = [r.outputs[0].token_ids for r in executor.generate(prompts, PARAMS[0])]
-        running = executor.generate_async(prompts[0], SamplingParams(max_tokens=60, ignore_eos=True), streaming=True)
-        next(iter(running))
         (worker,) = children()
-        os.kill(worker, signal.SIGSTOP)
-        time.sleep(0.3)
+        os.kill(worker, signal.SIGSTOP)  # so that this rank's GPU waits for the other's
+        running = executor.generate_async(prompts[0], PARAMS[0])
+        time.sleep(0.5)
         os.kill(worker, signal.SIGKILL)
         started = time.monotonic()
-        with pytest.raises(EngineDeadError, match=r"rank 1 .*was killed by signal 9 \(SIGKILL\) in phase decode"):
+        with pytest.raises(EngineDeadError, match=r"rank 1 .*was killed by signal 9 \(SIGKILL\) in phase prefill"):
             running.result(20)
         assert time.monotonic() - started < 5.0
     assert wait_for(lambda: not children())

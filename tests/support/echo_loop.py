@@ -61,6 +61,11 @@ class EchoLoop:
             command.fail(make_error())
         self.active.clear()
 
+    def abandon(self, make_error: Callable[[], Exception]) -> None:
+        left, self.active = self.active, {}
+        for command, _ in left.values():
+            command.fail(make_error())
+
 
 def echo_executor(loop: EchoLoop | None = None) -> GenerationExecutor:
     return GenerationExecutor(loop or EchoLoop(), LIMITS)

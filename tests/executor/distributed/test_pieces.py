@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.sharded import LIMITS, sharded_engine
+from tests.support.echo_loop import LIMITS, EchoLoop
+from tests.support.sharded import LIMITS as BUILD
+from tests.support.sharded import sharded_engine
 from tests.support.tiny_models import hf_dir
+from tests.support.worker_crews import wait_for
 
 from lamella_core.engine import BuildConfig, Engine
-from lamella_core.errors import CommunicationError, ConfigError, WorkerError
+from lamella_core.errors import CommunicationError, ConfigError, EngineDeadError, WorkerError
 from lamella_core.mapping import Mapping
 from lamella_core.models.registry import get_model_class
-from lamella_executor import GenerationExecutor, KvCacheConfig
+from lamella_executor import GenerationExecutor, KvCacheConfig, SamplingParams, engine_thread
 from lamella_executor.memory import KvCachePlan
 from lamella_executor.runner.base import LaunchingRunner, PipelinedRunner
 from lamella_executor.runner.distributed import Sender, distribute
@@ -145,6 +148,26 @@ def test_the_alarm_sounds_once_whoever_comes_late():
     assert heard == [first, first] and aborted == [True] and alarm.stop.is_set()
 
 
+@pytest.mark.parametrize("hangs", [True, False])
+def test_users_hear_of_a_failure_even_if_the_loop_hangs(hangs, monkeypatch):
+    monkeypatch.setattr(engine_thread, "ABANDON_S", 0.2)
+    loop, alarm = EchoLoop(), Alarm()
+    executor = GenerationExecutor(loop, LIMITS, connect=alarm.connect)
+    loop.gate.clear()
+    results = [executor.generate_async([5], SamplingParams(max_tokens=9)) for _ in range(3)]
+    assert wait_for(lambda: len(loop.active) > 0)
+    if not hangs:
+        loop.gate.set()
+    alarm(WorkerError("rank 1 died"))
+    for result in results:
+        with pytest.raises(EngineDeadError, match="WorkerError: rank 1 died"):
+            result.result(5)
+    with pytest.raises(EngineDeadError, match="rank 1 died"):
+        executor.generate([5])
+    loop.gate.set()
+    executor.shutdown()
+
+
 def test_options_cross_as_json():
     kv = KvCacheConfig(max_tokens=64, max_attention_window=(4, 8), sink_token_length=1, free_gpu_memory_fraction=0.3)
     options = RankOptions(kv, 4, None, "torch", ("a", "b"), 12.5)
@@ -199,7 +222,7 @@ def test_engines_of_several_ranks_are_found_by_their_directory():
 def test_an_engine_in_memory_of_one_rank_of_several_says_what_to_do():
     mapping = Mapping(world_size=2, tp_size=2)
     model = get_model_class(LLAMA[0]).from_hugging_face(hf_dir(*LLAMA), mapping=mapping)
-    engine = Engine.from_model(model, BuildConfig(**LIMITS))
+    engine = Engine.from_model(model, BuildConfig(**BUILD))
     with pytest.raises(
         ConfigError, match=r"2 ranks \(tp_size 2 x pp_size 1\) and holds ranks \[0\] in memory.*lamella-build"
     ):

@@ -193,3 +193,12 @@ class Roster:
             if not active.is_done:
                 active.fail(make_error())
         self._active.clear()
+
+    def abandon(self, make_error: Callable[[], Exception]) -> None:
+        """Tells every user an error of its own, on another thread than the loop's, which hangs."""
+        for active in list(self._active.values()):
+            try:
+                if not active.is_done:
+                    active.fail(make_error())
+            except RuntimeError:  # the loop has come back at this moment, and tells it itself
+                continue

@@ -7,7 +7,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from lamella_executor.failures import detach
@@ -16,6 +16,7 @@ from lamella_executor.mailbox import Abort, Command, Mailbox
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 4.0  # how long a stop waits for the step that runs
+ABANDON_S = 3.0  # after a rank's failure, how long users wait for the step that runs
 _numbers = itertools.count(1)  # for thread names only
 
 
@@ -33,6 +34,10 @@ class Loop(Protocol):
 
     def fail_all(self, make_error: Callable[[], Exception]) -> None:
         """Ends every request the loop holds."""
+        ...
+
+    def abandon(self, make_error: Callable[[], Exception]) -> None:
+        """Ends every request on another thread, while the loop's own hangs in a step; changes nothing else."""
         ...
 
 
@@ -53,6 +58,7 @@ class EngineThread:
         """
         self._mailbox = mailbox
         self._close = close
+        self._loop: Loop | None = loop  # until the thread ends
         self._thread = threading.Thread(
             target=_run, args=(loop, mailbox, self._ended), name=f"lamella-engine-{next(_numbers)}", daemon=True
         )
@@ -69,6 +75,23 @@ class EngineThread:
         """Tells the loop to end after the step that runs; does not wait. Safe inside a garbage collection."""
         self._mailbox.close()
 
+    def die(self, cause: BaseException) -> None:
+        """Ends the engine for a cause that another thread has found; does not wait.
+
+        If the loop does not come back from its step within `ABANDON_S`, its requests fail nevertheless.
+        """
+        self._mailbox.close(cause)
+        threading.Thread(target=self._bury, name=f"{self._thread.name}-end", daemon=True).start()
+
+    def _bury(self) -> None:
+        self._thread.join(ABANDON_S)
+        loop = self._loop
+        if loop is None or not self._thread.is_alive():
+            return
+        logger.error("the engine thread hangs in its step %.1f s after the engine's end; its requests fail", ABANDON_S)
+        loop.abandon(self._mailbox.dead_error)
+        _fail_commands(self._mailbox.take_rest(), self._mailbox)
+
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> bool:
         """Ends the loop and waits for it; returns whether the thread ended within ``timeout`` seconds. Idempotent."""
         self.request_stop()
@@ -82,7 +105,7 @@ class EngineThread:
         return True
 
     def _ended(self) -> None:
-        close, self._close = self._close, None
+        close, self._close, self._loop = self._close, None, None
         if close is not None:
             close()
 
@@ -97,10 +120,14 @@ def _run(loop: Loop, mailbox: Mailbox, ended: Callable[[], None]) -> None:
         loop.fail_all(mailbox.dead_error)
     finally:
         mailbox.close(RuntimeError("the engine thread ended unexpectedly"))
-        for command in (*taken, *mailbox.take_rest()):
-            if not isinstance(command, Abort) and not command.done:
-                command.fail(mailbox.dead_error())
+        _fail_commands((*taken, *mailbox.take_rest()), mailbox)
         ended()
+
+
+def _fail_commands(commands: Iterable[Command], mailbox: Mailbox) -> None:
+    for command in commands:
+        if not isinstance(command, Abort) and not command.done:
+            command.fail(mailbox.dead_error())
 
 
 def _drive(loop: Loop, mailbox: Mailbox, taken: deque[Command]) -> BaseException | None:

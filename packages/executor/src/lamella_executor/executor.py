@@ -63,7 +63,7 @@ class GenerationExecutor:
         self._mailbox = Mailbox()
         self._thread = EngineThread(loop, self._mailbox, close)
         if connect is not None:
-            connect(self._mailbox.close)
+            connect(self._thread.die)
         self._finalizer = weakref.finalize(self, self._thread.request_stop)
         self._finalizer.atexit = False  # EngineThread has its own, which waits
 

@@ -144,6 +144,10 @@ class EngineLoop:
             except Exception as error:  # noqa: BLE001 - nobody waits for its results, and the engine may be broken
                 logger.debug("the last step failed: %s", detach(error))
 
+    def abandon(self, make_error: Callable[[], Exception]) -> None:
+        """Fails every request while the loop's thread hangs in a step; the only method for other threads."""
+        self._roster.abandon(make_error)
+
     @torch.inference_mode()
     def step(self) -> None:
         """Launches one step and takes the results of what must not stay in flight."""

@@ -70,6 +70,8 @@ class ScoringLoop:
         while self._waiting:
             self._waiting.popleft().future.set_exception(make_error())
 
+    abandon = fail_all  # what is in a step has left the queue
+
     @torch.inference_mode()
     def step(self) -> None:
         """Computes the next texts, first come, first served. If the step fails, they fail, and the rest goes on."""
