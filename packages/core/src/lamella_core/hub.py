@@ -11,7 +11,7 @@ from pathlib import Path
 from lamella_core.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-_CONFIG_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+_CONFIG_FILES = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
 _NOT_NEEDED = ("*/*", "consolidated*")  # folders and other formats' copies of the weights
 _ANSWER_SECONDS = 5.0  # that the hub may take for its first answer
 _ADVICE = "pass a local directory that holds config.json and the weights instead, e.g. './my-model'"

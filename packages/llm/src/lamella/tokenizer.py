@@ -46,6 +46,7 @@ class TokenizerBase(ABC):
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     special_token_ids: frozenset[int] = frozenset()  # what skip_special_tokens leaves out
+    turn_end_token_ids: tuple[int, ...] = ()  # what ends an answer in its chat format, where the model's eos does not
     directory: Path | None = None  # where its files are, if they are on disk
 
     @abstractmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella.tokenizer import CustomTokenizer, TokenizerBase, TokenizersTokenizer, TransformersTokenizer
+from lamella.tokenizers.families import load_family_tokenizer
 from lamella_core.errors import ConfigError
 
 # Classes that take a tokenizer.json as it is; every other class may rebuild parts of it.
@@ -59,6 +60,9 @@ def _from_directory(source: str | Path | None, mode: str, revision: str | None) 
         config = _as_is_config(directory) if mode == "auto" else None
         if config is not None:
             return TokenizersTokenizer(directory, config)
+        family = load_family_tokenizer(directory)
+        if family is not None:
+            return family
     elif not _is_hub_id(str(source)):
         raise ConfigError(f"tokenizer directory {str(source)!r} does not exist")
     return TransformersTokenizer.load(str(source), use_fast=mode == "auto", revision=revision)

@@ -22,11 +22,14 @@ from lamella_core.engine.checksum import json_checksum, tensor_checksum
 from lamella_core.engine.spec import CHECKSUM_KEY, EngineSpec
 from lamella_core.errors import CheckpointError, EngineFormatError
 
+_VOCABULARY_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken", "ice_text.model",
+    "cog-pretrain.model",
+)  # fmt: skip
 # What tokenizer loaders read from a model directory.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", "config.json",
+    *_VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "spiece.model", "chat_template.jinja", "chat_template.json", "generation_config.json", "config.json",
 )  # fmt: skip
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -34,9 +37,7 @@ _RENAME_EXCHANGE = 2
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory holds a tokenizer."""
-    return any(
-        (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    )
+    return any((directory / name).is_file() for name in _VOCABULARY_FILES)
 
 
 class EngineWriter:

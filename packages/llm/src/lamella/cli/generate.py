@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import typer
@@ -32,6 +33,7 @@ def run_generate(
         load_s = time.perf_counter() - start
         if chat:
             texts = [_as_chat(llm, text) for text in texts]
+            params = replace(params, stop_token_ids=(llm.tokenizer and llm.tokenizer.turn_end_token_ids) or None)
         start = time.perf_counter()
         outputs = [llm.generate_async(text, params, streaming=True) for text in texts]
         for prompt, output in zip(prompts, outputs):
