@@ -145,7 +145,17 @@ def test_the_alarm_sounds_once_whoever_comes_late():
     alarm(WorkerError("second"))
     alarm.guard(SimpleNamespace(abort=lambda: aborted.append(True)))
     alarm.connect(heard.append)
+    assert alarm.settle(5)
     assert heard == [first, first] and aborted == [True] and alarm.stop.is_set()
+
+
+def test_an_abort_that_hangs_holds_nobody_else():
+    alarm, gate = Alarm(), threading.Event()
+    alarm.guard(SimpleNamespace(abort=lambda: gate.wait(30)))
+    alarm(WorkerError("rank 1 died"))
+    assert not alarm.settle(0.01)
+    gate.set()
+    assert alarm.settle(5)
 
 
 @pytest.mark.parametrize("hangs", [True, False])

@@ -39,7 +39,7 @@ T = TypeVar("T")
 class Alarm:
     """What rank 0 does as soon as one rank has failed: tells the executor, then frees whoever waits in a collective.
 
-    Any thread may sound it; only the first time counts.
+    Any thread may sound it, and does not wait; only the first time counts.
     """
 
     def __init__(self) -> None:
@@ -48,6 +48,7 @@ class Alarm:
         self._failure: WorkerError | None = None
         self._listener: Callable[[BaseException], None] | None = None
         self._groups: RankGroups | None = None
+        self._aborts: list[threading.Thread] = []
 
     def __call__(self, failure: WorkerError) -> None:
         with self._lock:
@@ -59,7 +60,7 @@ class Alarm:
         if listener is not None:
             listener(failure)
         if groups is not None:
-            groups.abort()
+            self._abort(groups)
 
     def connect(self, listener: Callable[[BaseException], None]) -> None:
         """Names who is told; at once, if it is too late for later."""
@@ -73,7 +74,19 @@ class Alarm:
         with self._lock:
             failure, self._groups = self._failure, groups
         if failure is not None:
-            groups.abort()
+            self._abort(groups)
+
+    def settle(self, timeout_s: float) -> bool:
+        """Waits until what it began has ended; returns whether it has."""
+        for thread in self._aborts:
+            thread.join(timeout_s)
+        return not any(thread.is_alive() for thread in self._aborts)
+
+    def _abort(self, groups: RankGroups) -> None:
+        """Aborts on a thread of its own: a broken device may keep whoever does it, and the watcher has more to do."""
+        thread = threading.Thread(target=groups.abort, name="lamella-abort", daemon=True)
+        self._aborts.append(thread)
+        thread.start()
 
 
 class Ranks:
@@ -183,7 +196,7 @@ class Ranks:
         self._crew.stop(STOP_S)
         if close_runner is not None:
             close_runner()
-        if self._groups is not None:
+        if self.alarm.settle(STOP_S) and self._groups is not None:
             self._groups.close()
         self._store = None
 
