@@ -51,7 +51,8 @@ def test_logits_equal_transformers(case: tuple[str, str], model: Any, prompts: l
 
 def test_greedy_tokens_equal_transformers(case: tuple[str, str], model: Any, prompts: list[list[int]]) -> None:
     oracle = hf_model(*case)
-    cache_name = "cache_params" if "cache_params" in signature(oracle.forward).parameters else "past_key_values"
+    parameters = signature(getattr(oracle, "forward", oracle)).parameters
+    cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
     expected = []
     for prompt in prompts:
         ids, cache, tokens = torch.tensor([prompt]), None, []
@@ -60,7 +61,7 @@ def test_greedy_tokens_equal_transformers(case: tuple[str, str], model: Any, pro
                 end = len(prompt) + len(tokens)
                 more = {"position_ids": torch.arange(end)[None, -ids.shape[1] :]} if case[0] in COUNTS_FROM_ZERO else {}
                 step = oracle(ids, **{cache_name: cache}, use_cache=True, **more)
-            cache, ids = step[cache_name], step.logits[:, -1:].argmax(-1)
+            cache, ids = getattr(step, cache_name), step.logits[:, -1:].argmax(-1)
             tokens.append(int(ids))
         expected.append(tokens)
     assert greedy(model, prompts, NEW_TOKENS) == expected
@@ -68,6 +69,8 @@ def test_greedy_tokens_equal_transformers(case: tuple[str, str], model: Any, pro
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_chunks_equal_whole(model: Any, prompts: list[list[int]], size: int) -> None:
+    if model.config.prefix_rule is not None:
+        pytest.skip("prompts of this model are read in both directions: all at once")
     assert torch.equal(chunked(model, prompts[2], size), whole(model, prompts[2:])[0])
 
 
@@ -111,7 +114,8 @@ def test_fp8_models_keep_the_rules(case: tuple[str, str], hf_dir: Path, prompts:
     stored = {parameter.dtype for parameter in model.layers.parameters()}
     assert stored == {torch.float32, torch.float8_e4m3fn} and model.config.quantization.quant_algo == algo
     together = whole(model, prompts)
-    assert torch.equal(chunked(model, prompts[2], 4), together[2])
+    if model.config.prefix_rule is None:
+        assert torch.equal(chunked(model, prompts[2], 4), together[2])
     assert torch.equal(whole(model, prompts[:1])[0], together[0])
     errors = []
     for prompt, logits in zip(prompts, together, strict=True):

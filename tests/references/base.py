@@ -23,6 +23,7 @@ class Reference:
 
     architecture: str
     model_type: str
+    published_name: str | None = None  # what config.json calls the architecture; None: what we do
 
     def __init__(self, config: SimpleNamespace, weights: dict[str, Tensor] | None = None) -> None:
         self.config = config
@@ -66,7 +67,8 @@ class Reference:
 
     def save_pretrained(self, directory: Path) -> None:
         directory.mkdir()
-        names = {"architectures": [self.architecture], "model_type": self.model_type, "torch_dtype": "float32"}
+        architecture = self.published_name or self.architecture
+        names = {"architectures": [architecture], "model_type": self.model_type, "torch_dtype": "float32"}
         (directory / "config.json").write_text(json.dumps({**vars(self.config), **names}))
         save_file(self.weights, directory / "model.safetensors")
 

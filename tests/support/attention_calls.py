@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from lamella_core.kernels.sparsity import BlockSparsity
 from lamella_core.kernels.triton.attention import common, decode, decode_plan, mla, mla_plan, prefill
 
 BF16, FLOAT8 = torch.bfloat16, torch.float8_e4m3fn
 PAGE = 32
+SPARSITY = BlockSparsity(64, 16, 8, 1)
 
 
 def calls() -> None:
@@ -24,6 +26,10 @@ def calls() -> None:
         whole(count)
     whole(128, sliding_window=64, softcap=30.0)
     whole(128, out_scale=torch.ones(()))
+    whole(128, prefix_lens=torch.ones(1, dtype=torch.int32), sparsity=SPARSITY)
+    decoded(BF16, 64, 8192, sparsity=SPARSITY)
+    prompts(BF16, 128, 128, sparsity=SPARSITY)
+    prompts(BF16, 128, 128, prefix_lens=torch.ones(1, dtype=torch.int32))
     for cache in (BF16, FLOAT8):
         for heads in (16, 128):
             latent(cache, heads)
@@ -39,20 +45,21 @@ def _scales(cache: torch.dtype) -> torch.Tensor | None:
     return torch.ones(2) if cache.itemsize == 1 else None
 
 
-def decoded(cache: torch.dtype, count: int, longest: int) -> None:
+def decoded(cache: torch.dtype, count: int, longest: int, **options: object) -> None:
     q, k, v, tables, rows = _layer(cache, count)
     lengths = torch.ones(count, dtype=torch.int32)
     decode.decode_attention(
-        q, k, v, tables, rows.expand(count), lengths, scale=1.0, max_context_len=longest, kv_scales=_scales(cache)
-    )
+        q, k, v, tables, rows.expand(count), lengths, scale=1.0, max_context_len=longest, kv_scales=_scales(cache),
+        **options,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
-def prompts(cache: torch.dtype, count: int, keys: int) -> None:
+def prompts(cache: torch.dtype, count: int, keys: int, **options: object) -> None:
     q, k, v, tables, rows = _layer(cache, count)
     starts = torch.tensor([0, count], dtype=torch.int32)
     prefill.prefill_attention(
         q, k, v, tables, rows, starts, rows, scale=1.0, max_query_len=count, max_context_len=keys,
-        kv_scales=_scales(cache),
+        kv_scales=_scales(cache), **options,  # type: ignore[arg-type]
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def make_layer(
     """A layer with random keys and values in its cache."""
     window = window or LayerWindow()
     spec = AttentionSpec(
-        layer_idx, num_heads, num_kv_heads, head_dim, scale or head_dim**-0.5, window.length or None, softcap
+        layer_idx, num_heads, num_kv_heads, head_dim, scale or head_dim**-0.5, window.length or None, softcap=softcap
     )
     generator = torch.Generator().manual_seed(layer_idx + 1)
     shape = (num_blocks + 1, num_kv_heads, page_size, head_dim)

@@ -43,6 +43,7 @@ def runner_setup(
         max_beam_width=1,
         max_input_len=max_seq_len,
         eos_token_ids=(),
+        prefix_rule=model.config.prefix_rule,
     )
     config = KvCacheConfig(**{"max_tokens": NUM_BLOCKS * BLOCK, **kv})
     demand = KvCacheDemand(max_batch_size, max_seq_len)

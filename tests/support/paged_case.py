@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lamella_core.kernels.cpu import reference
+from lamella_core.kernels.sparsity import BlockSparsity
 
 FLOAT8 = torch.float8_e4m3fn
 SCALE = 0.17
@@ -127,6 +128,8 @@ OPTIONS = {
     "window and sinks": {"sliding_window": 37, "num_sinks": 5},
     "short window": {"sliding_window": 1},
     "chunks": {"sliding_window": 24, "is_chunked": True},
+    "sparse": {"sparsity": BlockSparsity(8, 2, 3, 1, first_head=4)},
+    "sparse, all heads alike": {"sparsity": BlockSparsity(16, 1, 4, 0), "softcap": 3.0},
     "softcap": {"softcap": 2.0},
     "alibi": {"alibi_slopes": every_option(8)["alibi_slopes"]},
     "sink logits": {"sink_logits": every_option(8)["sink_logits"]},

@@ -137,8 +137,8 @@ def staged(
         for rank in range(mapping.world_size)
     ]
     groups, num_blocks = join_all(mapping), num_tokens // BLOCK
-    vocab_size = models[0].config.vocab_size
-    limits = EngineLimits(vocab_size, 128, 8, max_num_tokens, 8)
+    vocab_size, prefix_rule = models[0].config.vocab_size, models[0].config.prefix_rule
+    limits = EngineLimits(vocab_size, 128, 8, max_num_tokens, 8, prefix_rule=prefix_rule)
     for each in models:
         each.set_max_seq_len(limits.max_seq_len)
     runners = [make(each, group, num_blocks) for each, group in zip(models, groups, strict=True)]
@@ -150,7 +150,7 @@ def staged(
     for thread in threads:
         thread.start()
     leader = Leader(runners[0], PlanEncoder(BLOCK), orders)
-    kv = KvCacheManager(num_blocks, BLOCK)
+    kv = KvCacheManager(num_blocks, BLOCK, enable_block_reuse=prefix_rule is None)
     scheduler = Scheduler(
         kv, max_batch_size=limits.max_batch_size, max_num_tokens=max_num_tokens, max_beam_width=8,
         policy=CapacitySchedulerPolicy(policy), num_micro_batches=leader.max_in_flight,

@@ -15,6 +15,7 @@ import torch
 
 from lamella_core.context import AttentionSpec, Communicator, RecurrentStep, SingleRank, StateSpec
 from lamella_core.layers.rotary import Rotation
+from lamella_core.prefix import Prefix, PrefixTokens
 
 STATE_SLOTS = 32  # no multiple of 3: `ReferenceCache.slot` gives each once
 
@@ -28,6 +29,7 @@ class ReferenceCache:
     lengths: dict[Hashable, int] = field(default_factory=dict)  # tokens whose forward pass is done
     states: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)  # layer -> pools of STATE_SLOTS + 1
     slots: dict[Hashable, int] = field(default_factory=dict)  # request -> its place in them
+    prefixes: dict[Hashable, Prefix] = field(default_factory=dict)  # of models that have some
 
     def append(
         self, request: Hashable, layer: int, k: torch.Tensor, v: torch.Tensor
@@ -58,6 +60,11 @@ class ReferenceContext:
         self.segments = segments
         self.tp = tp or SingleRank()
 
+    @property
+    def prefixes(self) -> PrefixTokens:
+        own = [self.cache.prefixes[request] for request, count in self.segments for _ in range(count)]
+        return PrefixTokens(torch.tensor([p.num_tokens for p in own]), torch.tensor([p.mask_place for p in own]))
+
     def attend(
         self,
         spec: AttentionSpec,
@@ -86,10 +93,12 @@ class ReferenceContext:
                 new_keys, new_values = _rounded(new_keys, kv_scales[0]), _rounded(new_values, kv_scales[1])
             keys, values = self.cache.append(request, spec.layer_idx, new_keys, new_values)
             first = keys.shape[0] - count
-            for offset in range(count):
-                visible = slice(_first_visible(spec, first + offset), first + offset + 1)
-                query = q[begin + offset].float()
-                out.append(_attend_one(spec, query, keys[visible], values[visible], alibi_slopes, sink_logits))
+            prefix = self.cache.prefixes[request].num_tokens if request in self.cache.prefixes else 0
+            for position in range(first, first + count):
+                visible = slice(_first_visible(spec, position), prefix if position < prefix else position + 1)
+                query = q[begin + position - first].float()
+                gaps = _gaps(spec, position) if spec.sparsity is not None else None
+                out.append(_attend_one(spec, query, keys[visible], values[visible], alibi_slopes, sink_logits, gaps))
             begin += count
         return torch.stack(out).to(q.dtype) if out else q.new_zeros(*q.shape[:2], spec.out_dim)
 
@@ -119,6 +128,18 @@ def _first_visible(spec: AttentionSpec, position: int) -> int:
     return max(0, position - spec.sliding_window + 1)
 
 
+def _gaps(spec: AttentionSpec, position: int) -> torch.Tensor:
+    """Which of the keys up to ``position`` each head does not see: [Hq, position + 1] bool."""
+    s, own = spec.sparsity, position // spec.sparsity.block_size
+    return torch.tensor([
+        [
+            own - block >= s.num_local_blocks and (block + (s.first_head + head) * s.head_step + 1) % s.vert_stride != 0
+            for block in (key // s.block_size for key in range(position + 1))
+        ]
+        for head in range(spec.num_heads)
+    ])  # fmt: skip
+
+
 def _attend_one(
     spec: AttentionSpec,
     query: torch.Tensor,  # [Hq, D]
@@ -126,6 +147,7 @@ def _attend_one(
     values: torch.Tensor,  # [n, Hkv, D]
     alibi_slopes: torch.Tensor | None,
     sink_logits: torch.Tensor | None,
+    gaps: torch.Tensor | None,  # [Hq, n] bool: keys that a head does not see
 ) -> torch.Tensor:
     group = spec.num_heads // spec.num_kv_heads
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
@@ -135,6 +157,8 @@ def _attend_one(
     if alibi_slopes is not None:
         distance = torch.arange(-(keys.shape[0] - 1), 1, dtype=torch.float32)
         scores = scores + alibi_slopes[:, None] * distance
+    if gaps is not None:
+        scores = scores.masked_fill(gaps, float("-inf"))
     if sink_logits is not None:
         scores = torch.cat((scores, sink_logits.float()[:, None]), dim=1)
     weights = torch.softmax(scores, dim=-1)[:, : keys.shape[0]]
@@ -154,6 +178,11 @@ def forward_step(
     ``stages`` are the further pipeline stages after ``model``, run one after the other.
     """
     segments = [(request, len(ids)) for request, ids in tokens.items()]
+    rule = model.config.prefix_rule
+    if rule is not None:  # what comes first is the prompt
+        cache.prefixes.update(
+            {request: rule.of(ids) for request, ids in tokens.items() if request not in cache.lengths}
+        )
     ctx = ReferenceContext(cache, segments, tp)
     ids = torch.tensor([token for chunk in tokens.values() for token in chunk])
     starts = {request: cache.lengths.get(request, 0) for request in tokens}

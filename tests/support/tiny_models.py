@@ -21,6 +21,7 @@ from tests.support.tiny_experts import EXPERTS
 from tests.support.tiny_gpt import EAGER_IS_WRONG, GPT_LINE
 from tests.support.tiny_latent import LATENT
 from tests.support.tiny_others import NORMS_AROUND_ZERO, OTHERS
+from tests.support.tiny_special import SPECIAL
 from tests.support.tiny_state_space import STATE_SPACE
 
 _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20, "factor": 4.0,
@@ -60,6 +61,7 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
     **EXPERTS,
     **LATENT,
     **OTHERS,
+    **SPECIAL,
     **STATE_SPACE,
 }  # fmt: skip
 
@@ -120,7 +122,8 @@ def _oracle_dir(architecture: str, variant: str) -> Path:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                around_zero = name.endswith("bias") or architecture in NORMS_AROUND_ZERO
+                offset = architecture in NORMS_AROUND_ZERO and not name.endswith("linear_attn.norm.weight")
+                around_zero = name.endswith("bias") or offset
                 parameter.copy_(0.1 * noise + (0.0 if around_zero else 1.0))
             else:
                 parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lamella_core.kernels.cpu import ops, reference
+from lamella_core.kernels.sparsity import BlockSparsity
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BOUND = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -29,6 +30,8 @@ class Case:
     alibi: bool = False
     sink_logits: bool = False
     value_dim: int = 0  # of a latent cache: values are the last so many numbers of keys
+    prefixes: tuple | None = None  # tokens of each sequence that see each other
+    sparsity: BlockSparsity | None = None
 
 
 class Batch:
@@ -52,6 +55,7 @@ class Batch:
             "softcap": case.softcap,
             "alibi_slopes": torch.rand(case.q_heads, generator=g) if case.alibi else None,
             "sink_logits": torch.randn(case.q_heads, generator=g) if case.sink_logits else None,
+            "sparsity": case.sparsity,
         }
 
     def run(self, parts, function=ops.paged_attention, shuffle=3):
@@ -83,7 +87,9 @@ class Batch:
         wide = torch.cat([q, torch.full_like(q, float("nan"))], dim=1)[
             :, : case.q_heads
         ]  # strided like a fused projection
-        out = function(wide, *caches, tables, starts, torch.tensor(contexts, dtype=torch.int32), **self.options)
+        prefixes = None if case.prefixes is None else torch.tensor([case.prefixes[s] for s, _, _ in parts]).int()
+        lens = torch.tensor(contexts, dtype=torch.int32)
+        out = function(wide, *caches, tables, starts, lens, prefix_lens=prefixes, **self.options)
         return out.split(lengths)
 
     def whole(self, **kwargs):
@@ -105,10 +111,23 @@ class Batch:
             oldest = positions // case.window * case.window if case.chunked else positions - case.window + 1
             keys = torch.arange(len(k))[None]
             seen &= (keys >= oldest[:, None]) | (keys < case.sinks)
+        if case.prefixes is not None:
+            seen[positions < case.prefixes[s], : case.prefixes[s]] = True
+        if case.sparsity is not None:
+            seen = seen & torch.tensor(
+                [[[_is_in_pattern(case.sparsity, h, p, key) for key in range(len(k))] for p in positions.tolist()]
+                 for h in range(case.q_heads)]
+            )  # fmt: skip
         scores = scores.masked_fill(~seen, float("-inf"))
         if case.sink_logits:
             scores = torch.cat([scores, o["sink_logits"].double()[:, None, None].expand(*scores.shape[:2], 1)], -1)
         return torch.einsum("hqk,khd->qhd", torch.softmax(scores, -1)[..., : len(k)], v)
+
+
+def _is_in_pattern(sparsity, head, position, key):
+    block, own = key // sparsity.block_size, position // sparsity.block_size
+    column = (block + sparsity.head_step * (head + sparsity.first_head) + 1) % sparsity.vert_stride == 0
+    return own - block < sparsity.num_local_blocks or column
 
 
 CASES = {
@@ -134,6 +153,11 @@ CASES = {
     "latent": Case(head_dim=52, value_dim=37, q_heads=20, kv_heads=1, block_size=8),
     "latent_grouped": Case(head_dim=96, value_dim=64, q_heads=40, kv_heads=2, window=33),
     "latent_large": Case(head_dim=576, value_dim=512, kv_heads=1, query_lens=(3, 1), context_lens=(40, 70)),
+    "prefixes": Case(prefixes=(20, 0, 45)),
+    "whole_prefixes": Case(prefixes=(48, 133, 70), kv_heads=8, softcap=3.0),
+    "sparse": Case(sparsity=BlockSparsity(8, 2, 3, 1)),
+    "sparse_second_half": Case(sparsity=BlockSparsity(32, 1, 2, 3, first_head=5), block_size=4),
+    "sparse_alike": Case(sparsity=BlockSparsity(5, 3, 4, 0), kv_heads=1),
     "empty_query": Case(query_lens=(0, 3), context_lens=(10, 3)),
 }
 
@@ -163,6 +187,7 @@ def test_equals_float64_attention(case, dtype, function):
         "sink_logits",
         "latent",
         "latent_grouped",
+        "sparse",
     ],
 )
 @pytest.mark.parametrize("function", [ops.paged_attention, reference.paged_attention], ids=["ops", "reference"])
@@ -223,6 +248,8 @@ def test_large_scores_do_not_overflow():
         ({"query_start": torch.tensor([0], dtype=torch.int32)}, "query_start"),
         ({"alibi_slopes": torch.zeros(3)}, "per-head"),
         ({"q": torch.zeros(2, 3, 8)}, "does not fit"),
+        ({"prefix_lens": torch.tensor([7], dtype=torch.int32)}, "out of range"),
+        ({"prefix_lens": torch.tensor([1, 1], dtype=torch.int32)}, "prefix_lens"),
         ({"v_cache": torch.zeros(2, 2, 4, 9)}, "differ in shape"),
     ],
 )

@@ -59,6 +59,15 @@ def test_options(device, name):
     case.check(run(case, tile=Tile(64, 64, 4, 1)))
 
 
+@pytest.mark.parametrize("tile", [Tile(16, 16, 4, 1), Tile(64, 32, 4, 1)], ids=str)
+@pytest.mark.parametrize("prefixes", [(5, 0, 40), (3, 97, 70), (0, 70, 130)], ids=str)
+def test_prefixes(device, prefixes, tile):
+    """Queries of a prefix see all of it, those behind it what is before them."""
+    options = {"prefix_lens": torch.tensor(prefixes, dtype=torch.int32)}
+    case = BASE.but(device=device, lengths=(5, 97, 130), queries=(5, 33, 130), dim=16, options=options)
+    case.check(run(case, tile=tile))
+
+
 def test_all_at_once_in_float8(device):
     case = BASE.but(device=device, dtype=torch.bfloat16, cache=FLOAT8, kv_scales=(2.0, 0.5), options=every_option(8))
     case.check(run(case))
@@ -114,12 +123,13 @@ def test_nothing(device):
     assert run(BASE.but(device=device, lengths=(), queries=())).shape == (0, 8, 64)
 
 
-@pytest.mark.parametrize("name", [None, "window and sinks", "all"])
+@pytest.mark.parametrize("name", [None, "window and sinks", "all", "sparse", "prefixes"])
 def test_sequences_over_themselves(device, name):
     """Without a cache: the same as over one that holds the same keys, also for a part of the rows."""
-    case = BASE.but(
-        device=device, dtype=torch.bfloat16, lengths=(5, 70), queries=(5, 70), dim=16, options=OPTIONS.get(name, {})
-    )
+    options = OPTIONS.get(name, {})
+    if name == "prefixes":
+        options = {"prefix_lens": torch.tensor([3, 60], dtype=torch.int32)}
+    case = BASE.but(device=device, dtype=torch.bfloat16, lengths=(5, 70), queries=(5, 70), dim=16, options=options)
     q, k_cache, v_cache, *_ = case.tensors()
     fused = torch.zeros(sum(case.queries), 2 * case.kv_heads, case.dim, dtype=q.dtype, device=device)
     k, v = fused[:, : case.kv_heads], fused[:, case.kv_heads :]
@@ -130,7 +140,10 @@ def test_sequences_over_themselves(device, name):
     result = ragged_attention(q, k, v, starts, max_query_len=70, tile=small, **case.keywords())
     case.check(result)
     rest = torch.full_like(result, 7.0)
-    ragged_attention(q, k, v, starts[1:], max_query_len=70, out=rest, tile=small, **case.keywords())
+    options = case.keywords()
+    if name == "prefixes":
+        options["prefix_lens"] = options["prefix_lens"][1:]
+    ragged_attention(q, k, v, starts[1:], max_query_len=70, out=rest, tile=small, **options)
     torch.testing.assert_close(rest[5:], result[5:], rtol=2e-2, atol=2e-2)
     assert (rest[:5] == 7.0).all()
     apart = ragged_attention(q, k.contiguous(), v, starts, max_query_len=70, tile=small, **case.keywords())

@@ -15,6 +15,7 @@ from lamella_core.rope_config import RopeConfig
 
 if TYPE_CHECKING:
     from lamella_core.hf_config import HfConfig
+    from lamella_core.prefix import PrefixRule
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -150,6 +151,11 @@ class ModelConfig:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    @property
+    def prefix_rule(self) -> PrefixRule | None:
+        """What part of a prompt is read in both directions; None: nothing, as in most decoders."""
+        return None
 
     def with_mapping(self: C, mapping: Mapping) -> C:
         """Returns the same configuration for another mapping (or the same mapping seen from another rank)."""

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from lamella_core.kernels.sparsity import BlockSparsity
+
 if TYPE_CHECKING:
     from lamella_core.layers.rotary import Rotation
+    from lamella_core.prefix import PrefixTokens
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class AttentionSpec:
     is_chunked: bool = False  # keys are cut into chunks of sliding_window, and a query sees its own chunk instead
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     value_dim: int | None = None  # of a latent cache: values are the last value_dim numbers of keys, and not stored
+    sparsity: BlockSparsity | None = None  # the keys that each head sees; None: all that the rest lets it see
 
     @property
     def is_latent(self) -> bool:
@@ -133,6 +137,14 @@ class ForwardContext(Protocol):
     @property
     def tp(self) -> Communicator:
         """The tensor-parallel group of this rank."""
+        ...
+
+    @property
+    def prefixes(self) -> PrefixTokens:
+        """Where the step's tokens are in texts with prefixes; only for models with a `ModelConfig.prefix_rule`.
+
+        Attention knows the prefixes by itself.
+        """
         ...
 
     def attend(

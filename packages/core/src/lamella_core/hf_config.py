@@ -31,6 +31,12 @@ _REQUIRED = object()
 _ARGUMENTS = ("architecture", "model_type", "dtype", "mapping")  # fields that overrides cannot name
 
 _ROPE_ALIASES = {"su": "longrope"}
+
+# Networks that call themselves what later, other ones do: (architecture, key that only their files have) -> our name.
+_EARLIER = {
+    ("ChatGLMModel", "position_encoding_2d"): "ChatGLM1Model",
+    ("ChatGLMForConditionalGeneration", "position_encoding_2d"): "ChatGLM1Model",
+}
 _MAMBA_SSM = {"Mamba1": ["MambaForCausalLM"], "Mamba2": ["Mamba2ForCausalLM"]}  # by ssm_cfg.layer
 
 
@@ -39,7 +45,7 @@ class HfConfig:
 
     Attributes:
         where: the file, for messages.
-        architecture: the first entry of ``architectures``.
+        architecture: the first entry of ``architectures``; another name where two networks share it.
         model_type: the entry of that name, "" when absent or no text.
     """
 
@@ -65,7 +71,7 @@ class HfConfig:
                 f"{where} names no architecture: 'architectures' is {names!r}; it must be a list such as "
                 '["LlamaForCausalLM"]. Add the class that the weights belong to'
             )
-        self.architecture: str = names[0]
+        self.architecture: str = _own_name(names[0], data)
         model_type = data.get("model_type")
         self.model_type: str = model_type if isinstance(model_type, str) else ""
 
@@ -353,3 +359,10 @@ def _first_given(*values: Any) -> Any:
 
 def _token(value: Any) -> Any:
     return None if isinstance(value, int) and value < 0 else value
+
+
+def _own_name(architecture: str, data: dict[str, Any]) -> str:
+    """Returns what we call the architecture of a config.json."""
+    return next(
+        (name for (given, key), name in _EARLIER.items() if given == architecture and key in data), architecture
+    )

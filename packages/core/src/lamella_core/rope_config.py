@@ -11,6 +11,7 @@ from lamella_core.errors import ConfigError, nearest_name
 # Parameters of each rope type: True where a configuration must give them.
 ROPE_PARAMETERS: dict[str, dict[str, bool]] = {
     "default": {},
+    "float16": {},
     "linear": {"factor": True},
     "dynamic": {"factor": True},
     "qwen_dynamic": {"original_max_position_embeddings": True},

@@ -13,6 +13,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from lamella_core.errors import RequestError
+from lamella_core.prefix import PrefixRule
 from lamella_executor.sampling_params import SamplingParams
 from lamella_executor.sequence import RequestState, Sequence, TextDecoder
 
@@ -32,6 +33,7 @@ class EngineLimits:
     max_input_len: int | None = None  # prompt tokens; None: max_seq_len - 1
     eos_token_ids: tuple[int, ...] = ()
     max_output_len: int | None = None  # generated tokens; None: what max_seq_len leaves
+    prefix_rule: PrefixRule | None = None  # what part of a prompt is read in both directions
 
 
 def make_request(
@@ -70,11 +72,19 @@ def make_request(
         end_id=eos[0] if eos else None,
         extra_end_ids=eos[1:],
         max_tokens=min(params.max_tokens, limits.max_seq_len - len(prompt)),
-        sequences=[Sequence(index=0, token_ids=prompt, num_prompt_tokens=len(prompt), decoder=decoder)],
+        sequences=[_sequence(prompt, limits.prefix_rule, decoder)],
         arrival_s=time.monotonic(),
         prompt_logprobs=[None] if params.prompt_logprobs is not None else [],  # the first token has none
         bad_words_ids=bad_words,
     )
+
+
+def _sequence(prompt: list[int], rule: PrefixRule | None, decoder: TextDecoder | None) -> Sequence:
+    sequence = Sequence(index=0, token_ids=prompt, num_prompt_tokens=len(prompt), decoder=decoder)
+    if rule is not None:
+        prefix = rule.of(prompt)
+        sequence.num_prefix_tokens, sequence.mask_place = prefix.num_tokens, prefix.mask_place
+    return sequence
 
 
 def _end_ids(params: SamplingParams, limits: EngineLimits) -> tuple[int, ...]:

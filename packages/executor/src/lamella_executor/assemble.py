@@ -121,11 +121,12 @@ def _connect(
         logger.info(
             "%d slots of recurrent states; prefixes are not reused, their states are not kept", setup.max_sequences
         )
+    reuses = is_paged and limits.prefix_rule is None  # what a token is depends on all of a prompt read both ways
     kv = KvCacheManager(
         plan.num_blocks,
         plan.tokens_per_block,
-        enable_block_reuse=kv_config.enable_block_reuse and is_paged,
-        enable_partial_reuse=kv_config.enable_partial_reuse and is_paged,
+        enable_block_reuse=kv_config.enable_block_reuse and reuses,
+        enable_partial_reuse=kv_config.enable_partial_reuse and reuses,
         window=setup.window,
         num_sinks=kv_config.sink_token_length,
         num_state_slots=setup.num_state_slots,
@@ -154,6 +155,11 @@ def _setup(engine: Engine, groups: RankGroups, options: RankOptions) -> RunnerSe
             "QuantConfig(kv_cache_quant_algo='FP8')"
         )
     limits = engine_limits(engine, options.max_batch_size, options.max_num_tokens)
+    if limits.prefix_rule is not None and kv_config.max_attention_window:
+        raise ConfigError(
+            f"KvCacheConfig.max_attention_window is {kv_config.max_attention_window}, but "
+            f"{engine.spec.model.architecture} reads prompts in both directions; leave it out"
+        )
     model = engine.model(rank)
     model.set_max_seq_len(limits.max_seq_len)
     specs = model.attention_specs()
@@ -217,6 +223,7 @@ def engine_limits(engine: Engine, max_batch_size: int | None, max_num_tokens: in
         max_input_len=build.max_input_len,
         eos_token_ids=config.eos_token_ids,
         max_output_len=1 if build.kv_cache_type == "disabled" else None,
+        prefix_rule=config.prefix_rule,
     )
 
 

@@ -61,6 +61,8 @@ class Sequence:
     text_limit: int | None = None  # by StopChecker: characters of decoder.text that are output; None: all
     finish_reason: str | None = None  # None while it runs; "stop" | "length"
     stop_reason: int | str | None = None  # the stop token id or string that ended it
+    num_prefix_tokens: int = 0  # of the prompt: those that all see each other; not 0 only if the model has prefixes
+    mask_place: int = 0  # then, the position that what follows them fills in for
 
     @property
     def num_tokens(self) -> int:
@@ -90,6 +92,8 @@ class Sequence:
             logprobs=list(self.logprobs),
             decoder=self.decoder.fork() if self.decoder is not None else None,
             text_ends=list(self.text_ends),
+            num_prefix_tokens=self.num_prefix_tokens,
+            mask_place=self.mask_place,
         )
 
 

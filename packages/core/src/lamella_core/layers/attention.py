@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from lamella_core.config import ModelConfig
 from lamella_core.context import AttentionSpec, ForwardContext
 from lamella_core.kernels import ops
+from lamella_core.kernels.sparsity import BlockSparsity
 from lamella_core.layers.head_norm import HeadNorm
 from lamella_core.layers.linear import QKVParallelLinear, RowParallelLinear
 from lamella_core.layers.mixer import TokenMixer
@@ -30,6 +33,7 @@ class Attention(TokenMixer):
         sliding_window: last keys a query sees, its own included; None: all.
         is_chunked: see `AttentionSpec`.
         softcap: scores become softcap * tanh(scores / softcap); None: they stay.
+        sparsity: which keys each of all ranks' heads sees; None: all.
         q_norm: of the queries, before they rotate.
         k_norm: of the keys, likewise.
         use_rope: False for a layer without positions in a model that rotates in others.
@@ -50,6 +54,7 @@ class Attention(TokenMixer):
         sliding_window: int | None = None,
         is_chunked: bool = False,
         softcap: float | None = None,
+        sparsity: BlockSparsity | None = None,
         q_norm: HeadNorm | None = None,
         k_norm: HeadNorm | None = None,
         use_rope: bool = True,
@@ -59,6 +64,7 @@ class Attention(TokenMixer):
     ) -> None:
         super().__init__()
         tp = config.mapping.tp_size
+        first_head = config.mapping.tp_rank * (config.num_attention_heads // tp)
         self.spec = AttentionSpec(
             layer_idx=index,
             num_heads=config.num_attention_heads // tp,
@@ -68,6 +74,7 @@ class Attention(TokenMixer):
             sliding_window=sliding_window,
             is_chunked=is_chunked,
             softcap=softcap,
+            sparsity=sparsity and dataclasses.replace(sparsity, first_head=first_head),
         )
         self.q_norm, self.k_norm = q_norm, k_norm
         self.use_rope = use_rope

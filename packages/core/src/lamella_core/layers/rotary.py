@@ -145,6 +145,11 @@ def _default(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_
     return 1.0 / rope.theta ** _exponents(rope), 1.0
 
 
+def _float16(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
+    """Frequencies that were rounded to float16, which models of that time were trained with."""
+    return (1.0 / rope.theta ** _exponents(rope)).half().float(), 1.0
+
+
 def _linear(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max_len: int | None) -> Frequencies:
     """Position interpolation (Chen et al. 2023)."""
     return 1.0 / rope.theta ** _exponents(rope) / rope.scaling["factor"], 1.0
@@ -238,6 +243,7 @@ def _longrope(rope: RopeConfig, positions: torch.Tensor, max_positions: int, max
 
 _FREQUENCIES: dict[str, Callable[[RopeConfig, torch.Tensor, int, int | None], Frequencies]] = {
     "default": _default,
+    "float16": _float16,
     "linear": _linear,
     "dynamic": _dynamic,
     "qwen_dynamic": _qwen_dynamic,

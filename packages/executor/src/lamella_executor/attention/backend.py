@@ -22,6 +22,7 @@ class HostLengths:
 
     context: np.ndarray  # [S] int32, keys of each sequence including this step's
     query: np.ndarray  # [S] int32, tokens of each sequence in this step
+    prefix: np.ndarray | None = None  # [S] int32, tokens that see each other; None: the model has no prefixes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,9 @@ class AttentionStep:
     max_query_len: int
     max_context_len: int  # bound; in a captured step, of every replay
     host: HostLengths | None  # None in a captured step: each replay has other lengths
+    # [S - D_] int32: first tokens of each sequence after the D_ first that all see each other; each has computed them,
+    # or does so in this step. None: the model has no prefixes
+    prefix_lens: Tensor | None = None
 
     @property
     def num_whole(self) -> int:

@@ -121,7 +121,7 @@ class FlashInferStep:
     def __init__(self, backend: FlashInferAttention, step: AttentionStep) -> None:
         # both halves of a mixed step must return one dtype, and FlashInfer's prompt kernels return no float8
         self._is_mixed = 0 < step.num_decode < step.num_tokens and backend.least_prompt == 0
-        self._has_short_prompts = _mean_prompt(step) < backend.least_prompt
+        self._is_left = _mean_prompt(step) < backend.least_prompt or step.prefix_lens is not None  # to the fallback
         self._backend = backend
         self._step = step
         self._plans = StepPlans()
@@ -140,7 +140,7 @@ class FlashInferStep:
     def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         layer = self._agreed(layer)
         prefiller, out = self._backend.prefiller, _fitting(out, q, layer)
-        is_left = self._has_short_prompts or (self._backend.least_prompt > 0 and _is_float8(layer))
+        is_left = self._is_left or (self._backend.least_prompt > 0 and _is_float8(layer))
         if prefiller is not None and not is_left and self._backend.serves("prefill", prefiller, q, layer):
             result = prefiller.run(self._step, self._plans, q, layer, out)
             if result is not None:

@@ -88,6 +88,7 @@ class XqaDecode:
             (cache.dtype in (q.dtype, torch.float8_e4m3fn), f"a cache of {cache.dtype}"),
             (cache.shape[2] in PAGE_SIZES, f"blocks of {cache.shape[2]} tokens"),
             (not spec.is_latent, "a latent cache"),
+            (spec.sparsity is None, "block-sparse attention"),
             (spec.head_dim in HEAD_DIMS, f"head_dim {spec.head_dim}"),
             (spec.num_heads <= MOST_HEADS_PER_GROUP * spec.num_kv_heads, "more than 32 heads per KV head"),
             (not window.is_chunked, "attention in chunks"),

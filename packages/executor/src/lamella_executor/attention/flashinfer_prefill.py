@@ -95,6 +95,7 @@ class PagedPrefill:
             (cache.dtype in (q.dtype, torch.float8_e4m3fn), f"a cache of {cache.dtype}"),
             (kernel != "fa3" or cache.dtype == q.dtype, f"a cache of {cache.dtype} with fa3"),
             (not spec.is_latent, "a latent cache"),
+            (spec.sparsity is None, "block-sparse attention"),
             (spec.head_dim in HEAD_DIMS, f"head_dim {spec.head_dim}"),
             (not layer.window.is_chunked, "attention in chunks"),
             (not spec.softcap, "soft-capped scores"),

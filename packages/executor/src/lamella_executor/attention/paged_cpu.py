@@ -17,6 +17,7 @@ from lamella_core.errors import ConfigError
 from lamella_core.kernels import fp8
 from lamella_core.kernels.cpu import ops
 from lamella_core.layers.rotary import Rotation
+from lamella_core.prefix import PrefixTokens
 from lamella_executor.attention.memory import reserve
 from lamella_executor.attention.states import RecurrentStates
 from lamella_executor.scheduler.plan import StepPlan
@@ -76,10 +77,12 @@ class StepBatch:
     logit_rows: Tensor | None  # [R] int64, rows whose logits are wanted; None: all
     state_slots: Tensor | None = None  # [S] int32, where the sequences' states are; None: they have none
     is_first: Tensor | None = None  # [S] bool, with that: the sequence starts in this step
+    prefixes: PrefixTokens | None = None  # of a model that has some
+    prefix_lens: Tensor | None = None  # [S] int32, if some token of the step sees what comes after it in its prefix
 
 
-def make_batch(plan: StepPlan, tokens_per_block: int) -> StepBatch:
-    """Packs the items of a plan, in their order."""
+def make_batch(plan: StepPlan, tokens_per_block: int, *, has_prefixes: bool = False) -> StepBatch:
+    """Packs the items of a plan, in their order; ``has_prefixes`` says that the model wants them."""
     items = plan.items
     count = len(items)
     starts = np.fromiter((item.start for item in items), np.int64, count)
@@ -99,6 +102,9 @@ def make_batch(plan: StepPlan, tokens_per_block: int) -> StepBatch:
     slots += positions % tokens_per_block
     state_slots = np.fromiter((item.sequence.state_slot for item in items), np.int32, count)
     has_states = count > 0 and state_slots[0] >= 0
+    prefix_lens = np.fromiter((item.sequence.num_prefix_tokens for item in items), np.int32, count)
+    mask_places = np.fromiter((item.sequence.mask_place for item in items), np.int64, count)
+    tokens = (prefix_lens.astype(np.int64)[owner], mask_places[owner])
     return StepBatch(
         input_ids=torch.tensor(ids, dtype=torch.int64),
         positions=torch.from_numpy(positions),
@@ -109,6 +115,8 @@ def make_batch(plan: StepPlan, tokens_per_block: int) -> StepBatch:
         logit_rows=_logit_rows(plan, query_start),
         state_slots=torch.from_numpy(state_slots) if has_states else None,
         is_first=torch.from_numpy(starts == 0) if has_states else None,
+        prefixes=PrefixTokens(*map(torch.from_numpy, tokens)) if has_prefixes else None,
+        prefix_lens=torch.from_numpy(prefix_lens) if np.any(starts < prefix_lens) else None,
     )
 
 
@@ -167,6 +175,17 @@ class PagedAttentionContext:
         self._windows = windows
         self.tp = tp
 
+    @property
+    def prefixes(self) -> PrefixTokens:
+        """Where the step's tokens are in texts with prefixes.
+
+        Raises:
+            RuntimeError: the model has none.
+        """
+        if self._batch.prefixes is None:
+            raise RuntimeError("the step was packed for a model without prefixes")
+        return self._batch.prefixes
+
     def attend(  # noqa: PLR0913 - as the protocol has it
         self,
         spec: AttentionSpec,
@@ -197,6 +216,7 @@ class PagedAttentionContext:
             q, keys, values, batch.block_tables, batch.query_start, batch.context_lens, spec.scale,
             sliding_window=window.length, num_sinks=window.num_sinks, softcap=spec.softcap or 0.0,
             alibi_slopes=alibi_slopes, sink_logits=sink_logits, is_chunked=window.is_chunked,
+            prefix_lens=batch.prefix_lens, sparsity=spec.sparsity,
         )  # fmt: skip
 
     def recurrent(self, spec: StateSpec) -> RecurrentStep:

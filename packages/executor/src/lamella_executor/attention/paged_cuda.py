@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lamella_core.context import AttentionSpec, Communicator, RecurrentStep, StateSpec
 from lamella_core.layers.rotary import Rotation
+from lamella_core.prefix import PrefixTokens
 from lamella_executor.attention.backend import AttentionStep, LayerCall, StepAttention
 from lamella_executor.attention.paged_cpu import LayerWindow
 from lamella_executor.attention.states import RecurrentStates, StepStates
@@ -108,7 +109,7 @@ class RopeAndCache(Protocol):
 class CudaStepContext:
     """One step's `lamella_core.context.ForwardContext` over a cache on a device."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a step is made of
         self,
         cache: DeviceKvCache,
         slots: Tensor,  # [T] int64: block * P + offset, where a token's keys and values go
@@ -118,8 +119,10 @@ class CudaStepContext:
         windows: dict[int, LayerWindow],
         tp: Communicator,
         states: StepStates | None = None,  # of a model that has some
+        prefixes: PrefixTokens | None = None,  # likewise
     ) -> None:
         self._cache = cache
+        self._prefixes = prefixes
         self._step = step
         self._has_own = cache.is_float8 and step.num_whole > 0
         self._slots = slots
@@ -130,6 +133,17 @@ class CudaStepContext:
         self._rope_and_cache = rope_and_cache
         self._windows = windows
         self.tp = tp
+
+    @property
+    def prefixes(self) -> PrefixTokens:
+        """Where the step's tokens are in texts with prefixes.
+
+        Raises:
+            RuntimeError: the model has none.
+        """
+        if self._prefixes is None:
+            raise RuntimeError("the step was packed for a model without prefixes")
+        return self._prefixes
 
     def attend(  # noqa: PLR0913 - as the protocol has it
         self,

@@ -28,6 +28,7 @@ class _TorchStep:
         self._step = step
         self._context = step.host.context.tolist()
         self._query = step.host.query.tolist()
+        self._prefix = [0] * len(self._query) if step.host.prefix is None else step.host.prefix.tolist()
         self._first_whole = len(self._query) - step.num_whole
 
     def decode(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
@@ -50,7 +51,8 @@ class _TorchStep:
             for start in range(begin, end, _QUERY_TILE):
                 stop = min(start + _QUERY_TILE, end)
                 offset = length - (end - start)  # position of the first query of the tile
-                out[start:stop] = _attend_tile(q[start:stop], keys, values, offset, layer).to(q.dtype)
+                part = _attend_tile(q[start:stop], keys, values, offset, self._prefix[index], layer)
+                out[start:stop] = part.to(q.dtype)
             begin = end
         return out
 
@@ -66,8 +68,11 @@ def _gathered(layer: LayerCall, row: Tensor, length: int) -> tuple[Tensor, Tenso
     return found[0], found[1]
 
 
-def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, offset: int, layer: LayerCall) -> Tensor:
-    """Returns [n, Hq, Dv] float32 for queries [n, Hq, D] at positions ``offset``, ``offset + 1``, ..."""
+def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, offset: int, prefix: int, layer: LayerCall) -> Tensor:
+    """Returns [n, Hq, Dv] float32 for queries [n, Hq, D] at positions ``offset``, ``offset + 1``, ...
+
+    The first ``prefix`` tokens see each other.
+    """
     spec, window = layer.spec, layer.window
     count, num_heads, head_dim = q.shape
     kv_heads = keys.shape[1]
@@ -78,12 +83,15 @@ def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, offset: int, layer: La
     positions = torch.arange(offset, offset + count, device=q.device)[:, None]
     places = torch.arange(keys.shape[0], device=q.device)[None, :]
     distance = positions - places
-    seen = distance >= 0
+    seen = (distance >= 0) | ((positions < prefix) & (places < prefix))
     if window.length > 0:
         oldest = positions // window.length * window.length if window.is_chunked else positions + 1 - window.length
         seen &= (places >= oldest) | (places < window.num_sinks)
     if layer.alibi_slopes is not None:
         scores = scores - layer.alibi_slopes.float().view(kv_heads, -1, 1, 1) * distance
+    if spec.sparsity is not None:
+        seen = seen & spec.sparsity.seen(positions[:, 0], places[0], num_heads)
+        seen = seen.unflatten(0, (kv_heads, num_heads // kv_heads))
     scores = scores.masked_fill(~seen, float("-inf"))
     if layer.sink_logits is not None:
         extra = layer.sink_logits.float().view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)

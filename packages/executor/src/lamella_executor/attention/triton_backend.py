@@ -71,7 +71,7 @@ class _TritonStep:
             q, layer.k_cache, layer.v_cache, *self._decode,
             scale=spec.scale, max_context_len=self._step.max_context_len,
             sliding_window=window.length, is_chunked=window.is_chunked, num_sinks=window.num_sinks,
-            softcap=spec.softcap or 0.0,
+            softcap=spec.softcap or 0.0, sparsity=spec.sparsity,
             alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits,
             kv_scales=layer.kv_scales, out_scale=layer.out_scale,
             workspace=self._backend.workspace(layer, q.device), out=out,
@@ -88,7 +88,7 @@ class _TritonStep:
             q, *layer.own, self._step.query_start[begun:],
             scale=spec.scale, max_query_len=self._longest[1],
             sliding_window=window.length, is_chunked=window.is_chunked, num_sinks=window.num_sinks,
-            softcap=spec.softcap or 0.0,
+            softcap=spec.softcap or 0.0, sparsity=spec.sparsity, prefix_lens=self._prefixes(begun, self._num_prompts),
             alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits, out_scale=layer.out_scale, out=out,
         )  # fmt: skip
 
@@ -106,7 +106,12 @@ class _TritonStep:
             q, layer.k_cache, layer.v_cache, step.block_tables, rows, step.query_start[: count + 1], lengths,
             scale=spec.scale, max_query_len=step.max_query_len, max_context_len=self._longest[0],
             sliding_window=window.length, is_chunked=window.is_chunked, num_sinks=window.num_sinks,
-            softcap=spec.softcap or 0.0,
+            softcap=spec.softcap or 0.0, sparsity=spec.sparsity, prefix_lens=self._prefixes(0, count),
             alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits,
             kv_scales=layer.kv_scales, out_scale=layer.out_scale, out=out,
         )  # fmt: skip
+
+    def _prefixes(self, first: int, last: int) -> Tensor | None:
+        """Returns the prefix lengths of these prompts; None: there are no prefixes."""
+        lengths = self._step.prefix_lens
+        return None if lengths is None else lengths[first:last]

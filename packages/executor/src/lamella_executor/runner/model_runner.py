@@ -35,6 +35,7 @@ class ModelRunner:
         self._cache = cache
         self._windows = windows
         self._tp = tp or SingleRank()
+        self._has_prefixes = model.config.prefix_rule is not None
         self._decode = RecordedDecode(model, cache, windows, self._tp)
 
     @property
@@ -60,7 +61,7 @@ class ModelRunner:
         self._cache.copy_blocks(plan.block_copies)
         if plan.state_copies and self._cache.states is not None:
             self._cache.states.copy(*(torch.tensor(side) for side in zip(*plan.state_copies)))
-        batch = make_batch(plan, self._cache.tokens_per_block)
+        batch = make_batch(plan, self._cache.tokens_per_block, has_prefixes=self._has_prefixes)
         ctx = PagedAttentionContext(self._cache, batch, self._windows, self._tp)
         is_last = self._model.lm_head is not None
         rows = batch.logit_rows if is_last else None  # None: all

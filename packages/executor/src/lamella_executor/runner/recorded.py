@@ -48,8 +48,9 @@ class RecordedDecode:
         self._tp = tp
         self._steps: dict[_Key, _RecordedStep] = {}  # the least recently used first
         self._seen: set[_Key] = set()
-        # A recording computes once by itself, and states of sequences would advance twice.
-        self._is_possible = tp.size == 1 and cache.states is None and model.lm_head is not None
+        # A recording computes once by itself, and states of sequences would advance twice. Prefixes are not recorded.
+        has_more = cache.states is not None or model.config.prefix_rule is not None
+        self._is_possible = tp.size == 1 and not has_more and model.lm_head is not None
 
     def run(self, batch: StepBatch, hidden: Tensor | None = None) -> Tensor | None:
         """Returns hidden states [T, H] of a batch of single tokens, or None if it must run eagerly.

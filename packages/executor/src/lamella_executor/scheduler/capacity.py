@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lamella_executor.kv_cache.manager import KvCacheManager
+from lamella_executor.scheduler.chunks import least_chunk
 from lamella_executor.sequence import RequestState
 
 
@@ -38,6 +39,10 @@ class CapacityModel:
         if self._is_chunked or request.finished:
             return False
         return request.sequences[0].num_output_tokens == 0
+
+    def least_chunk(self, request: RequestState) -> int:
+        """Tokens that a step must have room for if the first of its sequences is to go on."""
+        return least_chunk(request.sequences[0], is_whole=self.is_whole(request))
 
     def max_chunk(self, request: RequestState) -> int:
         """Tokens of one of its sequences in one step at most."""

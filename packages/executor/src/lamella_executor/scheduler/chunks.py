@@ -6,6 +6,18 @@ from lamella_executor.kv_cache.manager import KvCacheManager
 from lamella_executor.sequence import RequestState, Sequence
 
 
+def least_chunk(sequence: Sequence, *, is_whole: bool) -> int:
+    """Returns how many of its next tokens a sequence computes at least, if it has any to compute.
+
+    Args:
+        sequence: of which some tokens may be computed.
+        is_whole: it is a prompt that may not be chunked.
+    """
+    if is_whole:
+        return sequence.num_tokens - sequence.num_computed_tokens
+    return max(1, sequence.num_prefix_tokens - sequence.num_computed_tokens)  # a prefix sees all of itself at once
+
+
 def plan_chunks(
     request: RequestState, kv: KvCacheManager, budget: int, limit: int, *, is_whole: bool
 ) -> list[tuple[Sequence, int]]:
@@ -19,13 +31,14 @@ def plan_chunks(
         kv: its block tables.
         budget: rows left in the step.
         limit: tokens of one sequence at most.
-        is_whole: all or nothing, for a prompt that may not be chunked.
+        is_whole: all or nothing, for a prompt that may not be chunked; a prefix never is.
     """
     sequences = request.sequences
     if len(sequences) == 1:
         pending = sequences[0].num_tokens - sequences[0].num_computed_tokens
         num_tokens = min(pending, budget, limit)
-        return [(sequences[0], num_tokens)] if num_tokens and not (is_whole and num_tokens < pending) else []
+        is_enough = num_tokens >= least_chunk(sequences[0], is_whole=is_whole)
+        return [(sequences[0], num_tokens)] if num_tokens and is_enough else []
     chunks: list[tuple[Sequence, int]] = []
     is_behind = False
     for i, sequence in enumerate(sequences):
@@ -36,7 +49,7 @@ def plan_chunks(
         missing = sequence.num_tokens - 1 - sequence.num_computed_tokens
         is_behind = is_behind or missing > 0
         num_tokens = min(missing, budget, limit)
-        if num_tokens > 0:
+        if num_tokens > 0 and num_tokens >= least_chunk(sequence, is_whole=False):
             chunks.append((sequence, num_tokens))
             budget -= num_tokens
     if not is_behind and len(sequences) <= budget:

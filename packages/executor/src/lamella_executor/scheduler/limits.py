@@ -45,6 +45,12 @@ class RequestLimits:
                 f"the prompt has {num_prompt} tokens, a step {self.max_num_tokens}; set "
                 "SchedulerConfig.enable_chunked_prefill or build the engine with a larger BuildConfig.max_num_tokens"
             )
+        num_prefix = request.sequences[0].num_prefix_tokens
+        if num_prefix > self.max_num_tokens:
+            raise RequestError(
+                f"the prompt has {num_prefix} tokens that see each other, which this model computes in one step of at "
+                f"most {self.max_num_tokens}; shorten it or build the engine with a larger BuildConfig.max_num_tokens"
+            )
         kv, num_blocks = capacity.kv, capacity.worst_case(request)
         if num_blocks > kv.num_blocks:
             raise RequestError(

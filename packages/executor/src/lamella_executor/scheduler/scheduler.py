@@ -278,8 +278,9 @@ class Scheduler:
         if sequence.token_ids[-1] == PENDING_TOKEN:  # paused in the last step; known before the next
             return False
         match = self._match(request, sequence)
-        is_too_long = sequence.num_tokens - match.num_tokens > step.budget
-        if (is_too_long and self._capacity.is_whole(request)) or not self._policy.admits(request, match):
+        if self._capacity.least_chunk(request) - match.num_tokens > step.budget:
+            return False
+        if not self._policy.admits(request, match):
             return False
         self._kv.attach(sequence, match)
         if request.first_scheduled_s is None:
@@ -305,7 +306,7 @@ class Scheduler:
         if step.budget <= 0 or step.num_chunk_tokens <= 0:
             return []
         limit, is_whole = self._capacity.max_chunk(request), self._capacity.is_whole(request)
-        budget = step.budget if is_whole else min(step.budget, step.num_chunk_tokens)
+        budget = min(step.budget, max(step.num_chunk_tokens, self._capacity.least_chunk(request)))
         return plan_chunks(request, self._kv, budget, limit, is_whole=is_whole)
 
     def _schedule(self, request: RequestState, chunks: list[tuple[Sequence, int]], step: _Step) -> bool:

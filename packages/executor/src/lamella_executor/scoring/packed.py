@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lamella_core.context import AttentionSpec, Communicator, RecurrentStep, SingleRank, StateSpec
 from lamella_core.errors import ConfigError
 from lamella_core.layers.rotary import Rotation
+from lamella_core.prefix import PrefixTokens
 
 
 class PackedContext:
@@ -54,6 +55,11 @@ class PackedContext:
             self.token_types = self.token_types.to(device)
         return self
 
+    @property
+    def prefixes(self) -> PrefixTokens:
+        """Refused: no scoring model has prefixes."""
+        raise ConfigError("prefixes are not supported in scoring")
+
     def attend(  # noqa: PLR0913 - as the protocol has it
         self,
         spec: AttentionSpec,
@@ -70,11 +76,11 @@ class PackedContext:
         """Rotates q and k, then attends within each text; returns [T, Hq, D] in q's dtype.
 
         Raises:
-            ConfigError: the layer needs what no scoring model has (soft-caps, chunks, sinks, ALiBi, latent keys).
+            ConfigError: the layer needs what no scoring model has: soft-caps, sparsity, chunks, sinks, ALiBi, latents.
         """
-        unknown = (spec.softcap, sink_logits, alibi_slopes)
+        unknown = (spec.softcap, spec.sparsity, sink_logits, alibi_slopes)
         if v is None or spec.is_chunked or any(extra is not None for extra in unknown):
-            raise ConfigError("scoring knows no attention with soft-caps, chunks, sinks, ALiBi or latent keys")
+            raise ConfigError("scoring knows no attention with soft-caps, sparsity, chunks, sinks, ALiBi or latents")
         if rotation is not None:
             rotation.apply_(q, k)
         out = torch.empty_like(q)

@@ -7,13 +7,14 @@ outside of the step are not sent (those of a reused prefix never are), nor are b
 both are never read again.
 
 Size: 8 bytes per decoding sequence and 40 per step; 20 more when a sequence gets a block (once in tokens_per_block
-tokens); 68 for a new sequence and 4 per block of it; 16 per other item and 4 per token of it; 8 per copy; 4 per
+tokens); 76 for a new sequence and 4 per block of it; 16 per other item and 4 per token of it; 8 per copy; 4 per
 sequence that ended.
 
 Layout, native byte order: header (`_HEADER`), ids that are given back, records of new sequences (id, num_prompt_tokens
-with a sign, sampling parameters), changes of block tables (id, first place, number of blocks, state slot, blocks),
-plain items (ids, then tokens), other items (id, start, num_tokens, num_logits and is_sampled), their token ids, copies
-of blocks, copies of states. Plain is a sampled next token; those items lead a plan.
+with a sign, num_prefix_tokens, mask_place, sampling parameters), changes of block tables (id, first place, number of
+blocks, state slot, blocks), plain items (ids, then tokens), other items (id, start, num_tokens, num_logits and
+is_sampled), their token ids, copies of blocks, copies of states. Plain is a sampled next token; those items lead a
+plan.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.sequence import EVICTED_BLOCK, RequestState, Sequence
 
 _HEADER = 10  # step number, then the sizes in int32 of the nine sections, in order
-_RECORD = 2 + SAMPLING_INTS
+_RECORD_HEAD = 4  # before the sampling parameters
+_RECORD = _RECORD_HEAD + SAMPLING_INTS
 _CHANGE = 4  # before the blocks
 _ITEM = 4
 _ALL = -1  # instead of ids that are given back
@@ -138,6 +140,7 @@ class PlanEncoder:
         known = self._known[sequence] = _Known(self._free.pop())
         prompt = sequence.num_prompt_tokens
         out.records += (known.id, prompt if is_device_sampled(item.request) else -1 - prompt)
+        out.records += (sequence.num_prefix_tokens, sequence.mask_place)
         out.records += pack_sampling(item.request)
         return known
 
@@ -229,10 +232,11 @@ class PlanDecoder:
         return _cut(values, _HEADER, sizes)
 
     def _introduce(self, record: list[int]) -> None:
-        id_, prompt = record[:2]
-        params, seed = unpack_sampling(record[2:])
+        id_, prompt, prefix, mask_place = record[:_RECORD_HEAD]
+        params, seed = unpack_sampling(record[_RECORD_HEAD:])
         is_device_sampled = prompt >= 0
-        sequence = Sequence(0, [], prompt if is_device_sampled else -1 - prompt)
+        prompt = prompt if is_device_sampled else -1 - prompt
+        sequence = Sequence(0, [], prompt, num_prefix_tokens=prefix, mask_place=mask_place)
         request = RequestState(id_, params, seed, None, 1, [sequence], 0.0, device_sampled=is_device_sampled)
         self._mirrors[id_] = _Mirror(request, sequence)
 

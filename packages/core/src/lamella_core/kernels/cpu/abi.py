@@ -34,10 +34,10 @@ SIGNATURES: dict[str, list[type]] = {
     "lamella_rope": [P, P, P, P, I64, I64, I64, I64, I64, I64, I64, I32, I32, I32],
     # k, v, k_cache, v_cache, slots, tokens, kv_heads, head_dim, block_size, num_blocks, k_stride, v_stride, item_bytes
     "lamella_write_kv": [P, P, P, P, P, I64, I64, I64, I64, I64, I64, I64, I64],
-    # q, k_cache, v_cache, out, block_tables, query_start, context_lens, alibi_slopes, sink_logits, tokens, q_heads,
-    # kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size, window, chunked, num_sinks, value_dim,
-    # scale, softcap, dtype, threads
-    "lamella_paged_attention": [P] * 9 + [I64] * 13 + [F32, F32, I32, I32],
+    # q, k_cache, v_cache, out, block_tables, query_start, context_lens, prefix_lens, alibi_slopes, sink_logits, tokens,
+    # q_heads, kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size, window, chunked, num_sinks,
+    # sparse_block, local_blocks, vert_stride, first_offset, head_step, value_dim, scale, softcap, dtype, threads
+    "lamella_paged_attention": [P] * 10 + [I64] * 18 + [F32, F32, I32, I32],
     # x, dt, a, b, c, d, states, slots, starts, is_first, y, sequences, num_slots, heads, head_dim, size, groups,
     # a_size, x_stride, dt_stride, bc_stride, threads
     "lamella_state_scan": [P] * 11 + [I64] * 10 + [I32],

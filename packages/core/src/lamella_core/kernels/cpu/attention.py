@@ -5,11 +5,14 @@ Legend: T tokens, Hq query heads, Hkv key/value heads, D head size, S sequences.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lamella_core.kernels.cpu import reference
 from lamella_core.kernels.cpu.abi import DTYPE_CODES, check_status, kernels, pointer
+from lamella_core.kernels.sparsity import BlockSparsity
 
 
 def _heads_adjoin(x: Tensor) -> bool:
@@ -96,6 +99,7 @@ def _check_shapes(
     block_tables: Tensor,
     query_start: Tensor,
     context_lens: Tensor,
+    prefix_lens: Tensor | None,
     extras: list[Tensor | None],
 ) -> None:
     """Raise `ValueError` when the shapes of `paged_attention`'s arguments do not fit together."""
@@ -109,6 +113,8 @@ def _check_shapes(
         raise ValueError("block_tables and context_lens differ")
     if query_start.shape != (num_seqs + 1,):
         raise ValueError(f"query_start is {tuple(query_start.shape)}, needs ({num_seqs + 1},)")
+    if prefix_lens is not None and prefix_lens.shape != (num_seqs,):
+        raise ValueError(f"prefix_lens is {tuple(prefix_lens.shape)}, needs ({num_seqs},)")
     if not all(extra is None or extra.shape == (num_heads,) for extra in extras):
         raise ValueError("per-head extras need shape [Hq]")
 
@@ -120,9 +126,41 @@ def _is_latent(k_cache: Tensor, v_cache: Tensor) -> bool:
     return skipped >= 0 and same and k_cache[..., skipped:].data_ptr() == v_cache.data_ptr()
 
 
+def _pattern(sparsity: BlockSparsity | None) -> tuple[int, ...]:
+    """Returns a sparsity as the native kernel takes it."""
+    if sparsity is None:
+        return (0,) * 5
+    s = sparsity
+    return (s.block_size, s.num_local_blocks, s.vert_stride, s.first_head * s.head_step, s.head_step)
+
+
 def _native_serves(q: Tensor, k_cache: Tensor, v_cache: Tensor, is_latent: bool) -> bool:
     same_dtype = q.dtype in DTYPE_CODES and q.dtype == k_cache.dtype == v_cache.dtype
     return same_dtype and q.is_cpu and k_cache.is_contiguous() and (is_latent or v_cache.is_contiguous())
+
+
+def _run_native(
+    library: Any,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: tuple[Tensor, Tensor, Tensor],  # block tables, query starts, context lengths
+    extras: list[Tensor | None],  # prefix lengths int32, ALiBi slopes and sink logits float32
+    masks: tuple[int, ...],  # window, chunked, sinks, sparsity, and the value size of a latent cache
+    factors: tuple[float, float],  # scale, softcap
+) -> Tensor:
+    q = q if _heads_adjoin(q) else q.contiguous()
+    tables, starts, contexts = (x.int().contiguous() for x in lengths)
+    out = q.new_empty(*q.shape[:2], v_cache.shape[3])
+    blocks, kv_heads, block_size, head_dim = k_cache.shape
+    status = library.lamella_paged_attention(
+        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), tables.data_ptr(), starts.data_ptr(),
+        contexts.data_ptr(), *map(pointer, extras), q.shape[0], q.shape[1], kv_heads, head_dim, q.stride(0),
+        len(contexts), tables.shape[1], blocks, block_size, *masks, *factors, DTYPE_CODES[q.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    check_status("paged_attention", status)
+    return out
 
 
 def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
@@ -139,12 +177,13 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
     is_chunked: bool = False,
+    prefix_lens: Tensor | None = None,
+    sparsity: BlockSparsity | None = None,
 ) -> Tensor:
     """Causal attention of packed queries over paged caches that hold this step's keys and values already.
 
     Query i of sequence s sits at position context_lens[s] - q_len + i and attends keys 0..position; with a window,
-    those nearer than ``sliding_window`` and the first ``num_sinks`` (G. Xiao et al., "Efficient Streaming Language
-    Models with Attention Sinks", 2023).
+    those nearer than ``sliding_window`` and the first ``num_sinks`` (Xiao et al. 2023, "attention sinks").
 
     Args:
         q: [T, Hq, D]; may be a strided view.
@@ -160,6 +199,8 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
         alibi_slopes: [Hq]; adds slope * (key - query position) to the scores.
         sink_logits: [Hq]; one more softmax column per head that has no value.
         is_chunked: keys are cut into chunks of ``sliding_window``, and a query sees its own chunk instead.
+        prefix_lens: [S] int32, at most the context's: first keys, which queries among them all see.
+        sparsity: what heads see of all this.
 
     Returns:
         [T, Hq, D] in q's dtype, [T, Hq, Dv] over a latent cache; rows that see no key are zero.
@@ -168,22 +209,14 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
         ValueError: shapes do not fit together, or lengths and block ids contradict them.
     """
     extras = [None if extra is None else extra.float().contiguous() for extra in (alibi_slopes, sink_logits)]
-    _check_shapes(q, k_cache, v_cache, block_tables, query_start, context_lens, extras)
+    _check_shapes(q, k_cache, v_cache, block_tables, query_start, context_lens, prefix_lens, extras)
     library, is_latent = kernels(), _is_latent(k_cache, v_cache)
     if library is None or not _native_serves(q, k_cache, v_cache, is_latent):
         return reference.paged_attention(
             q, k_cache, v_cache, block_tables, query_start, context_lens, scale,
-            sliding_window, num_sinks, softcap, alibi_slopes, sink_logits, is_chunked,
+            sliding_window, num_sinks, softcap, alibi_slopes, sink_logits, is_chunked, prefix_lens, sparsity,
         )  # fmt: skip
-    q = q if _heads_adjoin(q) else q.contiguous()
-    tables, starts, lengths = (x.int().contiguous() for x in (block_tables, query_start, context_lens))
-    out = q.new_empty(*q.shape[:2], v_cache.shape[3])
-    blocks, kv_heads, block_size, head_dim = k_cache.shape
-    status = library.lamella_paged_attention(
-        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), tables.data_ptr(), starts.data_ptr(),
-        lengths.data_ptr(), pointer(extras[0]), pointer(extras[1]), q.shape[0], q.shape[1], kv_heads, head_dim,
-        q.stride(0), len(lengths), tables.shape[1], blocks, block_size, sliding_window, is_chunked, num_sinks,
-        v_cache.shape[3] if is_latent else 0, scale, softcap, DTYPE_CODES[q.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-    check_status("paged_attention", status)
-    return out
+    extras = [None if prefix_lens is None else prefix_lens.int().contiguous(), *extras]
+    masks = (sliding_window, is_chunked, num_sinks, *_pattern(sparsity), v_cache.shape[3] if is_latent else 0)
+    lengths = (block_tables, query_start, context_lens)
+    return _run_native(library, q, k_cache, v_cache, lengths, extras, masks, (scale, softcap))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamella_core.kernels.sparsity import BlockSparsity
+
 PANEL = 16
 ROW_TILE = 16  # rows per float32 product of `linear_tiled`
 PANEL_TILE = 128  # panels unpacked at a time: 2048 output features
@@ -147,12 +149,12 @@ def write_rows(rows: Tensor, cache: Tensor, slots: Tensor) -> None:
 
 
 def _visible(
-    positions: Tensor, num_keys: int, present: Tensor, window: int, num_sinks: int, is_chunked: bool
+    positions: Tensor, num_keys: int, present: Tensor, window: int, num_sinks: int, is_chunked: bool, prefix: int
 ) -> Tensor:
-    """[queries, keys] bool: causal, inside the window or chunk or among the sinks, and not evicted."""
+    """[queries, keys] bool: causal or in one prefix, inside the window or chunk or among the sinks, and not evicted."""
     keys = torch.arange(num_keys)
     distance = positions[:, None] - keys[None, :]
-    seen = distance >= 0
+    seen = (distance >= 0) | (torch.maximum(positions[:, None], keys[None, :]) < prefix)
     if window > 0:
         oldest = positions // window * window if is_chunked else positions + 1 - window
         seen &= (keys[None, :] >= oldest[:, None]) | (keys[None, :] < num_sinks)
@@ -199,12 +201,15 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
     is_chunked: bool = False,
+    prefix_lens: Tensor | None = None,
+    sparsity: BlockSparsity | None = None,
 ) -> Tensor:
     """Causal attention over a paged cache; see `ops.paged_attention`. float32 goes query by query (see the module)."""
     num_heads = q.shape[1]
     kv_heads, block_size = k_cache.shape[1:3]
     out = q.new_zeros(*q.shape[:2], v_cache.shape[3])
     starts, lengths = query_start.tolist(), context_lens.tolist()
+    prefixes = [0] * len(lengths) if prefix_lens is None else prefix_lens.tolist()
     for s, length in enumerate(lengths):
         begin, end = starts[s], starts[s + 1]
         table = block_tables[s, : -(-length // block_size)].long()
@@ -214,9 +219,12 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
         for first in range(begin, end, step or 1):
             chunk = q[first : first + step].float().unflatten(1, (kv_heads, num_heads // kv_heads))
             positions = torch.arange(first, first + step) - end + length
-            limit = int(positions[-1]) + 1
-            seen = _visible(positions, limit, present, sliding_window, num_sinks, is_chunked)
-            bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).expand(kv_heads, chunk.shape[2], -1, -1)
+            limit = max(int(positions[-1]) + 1, prefixes[s] if positions[0] < prefixes[s] else 0)
+            seen = _visible(positions, limit, present, sliding_window, num_sinks, is_chunked, prefixes[s])
+            if sparsity is not None:
+                seen = seen & sparsity.seen(positions, torch.arange(limit), num_heads)
+            bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+            bias = bias.expand(num_heads, *seen.shape[-2:]).unflatten(0, (kv_heads, chunk.shape[2]))
             if alibi_slopes is not None:
                 offset = torch.arange(limit)[None, :] - positions[:, None]
                 bias = bias + alibi_slopes.float().view(kv_heads, -1, 1, 1) * offset

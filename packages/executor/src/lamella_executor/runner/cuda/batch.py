@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from lamella_core.prefix import PrefixTokens
 from lamella_executor.attention.backend import AttentionStep, HostLengths
 from lamella_executor.attention.states import StepStates
 from lamella_executor.runner.cuda.slots import Slot
@@ -34,6 +35,7 @@ class StepInputs:
     generated: Tensor  # [R], tokens that each sampled sequence has generated so far
     num_sampled: int  # R
     states: StepStates | None = None  # of a model with recurrent states
+    prefixes: PrefixTokens | None = None  # of a model with prefixes; int32
 
 
 def is_decode_only(items: SequenceOf[ScheduledSequence]) -> bool:
@@ -48,10 +50,13 @@ def pack_decode(
     slots: SequenceOf[Slot],
     size: int,
     scratch_state: int | None = None,
+    *,
+    has_prefixes: bool = False,
 ) -> StepInputs:
     """Packs a step of one token each, padded to ``size`` rows that belong to the last slot, which is scratch.
 
-    ``scratch_state`` is the scratch slot of recurrent states; None: the model has none.
+    ``scratch_state`` is the scratch slot of recurrent states; None: the model has none. ``has_prefixes`` says whether
+    it has those.
     """
     step = slots[0].step
     starts = [item.start for item in items]
@@ -69,14 +74,21 @@ def pack_decode(
         inbox.put(contexts - prompts, size),
     )
     states = _put_states(inbox, items, scratch_state, size)
+    prefixes = _put_prefixes(inbox, items, size) if has_prefixes else None
     for row, slot in enumerate(slots):
         slot.row, slot.sampled_step = row, step
     lengths = HostLengths(contexts, np.ones(len(items), np.int32))
-    return _decode_inputs(sections, block_tables, int(contexts.max()), lengths, states)
+    return _decode_inputs(sections, block_tables, int(contexts.max()), lengths, states, prefixes)
 
 
 def reserve_decode(
-    inbox: Inbox, block_tables: Tensor, size: int, max_context_len: int, scratch_state: int | None = None
+    inbox: Inbox,
+    block_tables: Tensor,
+    size: int,
+    max_context_len: int,
+    scratch_state: int | None = None,
+    *,
+    has_prefixes: bool = False,
 ) -> StepInputs:
     """Returns where `pack_decode` puts a step of ``size`` rows, for its capture; sends rows that are all padding."""
     inbox.begin()
@@ -89,8 +101,9 @@ def reserve_decode(
         inbox.put([], size),
     )
     states = _put_states(inbox, [], scratch_state, size)
+    prefixes = _put_prefixes(inbox, [], size) if has_prefixes else None
     inbox.send()
-    return _decode_inputs(sections, block_tables, max_context_len, None, states)
+    return _decode_inputs(sections, block_tables, max_context_len, None, states, prefixes)
 
 
 def _decode_inputs(
@@ -99,6 +112,7 @@ def _decode_inputs(
     max_context_len: int,
     host: HostLengths | None,
     states: StepStates | None,
+    prefixes: PrefixTokens | None,
 ) -> StepInputs:
     tokens, slots, positions, contexts, generated = sections
     size = tokens.shape[0]
@@ -113,7 +127,7 @@ def _decode_inputs(
         max_context_len=max_context_len,
         host=host,
     )
-    return StepInputs(tokens, slots, positions, attention, None, size, None, slots, generated, size, states)
+    return StepInputs(tokens, slots, positions, attention, None, size, None, slots, generated, size, states, prefixes)
 
 
 def _put_states(
@@ -129,12 +143,25 @@ def _put_states(
     )
 
 
+def _put_prefixes(
+    inbox: Inbox, items: SequenceOf[ScheduledSequence], size: int, owners: np.ndarray | None = None
+) -> PrefixTokens:
+    """Packs the items' prefixes for each token: token i is of item ``owners[i]``; None: of item i."""
+    fields = ([item.sequence.num_prefix_tokens for item in items], [item.sequence.mask_place for item in items])
+    lengths, places = (np.array(values, np.int32) for values in fields)
+    if owners is not None:
+        lengths, places = lengths[owners], places[owners]
+    return PrefixTokens(inbox.put(lengths, size), inbox.put(places, size))
+
+
 def pack_mixed(
     inbox: Inbox,
     block_tables: Tensor,
     items: SequenceOf[ScheduledSequence],
     slots: SequenceOf[Slot],
     scratch_state: int | None = None,
+    *,
+    has_prefixes: bool = False,
 ) -> StepInputs:
     """Packs any step; items that compute one token and come first are attended to as decoding ones."""
     tokens, lengths = _token_ids(items, slots), np.array([item.num_tokens for item in items], np.int32)
@@ -152,6 +179,7 @@ def pack_mixed(
         inbox.put(contexts),
         inbox.put(np.concatenate(([0], ends[num_decode:] - decode_end))),
     )
+    prefix = np.array([item.sequence.num_prefix_tokens for item in items], np.int32) if has_prefixes else None
     attention = AttentionStep(
         block_tables,
         *attention_sections,
@@ -159,9 +187,11 @@ def pack_mixed(
         num_tokens=len(tokens),
         max_query_len=int(lengths[num_decode:].max()) if num_decode < len(items) else 1,
         max_context_len=int(contexts.max()),
-        host=HostLengths(contexts, lengths),
+        host=HostLengths(contexts, lengths, prefix),
+        prefix_lens=None if prefix is None else inbox.put(prefix[num_decode:]),
     )
     states = _put_states(inbox, items, scratch_state, len(items))
+    prefixes = _put_prefixes(inbox, items, len(tokens), owners) if has_prefixes else None
     rows = _LogitRows(items, slots, ends)
     return StepInputs(
         tokens=inbox.put(tokens),
@@ -175,6 +205,7 @@ def pack_mixed(
         generated=inbox.put([contexts[i] - slots[i].num_prompt_tokens for i in rows.items]),
         num_sampled=len(rows.sampled),
         states=states,
+        prefixes=prefixes,
     )
 
 

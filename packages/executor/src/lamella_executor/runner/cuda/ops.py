@@ -38,7 +38,7 @@ class DeviceOps(Protocol):
         self,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         rotation: Rotation | None,
         caches: tuple[Tensor, Tensor],
         slots: Tensor,

@@ -17,6 +17,7 @@ from torch import Tensor
 from lamella_core.context import Communicator, RecurrentStep, SingleRank, StateSpec
 from lamella_core.errors import OutOfMemoryError
 from lamella_core.models.base import CausalLM
+from lamella_core.prefix import PrefixTokens
 from lamella_executor.attention.backend import AttentionBackend
 from lamella_executor.attention.paged_cpu import LayerWindow
 from lamella_executor.attention.paged_cuda import CudaStepContext, DeviceKvCache
@@ -49,6 +50,10 @@ class OutputContext:
 
     def __init__(self, tp: Communicator) -> None:
         self.tp = tp
+
+    @property
+    def prefixes(self) -> PrefixTokens:
+        raise RuntimeError("the output layer knows no positions")
 
     def attend(self, *args: object, **kwargs: object) -> Tensor:
         raise RuntimeError("the output layer does not attend")
@@ -110,6 +115,7 @@ class CudaRunner:
         max_blocks = limits.max_blocks(cache.tokens_per_block)
         self._slots = SlotTable(limits.num_slots, max_blocks, cache.tokens_per_block, cache.scratch_block)
         self._scratch_state = cache.states.scratch_slot if cache.states is not None else None
+        self._has_prefixes = model.config.prefix_rule is not None
         self._graphs = DecodeGraphs()
         self._outputs = OutputContext(self._tp)
 
@@ -151,9 +157,19 @@ class CudaRunner:
         state.inbox.begin()
         if is_decode:
             size = len(items) if captured is None else captured.size
-            inputs = pack_decode(state.inbox, state.block_tables, items, slots, size, self._scratch_state)
+            inputs = pack_decode(
+                state.inbox,
+                state.block_tables,
+                items,
+                slots,
+                size,
+                self._scratch_state,
+                has_prefixes=self._has_prefixes,
+            )
         else:
-            inputs = pack_mixed(state.inbox, state.block_tables, items, slots, self._scratch_state)
+            inputs = pack_mixed(
+                state.inbox, state.block_tables, items, slots, self._scratch_state, has_prefixes=self._has_prefixes
+            )
         self._send(plan, updates)
         self._stage.begin(plan)
         if captured is None:
@@ -233,7 +249,10 @@ class CudaRunner:
     def inputs(self, size: int) -> StepInputs:
         """Returns the inputs of a captured step of ``size`` rows and sends padding there."""
         state = self._state
-        return reserve_decode(state.inbox, state.block_tables, size, self._limits.max_seq_len, self._scratch_state)
+        return reserve_decode(
+            state.inbox, state.block_tables, size, self._limits.max_seq_len, self._scratch_state,
+            has_prefixes=self._has_prefixes,
+        )  # fmt: skip
 
     @property
     def is_sampling(self) -> bool:
@@ -251,7 +270,7 @@ class CudaRunner:
         count = step.num_tokens
         ctx = CudaStepContext(
             self._cache, state.kv_slots[:count], step, parts.attention.begin(step), parts.ops.rope_and_cache,
-            self._windows, self._tp, inputs.states,
+            self._windows, self._tp, inputs.states, _wide(inputs.prefixes),
         )  # fmt: skip
         rows = inputs.logit_rows if stage.is_last else None
         return self._model(
@@ -328,3 +347,8 @@ class CudaRunner:
                 torch.cuda.empty_cache()
         except RuntimeError as error:  # a kernel broke the device's context; its memory goes with the process
             logger.warning("the device's memory could not be given back: %s", error)
+
+
+def _wide(prefixes: PrefixTokens | None) -> PrefixTokens | None:
+    """Returns what models take: int64."""
+    return None if prefixes is None else PrefixTokens(prefixes.lengths.long(), prefixes.mask_places.long())

@@ -74,6 +74,7 @@ class DeviceState:
 def _inbox_ints(limits: RunnerLimits, tokens_per_block: int) -> int:
     """Room for the largest step and for the updates of a usual one; `CudaRunner` sends more of them separately."""
     rows, sequences = max(limits.max_num_tokens, limits.max_sequences), limits.max_sequences
-    step = 4 * rows + 9 * sequences  # tokens, slots, positions, logit rows; lengths, what is sampled, states
+    # Tokens, slots, positions, logit rows, prefixes twice; lengths, what is sampled, states, prefixes.
+    step = 6 * rows + 10 * sequences
     updates = (RECORD_INTS + 4) * sequences + 4 * (rows // tokens_per_block + 1)
     return step + updates + 32 * ALIGNMENT

@@ -24,9 +24,11 @@ struct Problem {
   const void *q, *k_cache, *v_cache;
   void* out;
   const std::int32_t *block_tables, *query_start, *context_lens;
+  const std::int32_t* prefix_lens;  // [num_seqs] or null: the first keys of a sequence, seen by its queries among them
   const float *alibi_slopes, *sink_logits;  // [q_heads] or null
   i64 tokens, q_heads, kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size;
   i64 window, chunked, num_sinks;
+  i64 sparse_block, local_blocks, vert_stride, first_offset, head_step;  // BlockSparsity; sparse_block 0: none
   i64 value_dim;  // of a latent cache: values are the last value_dim numbers of keys; 0: they have a cache of their own
   float scale, softcap;
   i64 group() const { return q_heads / kv_heads; }
@@ -37,6 +39,7 @@ struct Problem {
     if (window <= 0) return 0;
     return chunked ? position / window * window : position + 1 - window;
   }
+  i64 prefix(i64 seq) const { return prefix_lens ? prefix_lens[seq] : 0; }
   i64 heads_per_item() const { return latent() && group() > LATENT_HEADS ? LATENT_HEADS : group(); }
 };
 
@@ -47,6 +50,13 @@ struct Item {
 };
 
 // ---- one tile --------------------------------------------------------------------------------------------------------
+
+// Running softmax of one (query, head) row.
+struct Row {
+  float *q, *out;    // [padded]
+  float maximum, total;
+  i64 position, end, head;  // sees no key from `end` on
+};
 
 // Float32 copies of a tile, rows padded with zeros to whole registers, and the keys that exist.
 struct Tile {
@@ -90,11 +100,23 @@ bool load_tile(const Problem& p, const Item& item, i64 start, i64 context, i64 p
   return true;
 }
 
-// Keys of the tile at `start` that a query at `position` may see, as bits.
-std::uint32_t visible_keys(const Problem& p, i64 start, i64 position, std::uint32_t present) {
+// Keys of the tile at `start` that a sparse head sees of a query at `position`, as bits.
+std::uint32_t sparse_keys(const Problem& p, i64 start, i64 position, i64 head) {
+  const i64 offset = p.first_offset + head * p.head_step + 1, nearest = position / p.sparse_block - p.local_blocks + 1;
+  std::uint32_t seen = 0;
+  for (i64 i = 0; i < KT; ++i) {
+    const i64 block = (start + i) / p.sparse_block;
+    if (block >= nearest || (block + offset) % p.vert_stride == 0) seen |= 1u << i;
+  }
+  return seen;
+}
+
+// Keys of the tile at `start` that a row sees, as bits.
+std::uint32_t visible_keys(const Problem& p, i64 start, const Row& row, std::uint32_t present) {
   auto below = [](i64 n) { return n <= 0 ? 0u : n >= KT ? ~0u : (1u << n) - 1; };
-  std::uint32_t seen = below(position + 1 - start);
-  if (p.window > 0) seen &= ~below(p.oldest(position) - start) | below(p.num_sinks - start);
+  std::uint32_t seen = below(row.end - start);
+  if (p.window > 0) seen &= ~below(p.oldest(row.position) - start) | below(p.num_sinks - start);
+  if (p.sparse_block > 0) seen &= sparse_keys(p, start, row.position, row.head);
   return seen & present;
 }
 
@@ -128,16 +150,9 @@ LAMELLA_INLINE void add_values(float* out, const float* v, const float* weight, 
   for (int c = 0; c < C; ++c) store(out + c * VW, acc[c]);
 }
 
-// Running softmax of one (query, head) row.
-struct Row {
-  float *q, *out;    // [padded]
-  float maximum, total;
-  i64 position, head;
-};
-
 template <int DV>
 void attend(const Problem& p, Row& row, const Tile& tile, i64 start, i64 padded) {
-  const std::uint32_t seen = visible_keys(p, start, row.position, tile.present);
+  const std::uint32_t seen = visible_keys(p, start, row, tile.present);
   if (seen == 0) return;
   const i64 first = __builtin_ctz(seen), last = 32 - __builtin_clz(seen);
   float weight[KT];
@@ -174,11 +189,13 @@ void attend(const Problem& p, Row& row, const Tile& tile, i64 start, i64 padded)
 
 template <typename T>
 void open_rows(const Problem& p, const Item& item, i64 padded, float* q, float* out, Row* rows) {
+  const i64 prefix = p.prefix(item.seq);
   for (i64 i = 0; i < item.num_queries * item.num_heads; ++i) {
     const i64 head = item.first_head + i % item.num_heads, query = item.first_query + i / item.num_heads;
+    const i64 position = item.position + i / item.num_heads;
     const bool sink = p.sink_logits != nullptr;
     rows[i] = Row{q + i * padded, out + i * padded, sink ? p.sink_logits[head] : NEG_INF, sink ? 1.0f : 0.0f,
-                  item.position + i / item.num_heads, head};
+                  position, position < prefix ? prefix : position + 1, head};
     widen_row(static_cast<const T*>(p.q) + query * p.q_stride + head * p.head_dim, rows[i].q, p.head_dim, padded);
     std::memset(rows[i].out, 0, std::size_t(padded) * sizeof(float));
   }
@@ -196,7 +213,8 @@ void close_rows(const Problem& p, const Item& item, const Row* rows) {
 
 template <int DV, typename T>
 bool run_item(const Problem& p, const Item& item, i64 padded, float* scratch, std::vector<Row>& rows) {
-  const i64 num_rows = item.num_queries * item.num_heads, context = item.position + item.num_queries;
+  const i64 num_rows = item.num_queries * item.num_heads, last = item.position + item.num_queries;
+  const i64 context = item.position < p.prefix(item.seq) && last < p.prefix(item.seq) ? p.prefix(item.seq) : last;
   Tile tile{scratch, p.latent() ? scratch + p.head_dim - p.value_dim : scratch + KT * padded, 0};
   float* q = scratch + 2 * KT * padded;
   rows.resize(std::size_t(num_rows));
@@ -218,7 +236,7 @@ bool make_items(const Problem& p, std::vector<Item>& items) {
   for (i64 s = 0; s < p.num_seqs; ++s) {
     const i64 begin = p.query_start[s], end = p.query_start[s + 1], context = p.context_lens[s];
     if (begin < 0 || end < begin || end > p.tokens || context < end - begin) return false;
-    if ((context + p.block_size - 1) / p.block_size > p.max_blocks) return false;
+    if ((context + p.block_size - 1) / p.block_size > p.max_blocks || p.prefix(s) > context) return false;
     for (i64 stop = end; stop > begin; stop -= per_item) {
       const i64 first = stop - per_item > begin ? stop - per_item : begin;
       for (i64 h = 0; h < p.kv_heads; ++h)
@@ -269,18 +287,20 @@ using namespace lamella;
 // q [tokens, q_heads, head_dim] with token stride q_stride (elements); caches [num_blocks, kv_heads, block_size,
 // head_dim]; block_tables [num_seqs, max_blocks], negative = evicted; query_start [num_seqs + 1]; context_lens
 // [num_seqs]; out [tokens, q_heads, head_dim] contiguous. window 0: none; chunked: a query sees
-// its chunk of `window` keys rather than the last ones; softcap 0: none. value_dim above 0: v_cache is
+// its chunk of `window` keys rather than the last ones; prefix_lens null: none; sparse_block 0: not sparse, else a head
+// sees what `BlockSparsity` says, first_offset being the offset of this call's first head; softcap 0: none. value_dim above 0: v_cache is
 // not read, values are the last value_dim numbers of keys, and out is [tokens, q_heads, value_dim].
 LAMELLA_API std::int32_t lamella_paged_attention(
     const void* q, const void* k_cache, const void* v_cache, void* out, const std::int32_t* block_tables,
-    const std::int32_t* query_start, const std::int32_t* context_lens, const float* alibi_slopes, const float* sink_logits,
-    i64 tokens, i64 q_heads, i64 kv_heads, i64 head_dim, i64 q_stride, i64 num_seqs, i64 max_blocks, i64 num_blocks,
-    i64 block_size, i64 window, i64 chunked, i64 num_sinks, i64 value_dim, float scale, float softcap, std::int32_t dtype,
+    const std::int32_t* query_start, const std::int32_t* context_lens, const std::int32_t* prefix_lens,
+    const float* alibi_slopes, const float* sink_logits, i64 tokens, i64 q_heads, i64 kv_heads, i64 head_dim, i64 q_stride, i64 num_seqs, i64 max_blocks, i64 num_blocks,
+    i64 block_size, i64 window, i64 chunked, i64 num_sinks, i64 sparse_block, i64 local_blocks, i64 vert_stride,
+    i64 first_offset, i64 head_step, i64 value_dim, float scale, float softcap, std::int32_t dtype,
     std::int32_t threads) {
-  const Problem p{q, k_cache, v_cache, out, block_tables, query_start, context_lens, alibi_slopes, sink_logits,
+  const Problem p{q, k_cache, v_cache, out, block_tables, query_start, context_lens, prefix_lens, alibi_slopes, sink_logits,
                   tokens, q_heads, kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size,
-                  window, chunked, num_sinks, value_dim, scale, softcap};
-  if (value_dim < 0 || value_dim > head_dim) return kBadShape;
+                  window, chunked, num_sinks, sparse_block, local_blocks, vert_stride, first_offset, head_step, value_dim, scale, softcap};
+  if (value_dim < 0 || value_dim > head_dim || (sparse_block > 0 && vert_stride <= 0)) return kBadShape;
   if (kv_heads <= 0 || q_heads % kv_heads != 0 || block_size <= 0 || head_dim <= 0) return kBadShape;
   switch (dtype) {
     case kF32: return run<float>(p, threads);

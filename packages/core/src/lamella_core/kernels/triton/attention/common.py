@@ -16,6 +16,7 @@ Both functions compute what `reference.paged_attention` does, and take
 * scale: multiplies products of queries and keys; positive;
 * sliding_window: a query sees so many last keys, its own included (0: all), and beside them the first ``num_sinks``;
 * is_chunked: keys are cut into chunks of ``sliding_window``, and a query sees its own chunk instead;
+* sparsity: which of these keys each head sees, see `BlockSparsity`;
 * softcap: scores become softcap * tanh(scores / softcap); 0: they stay;
 * alibi_slopes [Hq] float32: times the key's position less the query's added to scores;
 * sink_logits [Hq]: one more softmax column per head, without a value;
@@ -40,13 +41,16 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella_core.errors import ConfigError
+from lamella_core.kernels.sparsity import BlockSparsity
 from lamella_core.kernels.triton.launch import float8_storage, has_float8, is_interpreted, next_power_of_2
 from lamella_core.kernels.triton.quantize import to_float8
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)  # below every score
 # Small tensors that may be slices: their addresses shall not choose between compiled kernels.
-UNALIGNED = ["rows_ptr", "starts_ptr", "lengths_ptr", "alibi_ptr", "sinks_ptr", "kv_scales_ptr", "out_scale_ptr"]
+UNALIGNED = [
+    "rows_ptr", "starts_ptr", "lengths_ptr", "prefixes_ptr", "alibi_ptr", "sinks_ptr", "kv_scales_ptr", "out_scale_ptr",
+]  # fmt: skip
 FLOAT8 = torch.float8_e4m3fn
 _PRODUCTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _LEAST_COLUMNS = 16  # of a head, padded: what a matrix unit takes
@@ -73,14 +77,23 @@ class Layout:
     chunked: bool  # a query sees its chunk of ``window`` keys rather than the last ones
     sinks: int  # first keys seen beside the window
     softcap: float  # 0: none
+    sparse_block: int  # tokens; see `BlockSparsity`; 0: attention is not sparse
+    local_blocks: int
+    vert_stride: int
+    first_offset: int  # by how many blocks the pattern of this rank's first head is moved
+    head_step: int
+
+
+Mask = tuple[int, int, float, bool, BlockSparsity | None]  # window, sinks, softcap, chunked, sparsity
+_DENSE = BlockSparsity(0, 0, 1, 0)
 
 
 @functools.lru_cache(maxsize=1024)
 def _layout(
     q: tuple[int, ...], q_strides: tuple[int, ...], cache: tuple[int, ...], strides: tuple[int, ...],
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], same: bool, scale: float, mask: tuple[int, int, float, bool],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], same: bool, scale: float, mask: Mask,
 ) -> Layout:  # fmt: skip
-    """Checks and makes a `Layout`: q is [Hq, D], strides go with shapes, mask is window, sinks, softcap, chunked."""
+    """Checks and makes a `Layout`: q is [Hq, D], strides go with shapes."""
     q_dtype, k_dtype, v_dtype = dtypes
     if q_dtype not in _PRODUCTS or k_dtype not in (q_dtype, FLOAT8):
         raise ConfigError(f"queries are {q_dtype}, cached keys {k_dtype}: keys must be float8_e4m3fn or as queries are")
@@ -96,6 +109,7 @@ def _layout(
     if scale <= 0.0:
         raise ConfigError(f"scale is {scale}; it must be positive")
     float8 = k_dtype == FLOAT8
+    sparsity = mask[4] or _DENSE
     return Layout(
         heads=heads, group=heads // kv_heads, head_dim=dim,
         padded_dim=next_power_of_2(max(dim, _LEAST_COLUMNS * (1 + float8))), page=page,
@@ -103,13 +117,15 @@ def _layout(
         block_stride=strides[0], head_stride=strides[1], token_stride=strides[2],
         dtype=tl.float16 if float8 and q_dtype != torch.float32 else _PRODUCTS[q_dtype],
         float8=float8, native=has_float8(), window=mask[0], chunked=mask[3],
-        sinks=mask[1] if mask[0] else 0, softcap=mask[2],
+        sinks=mask[1] if mask[0] else 0, softcap=mask[2], sparse_block=sparsity.block_size,
+        local_blocks=sparsity.num_local_blocks, vert_stride=sparsity.vert_stride,
+        first_offset=sparsity.first_head * sparsity.head_step, head_step=sparsity.head_step,
     )  # fmt: skip
 
 
 def layout_of(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, sliding_window: int, num_sinks: int, softcap: float,
-    is_chunked: bool = False,
+    is_chunked: bool = False, sparsity: BlockSparsity | None = None,
 ) -> Layout:  # fmt: skip
     """Returns what a kernel is compiled for.
 
@@ -119,7 +135,7 @@ def layout_of(
     strides = k_cache.stride()
     same = k_cache.shape == v_cache.shape and strides == v_cache.stride()
     dtypes = (q.dtype, k_cache.dtype, v_cache.dtype)
-    mask = (sliding_window, num_sinks, softcap, is_chunked)
+    mask = (sliding_window, num_sinks, softcap, is_chunked, sparsity)
     return _layout(tuple(q.shape[1:]), q.stride(), tuple(k_cache.shape), strides, dtypes, same, scale, mask)
 
 
@@ -130,7 +146,7 @@ def are_alike(k: Tensor, v: Tensor) -> bool:
 
 def ragged_layout_of(
     q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int, num_sinks: int, softcap: float,
-    is_chunked: bool = False,
+    is_chunked: bool = False, sparsity: BlockSparsity | None = None,
 ) -> Layout:  # fmt: skip
     """Returns what a kernel is compiled for whose keys and values are [T, Hkv, D], of the queries' tokens.
 
@@ -139,7 +155,7 @@ def ragged_layout_of(
     """
     shapes, strides = ((1, k.shape[1], 0, k.shape[2]), (0, k.stride(1), k.stride(0), k.stride(2)))
     same = are_alike(k, v) and k.shape[0] == q.shape[0] and k.dtype == q.dtype
-    mask = (sliding_window, num_sinks, softcap, is_chunked)
+    mask = (sliding_window, num_sinks, softcap, is_chunked, sparsity)
     return _layout(tuple(q.shape[1:]), q.stride(), shapes, strides, (q.dtype, k.dtype, v.dtype), same, scale, mask)
 
 
@@ -205,6 +221,15 @@ def oldest_key(position, L: tl.constexpr):  # type: ignore[no-untyped-def]
     else:
         oldest = position + 1 - L.window
     return oldest
+
+
+@triton.jit
+def in_pattern(positions, heads, keys, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns which keys [K] sparse heads [M] see of queries at ``positions`` [M] or []: [M, K]."""
+    blocks = keys // L.sparse_block
+    near = positions // L.sparse_block - L.local_blocks + 1
+    moved = blocks[None, :] + (L.first_offset + 1 + heads * L.head_step)[:, None]
+    return (blocks[None, :] >= (near + heads * 0)[:, None]) | (moved % L.vert_stride == 0)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lamella_core.errors import ConfigError
+from lamella_core.kernels.sparsity import BlockSparsity
 from lamella_core.kernels.triton.attention.common import (
     LOWEST,
     UNALIGNED,
@@ -28,6 +29,7 @@ from lamella_core.kernels.triton.attention.common import (
     finish,
     first_visible_tile,
     head_cache,
+    in_pattern,
     key_offsets,
     layout_of,
     load_pages,
@@ -112,6 +114,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
     end,
     factor,  # of products
     slopes,  # [M] or None
+    heads,  # [M]
     L: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -141,6 +144,8 @@ def _attend_part(  # type: ignore[no-untyped-def]
         distances = (keys - (length - 1))[None, :]
         scores, rest = shape_scores(_scores(q_even, q_odd, k, L), factor, distances, slopes, L)
         scores = tl.where(seen[None, :], scores, float("-inf"))
+        if L.sparse_block > 0:
+            scores = tl.where(in_pattern(length - 1, heads, keys, L), scores, float("-inf"))
         weights, highest, fade = softmax_step(scores, rest, highest)
         sums = sums * fade[:, None] + weights
         acc_even, acc_odd = _add_values(acc_even * fade[:, None], acc_odd * fade[:, None], weights, v, L)
@@ -278,7 +283,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         _load_query(q_ptr, heads, valid, 0, STEP, L), _load_query(q_ptr, heads, valid, STEP - 1, STEP, L),
         head_cache(k_ptr, kv_head, STEP, L), head_cache(v_ptr, kv_head, STEP, L), tables_ptr + row * table_stride,
         length, first, sink_tiles, part * per_part, tl.minimum((part + 1) * per_part, steps), factor, slopes,
-        L, BLOCK_N,
+        heads, L, BLOCK_N,
     )
     if L.float8:
         acc = tl.interleave(acc, odd)
@@ -321,6 +326,7 @@ def decode_attention(
     is_chunked: bool = False,
     num_sinks: int = 0,
     softcap: float = 0.0,
+    sparsity: BlockSparsity | None = None,
     alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
     kv_scales: Tensor | None = None,
@@ -341,7 +347,7 @@ def decode_attention(
     * tile: other than the one for this layer.
     * split: other than the one for this batch; needs a workspace large enough.
     """
-    layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap, is_chunked)
+    layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap, is_chunked, sparsity)
     out, num_seqs = result_like(q, out_scale, out), q.shape[0]
     if num_seqs == 0:
         return out

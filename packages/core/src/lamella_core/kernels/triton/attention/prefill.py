@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from lamella_core.kernels.sparsity import BlockSparsity
 from lamella_core.kernels.triton.attention.common import (
     LOWEST,
     UNALIGNED,
@@ -30,6 +31,7 @@ from lamella_core.kernels.triton.attention.common import (
     finish,
     first_visible_tile,
     head_cache,
+    in_pattern,
     key_offsets,
     layout_of,
     load_pages,
@@ -119,6 +121,21 @@ def _widened(x, L: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _seen(distances, positions, keys, pages, heads, prefix, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns which keys [K] of a tile the rows [M] see: [M, K]; arguments are as in `_attend_tiles`."""
+    seen = distances <= 0
+    if prefix is not None:
+        seen = seen | ((positions < prefix)[:, None] & (keys < prefix)[None, :])
+    if L.sparse_block > 0:
+        seen = seen & in_pattern(positions, heads, keys, L)
+    if L.window > 0:
+        seen = seen & ((keys[None, :] >= oldest_key(positions, L)[:, None]) | (keys < L.sinks)[None, :])
+        if L.page > 0:
+            seen = seen & (pages >= 0)[None, :]
+    return seen
+
+
+@triton.jit
 def _attend_tiles(  # type: ignore[no-untyped-def]
     acc,  # [M, D padded]
     highest,  # [M]
@@ -135,6 +152,8 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     sink_tiles,
     factor,
     slopes,  # [M] or None
+    heads,  # [M]
+    prefix,  # keys that queries among them all see, or None
     L: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
@@ -152,6 +171,8 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         mask = in_row
         if MASKED:
             there = keys <= tl.max(positions, axis=0)
+            if prefix is not None:
+                there = there | (keys < prefix)
             mask = in_row & there[:, None]
         if MASKED or L.padded_dim != L.head_dim:
             k = tl.load(k_ptr + offsets, mask, other=0)
@@ -163,12 +184,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         scores = tl.dot(q, tl.trans(_widened(k, L)), input_precision="ieee")
         scores, rest = shape_scores(scores, factor, distances, slopes, L)
         if MASKED:
-            seen = distances <= 0
-            if L.window > 0:
-                seen = seen & ((keys[None, :] >= oldest_key(positions, L)[:, None]) | (keys < L.sinks)[None, :])
-                if L.page > 0:
-                    seen = seen & (pages >= 0)[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
+            scores = tl.where(_seen(distances, positions, keys, pages, heads, prefix, L), scores, float("-inf"))
         weights, highest, fade = softmax_step(scores, rest, highest)
         total = total * fade + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(L.dtype), _widened(v, L), acc * fade[:, None], input_precision="ieee")
@@ -188,6 +204,8 @@ def _attend_rows(  # type: ignore[no-untyped-def]
     last_page,
     factor,
     slopes,
+    heads,
+    prefix,
     L: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -197,20 +215,23 @@ def _attend_rows(  # type: ignore[no-untyped-def]
     first = first_visible_tile(first_position, L, BLOCK_N)
     sink_tiles = tl.minimum((L.sinks + BLOCK_N - 1) // BLOCK_N, first)
     skipped = first - sink_tiles
-    steps = last_position // BLOCK_N + 1 - skipped
+    last_key = last_position
+    if prefix is not None:
+        last_key = tl.where(first_position < prefix, tl.maximum(last_position, prefix - 1), last_position)
+    steps = last_key // BLOCK_N + 1 - skipped
     highest = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     plain = 0  # steps without masks
-    if L.window == 0:
+    if L.window == 0 and L.sparse_block == 0:
         plain = (first_position + 1) // BLOCK_N
         acc, highest, total = _attend_tiles(
             acc, highest, total, q, positions, k_ptr, v_ptr, table_ptr, last_page, 0, plain, skipped, sink_tiles,
-            factor, slopes, L, BLOCK_N, False,
+            factor, slopes, heads, prefix, L, BLOCK_N, False,
         )  # fmt: skip
     return _attend_tiles(
         acc, highest, total, q, positions, k_ptr, v_ptr, table_ptr, last_page, plain, steps, skipped, sink_tiles,
-        factor, slopes, L, BLOCK_N, True,
+        factor, slopes, heads, prefix, L, BLOCK_N, True,
     )  # fmt: skip
 
 
@@ -221,6 +242,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     k_ptr, v_ptr,  # [N, Hkv, P, D], or without pages [T, Hkv, D]
     tables_ptr,  # [*, B] int32; without pages None, as are rows and lengths
     rows_ptr, starts_ptr, lengths_ptr,  # [S], [S + 1], [S] int32
+    prefixes_ptr,  # [S] int32, or None
     alibi_ptr, sinks_ptr,  # [Hq], or None
     kv_scales_ptr, out_scale_ptr,  # [2] and [] float32, or None
     num_seqs, table_stride, scale,
@@ -260,10 +282,11 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     q_at = q_ptr + (tokens * L.q_token_stride + heads * L.q_head_stride)[:, None] + cols
     factor, v_scale = scales_of(kv_scales_ptr, scale)
     slopes = None if alibi_ptr is None else tl.load(alibi_ptr + heads).to(tl.float32)
+    prefix = None if prefixes_ptr is None else tl.load(prefixes_ptr + seq)
     acc, highest, total = _attend_rows(
         narrow_query(tl.load(q_at, mask, other=0.0), L), past + rows // L.group,
         past + first_row // L.group, past + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // L.group,
-        k_ptr, v_ptr, table_ptr, last_page, factor, slopes, L, BLOCK_N,
+        k_ptr, v_ptr, table_ptr, last_page, factor, slopes, heads, prefix, L, BLOCK_N,
     )
     sink_ptrs = None if sinks_ptr is None else sinks_ptr + heads
     out = finish(acc, highest, total, sink_ptrs, v_scale, out_scale_ptr, L)
@@ -289,6 +312,8 @@ def prefill_attention(
     is_chunked: bool = False,
     num_sinks: int = 0,
     softcap: float = 0.0,
+    sparsity: BlockSparsity | None = None,
+    prefix_lens: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
     kv_scales: Tensor | None = None,
@@ -306,14 +331,15 @@ def prefill_attention(
     * context_lens [S] int32: keys of each sequence, the queries' own included.
     * max_query_len: of any sequence, or more; only speed depends on it.
     * max_context_len: like it; 0: no longer than the queries.
+    * prefix_lens [S] int32, at most the contexts': the first keys of a sequence, which its queries among them all see.
     * tile: other than the one for this layer and chunk length.
     """
-    layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap, is_chunked)
+    layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap, is_chunked, sparsity)
     out = result_like(q, out_scale, out)
     keys = max_context_len or max_query_len
     if table_rows.shape[0]:
         tile = tile or _tile_for(layout, q, k_cache, max_query_len, keys)
-        paging = (block_tables, table_rows, query_start, context_lens)
+        paging = (block_tables, table_rows, query_start, context_lens, prefix_lens)
         options = (alibi_slopes, sink_logits, kv_scales, out_scale)
         _launch(layout, tile, out, (q, storage(k_cache), storage(v_cache)), paging, options, scale)
     return out
@@ -331,6 +357,8 @@ def ragged_attention(
     is_chunked: bool = False,
     num_sinks: int = 0,
     softcap: float = 0.0,
+    sparsity: BlockSparsity | None = None,
+    prefix_lens: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
     out_scale: Tensor | None = None,
@@ -343,15 +371,16 @@ def ragged_attention(
       ``query_start[i + 1]``.
     * query_start [S + 1] int32, rising; rows before the first or from the last on are left as they are in ``out``.
     * max_query_len: of any sequence, or more; only speed depends on it.
+    * prefix_lens: as for `prefill_attention`.
     * tile: other than the one for this layer and length.
     """
     if not are_alike(k, v):  # one of them is not a part of the fused projection any more
         k, v = k.contiguous(), v.contiguous()
-    layout = ragged_layout_of(q, k, v, scale, sliding_window, num_sinks, softcap, is_chunked)
+    layout = ragged_layout_of(q, k, v, scale, sliding_window, num_sinks, softcap, is_chunked, sparsity)
     out = result_like(q, out_scale, out)
     tile = tile or _tile_for(layout, q, k, max_query_len, max_query_len)
     options = (alibi_slopes, sink_logits, None, out_scale)
-    _launch(layout, tile, out, (q, k, v), (None, None, query_start, None), options, scale)
+    _launch(layout, tile, out, (q, k, v), (None, None, query_start, None, prefix_lens), options, scale)
     return out
 
 
@@ -366,7 +395,8 @@ def _launch(
     tile: Tile,
     out: Tensor,
     inputs: tuple[Tensor, Tensor, Tensor],  # queries, keys and values
-    paging: tuple[Tensor | None, Tensor | None, Tensor, Tensor | None],  # tables, their rows, query starts, lengths
+    # tables, their rows, query starts, lengths, prefix lengths
+    paging: tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None],
     options: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],  # as the kernel takes them
     scale: float,
 ) -> None:
