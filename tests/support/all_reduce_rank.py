@@ -1,18 +1,15 @@
 """One rank of a test of the kernels that sum over ranks, in triton's interpreter and a process of its own.
 
-    python -m tests.support.all_reduce_rank RANK SIZE FOLDER
+    TRITON_INTERPRET=1 python -m tests.support.all_reduce_rank RANK SIZE FOLDER
 
 maps the slots of all ranks from files in FOLDER and writes its results there.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from safetensors.torch import save_file
