@@ -13,7 +13,8 @@ MAMBA = ("MambaForCausalLM", "tied")
 MAMBA2 = ("Mamba2ForCausalLM", "grouped")
 NEMOTRON_H = ("NemotronHForCausalLM", "all_kinds")
 BAMBA = ("BambaForCausalLM", "attention_last")
-MODELS = pytest.mark.parametrize("model", [MAMBA, MAMBA2, NEMOTRON_H, BAMBA], ids=lambda model: model[0])
+QWEN3_NEXT = ("Qwen3NextForCausalLM", "attention_last")
+MODELS = pytest.mark.parametrize("model", [MAMBA, MAMBA2, NEMOTRON_H, BAMBA, QWEN3_NEXT], ids=lambda model: model[0])
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def test_slots_are_used_again_after_an_abort(model):
         assert it.idle_blocks() == (0, 0)
 
 
-@pytest.mark.parametrize("model", [NEMOTRON_H, BAMBA], ids=lambda model: model[0])
+@pytest.mark.parametrize("model", [NEMOTRON_H, BAMBA, QWEN3_NEXT], ids=lambda model: model[0])
 def test_paused_requests_compute_their_states_again(model):
     prompts = [prompt(11, seed) for seed in range(4)]
     scheduler = SchedulerConfig(CapacitySchedulerPolicy.MAX_UTILIZATION)

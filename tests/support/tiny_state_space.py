@@ -31,6 +31,9 @@ _NEMOTRON_H = {
 _JAMBA = {**BASE, "num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1,
           "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4}  # fmt: skip
 _MAMBA2 = {**_MAMBA, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
+_QWEN3_NEXT = {**BASE, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+               "shared_expert_intermediate_size": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+               "linear_key_head_dim": 8, "linear_value_head_dim": 8, "full_attention_interval": 2}  # fmt: skip
 
 STATE_SPACE: dict[str, dict[str, dict[str, Any]]] = {
     "MambaForCausalLM": {
@@ -72,5 +75,16 @@ STATE_SPACE: dict[str, dict[str, dict[str, Any]]] = {
                    "use_conv_bias": False, "n_groups": 1, "num_key_value_heads": 1},
         "wide_heads": {**_NEMOTRON_H, "layers_block_type": _blocks("MM-*-"), "head_dim": 12, "mamba_head_dim": 12,
                        "conv_kernel": 3, "ssm_state_size": 5, "mlp_hidden_act": "gelu"},
+    },
+    "Qwen3NextForCausalLM": {
+        "attention_last": _QWEN3_NEXT,
+        "attention_first_biased": {**_QWEN3_NEXT, "layer_types": ["full_attention", "linear_attention"],
+                                   "attention_bias": True, "linear_num_key_heads": 4, "linear_key_head_dim": 5,
+                                   "linear_conv_kernel_dim": 3, "num_key_value_heads": 1, "norm_topk_prob": False,
+                                   "tie_word_embeddings": True},
+        "odd_heads": {**_QWEN3_NEXT, "num_hidden_layers": 3, "mlp_only_layers": [0, 2],
+                                  "linear_num_value_heads": 8, "linear_value_head_dim": 11, "num_experts_per_tok": 3,
+                                  "rope_parameters": {"rope_type": "default", "rope_theta": 500.0,
+                                                      "partial_rotary_factor": 0.5}},
     },
 }  # fmt: skip

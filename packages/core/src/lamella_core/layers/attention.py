@@ -10,6 +10,7 @@ from lamella_core.config import ModelConfig
 from lamella_core.context import AttentionSpec, ForwardContext
 from lamella_core.kernels import ops
 from lamella_core.kernels.sparsity import BlockSparsity
+from lamella_core.layers.activation import sigmoid
 from lamella_core.layers.head_norm import HeadNorm
 from lamella_core.layers.linear import QKVParallelLinear, RowParallelLinear
 from lamella_core.layers.mixer import TokenMixer
@@ -39,6 +40,7 @@ class Attention(TokenMixer):
         use_rope: False for a layer without positions in a model that rotates in others.
         alibi_slopes: of all heads [Hq of all ranks] float32, see `alibi_slopes`; None: no ALiBi.
         clip_qkv: queries, keys and values are clamped to +-clip_qkv as they are projected; None: they stay.
+        has_gate: each head's result is multiplied by the sigmoid of as many numbers, projected beside its query.
         has_sinks: each head's softmax has one more column, of a learned score and without a value (see `sinks`).
     """
 
@@ -61,6 +63,7 @@ class Attention(TokenMixer):
         alibi_slopes: torch.Tensor | None = None,
         clip_qkv: float | None = None,
         has_sinks: bool = False,
+        has_gate: bool = False,
     ) -> None:
         super().__init__()
         tp = config.mapping.tp_size
@@ -82,8 +85,9 @@ class Attention(TokenMixer):
         self._slopes = None if alibi_slopes is None else alibi_slopes.chunk(tp)[config.mapping.tp_rank]
         sinks = split_heads(config.num_attention_heads, 1, tp, config.mapping.tp_rank, name="q")
         self.sinks = empty_parameter(ShardSpec(dims=((sinks,),)), config.torch_dtype) if has_sinks else None
-        self.heads = (self.spec.num_heads, self.spec.num_kv_heads, self.spec.num_kv_heads)
-        self.qkv_proj = QKVParallelLinear(qkv_bias, config=config, name=f"{name}.qkv_proj")
+        gates = (self.spec.num_heads,) if has_gate else ()
+        self.heads = (self.spec.num_heads, self.spec.num_kv_heads, self.spec.num_kv_heads, *gates)
+        self.qkv_proj = QKVParallelLinear(qkv_bias, has_gate, config=config, name=f"{name}.qkv_proj")
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim,
             config.hidden_size,
@@ -114,7 +118,7 @@ class Attention(TokenMixer):
         qkv = self.qkv_proj(x, ctx)
         if self.clip_qkv is not None:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
-        q, k, v = qkv.view(tokens, sum(self.heads), spec.head_dim).split_with_sizes(self.heads, dim=1)
+        q, k, v, *gates = qkv.view(tokens, sum(self.heads), spec.head_dim).split_with_sizes(self.heads, dim=1)
         if self.q_norm is not None:
             q = self.q_norm(q, ctx)
         if self.k_norm is not None:
@@ -135,8 +139,10 @@ class Attention(TokenMixer):
             alibi_slopes=self._slopes,
             sink_logits=self.sinks,
             kv_scales=self.kv_scales,
-            out_scale=self.o_proj.input_scale,
+            out_scale=None if gates else self.o_proj.input_scale,
         )
+        if gates:
+            out = out * sigmoid(gates[0])
         out = out.reshape(tokens, spec.num_heads * spec.head_dim)
         if rows is not None:
             out = ops.take_rows(out, rows)

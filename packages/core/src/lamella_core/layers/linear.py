@@ -118,20 +118,21 @@ class MergedColumnParallelLinear(Linear):
 class QKVParallelLinear(Linear):
     """Query, key and value projections in one product, split by heads.
 
-    With fewer key/value heads than ranks, each key/value head lives on several ranks.
+    With fewer key/value heads than ranks, each key/value head lives on several ranks. With ``has_gate`` there is one
+    more number for each of the queries', which sources hold head by head: a query, then its gate.
     """
 
-    def __init__(self, bias: bool, *, config: ModelConfig, name: str) -> None:
+    def __init__(self, bias: bool, has_gate: bool = False, *, config: ModelConfig, name: str) -> None:
         tp, rank, head_dim = config.mapping.tp_size, config.mapping.tp_rank, config.head_dim
-        kv_heads = config.num_key_value_heads
-        sections = fused(
-            [
-                split_heads(config.num_attention_heads, head_dim, tp, rank, name="q", groups=kv_heads),
-                split_heads(kv_heads, head_dim, tp, rank, name="k"),
-                split_heads(kv_heads, head_dim, tp, rank, name="v"),
-            ]
-        )
-        super().__init__(whole(config.hidden_size), sections, bias, config=config, name=name)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        sections = [
+            split_heads(heads, head_dim, tp, rank, name="q", groups=heads if has_gate else kv_heads),
+            split_heads(kv_heads, head_dim, tp, rank, name="k"),
+            split_heads(kv_heads, head_dim, tp, rank, name="v"),
+        ]
+        if has_gate:
+            sections.append(split_heads(heads, head_dim, tp, rank, name="gate"))
+        super().__init__(whole(config.hidden_size), fused(sections), bias, config=config, name=name)
 
 
 class RowParallelLinear(Linear):
