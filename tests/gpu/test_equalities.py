@@ -48,6 +48,28 @@ def test_a_window_on_a_gpu_equals_one_on_the_cpu(prompts):
 @pytest.mark.parametrize(
     "case",
     [
+        ("ChatGLM1Model", "chat"),
+        ("ChatGLM1Model", "blank_before_the_end"),
+        ("GLMModel", "last_blank"),
+        ("Phi3SmallForCausalLM", "sparse_first"),
+        ("Phi3SmallForCausalLM", "alike_untied"),
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_prefixes_and_sparse_attention_on_a_gpu_equal_those_on_the_cpu(case, backend, prompts):
+    """In recorded steps too, and where requests are paused and read their prompts again."""
+    policy = SchedulerConfig(capacity_scheduler_policy=CapacitySchedulerPolicy.MAX_UTILIZATION)
+    short = [prompt[:30] for prompt in prompts]
+    cpu = greedy(engine_of(hf_dir(*case), "cpu", **LIMITS), short)
+    engine = engine_of(hf_dir(*case), "cuda", max_num_tokens=48, **LIMITS)
+    assert greedy(engine, short, attn_backend=backend) == cpu
+    assert greedy(engine, short, attn_backend=backend, scheduler=policy, max_tokens=9 * 16) == cpu
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
         ("MambaForCausalLM", "odd_state"),
         ("FalconMambaForCausalLM", "tied"),
         ("Mamba2ForCausalLM", "grouped"),

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lamella_core.context import AttentionSpec
+from lamella_core.kernels.sparsity import BlockSparsity
 from lamella_executor.attention.backend import AttentionStep, HostLengths, LayerCall
 from lamella_executor.attention.paged_cpu import LayerWindow
 
@@ -26,13 +27,15 @@ def make_layer(
     window: LayerWindow | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sparsity: BlockSparsity | None = None,
     **extra: torch.Tensor | None,
 ) -> LayerCall:
     """A layer with random keys and values in its cache."""
     window = window or LayerWindow()
     spec = AttentionSpec(
-        layer_idx, num_heads, num_kv_heads, head_dim, scale or head_dim**-0.5, window.length or None, softcap=softcap
-    )
+        layer_idx, num_heads, num_kv_heads, head_dim, scale or head_dim**-0.5, window.length or None,
+        softcap=softcap, sparsity=sparsity,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(layer_idx + 1)
     shape = (num_blocks + 1, num_kv_heads, page_size, head_dim)
     caches = [torch.randn(shape, generator=generator).to(cache_dtype or dtype).to(device) for _ in range(2)]
@@ -48,10 +51,12 @@ def make_step(
     page_size: int = 16,
     num_blocks: int = 64,
     is_captured: bool = False,
+    prefixes: Sequence[int] | None = None,
 ) -> AttentionStep:
     """A step of sequences with these lengths, whose first ones have one query each; blocks and rows are shuffled.
 
-    The table is wider than it needs to be, and what is behind a sequence's last block belongs to nobody: -1.
+    With ``prefixes`` the first so many tokens of each see each other. The table is wider than it needs to be, and what
+    is behind a sequence's last block belongs to nobody: -1.
     """
     rng = np.random.default_rng(5)
     context, query = np.array(contexts, np.int32), np.array(queries, np.int32)
@@ -65,13 +70,15 @@ def make_step(
     num_decode = next((i for i, length in enumerate(queries) if length > 1), len(queries))
     starts = np.concatenate([[0], np.cumsum(query[num_decode:])]).astype(np.int32)
     tensors = [torch.from_numpy(array).to(device) for array in (tables, rows, context, starts)]
+    prefix = None if prefixes is None else np.array(prefixes, np.int32)
     return AttentionStep(
         *tensors,
         num_decode=num_decode,
         num_tokens=int(query.sum()),
         max_query_len=int(query.max()),
         max_context_len=int(context.max()),
-        host=None if is_captured else HostLengths(context, query),
+        host=None if is_captured else HostLengths(context, query, prefix),
+        prefix_lens=None if prefix is None else torch.from_numpy(prefix[num_decode:]).to(device),
     )
 
 

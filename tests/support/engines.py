@@ -22,8 +22,11 @@ def engine_of(
     return build(model, BuildConfig(device=device, **config))
 
 
-def executor_of(engine: Engine, *, scheduler: SchedulerConfig | None = None, **kv: Any) -> GenerationExecutor:
-    return GenerationExecutor.create(engine, KvCacheConfig(**{"max_tokens": 8192, **kv}), scheduler)
+def executor_of(
+    engine: Engine, *, scheduler: SchedulerConfig | None = None, attn_backend: str = "auto", **kv: Any
+) -> GenerationExecutor:
+    config = KvCacheConfig(**{"max_tokens": 8192, **kv})
+    return GenerationExecutor.create(engine, config, scheduler, attn_backend=attn_backend)
 
 
 def greedy(engine: Engine, prompts: Sequence[list[int]], num_tokens: int = 24, **options: Any) -> list[list[int]]:

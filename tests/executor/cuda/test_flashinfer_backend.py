@@ -14,6 +14,7 @@ from tests.support.fake_flashinfer import FakeFlashInfer
 from torch import Tensor
 
 from lamella_core.errors import ConfigError
+from lamella_core.kernels.sparsity import BlockSparsity
 from lamella_executor.attention import flashinfer_backend
 from lamella_executor.attention.backend import AttentionStep, LayerCall
 from lamella_executor.attention.flashinfer_backend import FlashInferAttention
@@ -122,6 +123,7 @@ def test_blocks_behind_a_window_are_not_read_as_negative(backend: FlashInferAtte
         ({"alibi_slopes": torch.linspace(0.1, 0.8, 8)}, "ALiBi"),
         ({"sink_logits": torch.zeros(8)}, "sink logits"),
         ({"window": LayerWindow(4, 2)}, "sink tokens"),
+        ({"sparsity": BlockSparsity(8, 1, 2, 1)}, "block-sparse"),
         ({"head_dim": 96}, "head_dim 96"),
         ({"dtype": torch.float32}, "float32"),
     ],
@@ -146,6 +148,11 @@ def test_what_is_not_served_goes_to_the_fallback_and_is_said_once(
     assert [phase for phase, _ in fallback.calls] == ["decode", "prefill"] * 2
     assert not library.decoded and not library.planned
     assert sum(reason in record.message for record in caplog.records) == 1
+
+
+def test_prompts_with_prefixes_go_to_the_fallback(backend: FlashInferAttention, fallback: Recorder) -> None:
+    compare(backend, make_step("cpu", [9, 20], [1, 20], prefixes=[7, 12]), make_layer("cpu"))
+    assert [phase for phase, _ in fallback.calls] == ["prefill"]
 
 
 def test_a_device_that_xqa_is_not_for_decodes_elsewhere(

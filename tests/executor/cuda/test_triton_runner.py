@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.support.attention_steps import make_layer, make_queries, make_step
 from tests.support.device_steps import Drive, request_of, runner_setup
-from tests.support.executors import hf_greedy, prompt
+from tests.support.executors import LLAMA, hf_greedy, prompt, tiny_model
 
 from lamella_executor.runner.cuda import start
 from lamella_executor.sampling_params import SamplingParams
@@ -28,16 +28,35 @@ repair_interpreter()
 
 
 @pytest.fixture
-def runner(monkeypatch):
+def make_runner(monkeypatch):
     parts = DeviceParts(TritonAttention(), TritonOps(), torch.device("cpu"))
     monkeypatch.setattr(start, "choose_parts", lambda *_: parts)
-    return start.start_runner(runner_setup(), "triton", "cpu")[0]
+    return lambda model=LLAMA: start.start_runner(runner_setup(tiny_model(*model)), "triton", "cpu")[0]
+
+
+@pytest.fixture
+def runner(make_runner):
+    return make_runner()
 
 
 def test_steps_one_ahead(runner):
     prompts = [prompt(1), prompt(7, 1)]
     drive = Drive(runner, [request_of(p) for p in prompts], chunk=4)
     assert drive.generate(2, ahead=True) == [hf_greedy(p, 2) for p in prompts]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [("ChatGLM1Model", "chat"), ("GLMModel", "last_blank"), ("Phi3SmallForCausalLM", "sparse_first")],
+    ids=lambda model: model[0],
+)
+def test_prefixes_and_sparse_attention(make_runner, model):
+    prompts = [prompt(1), prompt(9, 1), [*prompt(7, 2), 58, 125, 30]]
+    requests, rule = [request_of(p) for p in prompts], tiny_model(*model).config.prefix_rule
+    for request, ids in zip(requests, prompts) if rule is not None else ():
+        prefix, (sequence,) = rule.of(ids), request.sequences
+        sequence.num_prefix_tokens, sequence.mask_place = prefix.num_tokens, prefix.mask_place
+    assert Drive(make_runner(model), requests).generate(2, ahead=True) == [hf_greedy(p, 2, model) for p in prompts]
 
 
 def test_sampled_rows_beside_rows_for_the_host(runner):
