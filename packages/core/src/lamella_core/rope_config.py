@@ -11,10 +11,10 @@ from lamella_core.errors import ConfigError, nearest_name
 # Parameters of each rope type: True where a configuration must give them.
 ROPE_PARAMETERS: dict[str, dict[str, bool]] = {
     "default": {},
-    "float16": {},
     "linear": {"factor": True},
     "dynamic": {"factor": True},
     "qwen_dynamic": {"original_max_position_embeddings": True},
+    "float16": {},
     "llama3": {"factor": True, "low_freq_factor": True, "high_freq_factor": True,
                "original_max_position_embeddings": False},
     "yarn": {"factor": False, "original_max_position_embeddings": False, "attention_factor": False, "beta_fast": False,
