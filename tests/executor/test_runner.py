@@ -50,6 +50,8 @@ def test_windows():
     assert layer_windows(specs, None, 0) == {0: LayerWindow(), 1: LayerWindow(6), 2: LayerWindow(), 3: LayerWindow(20)}
     cycled = layer_windows(specs, (10, 4), 2)
     assert [cycled[i] for i in range(4)] == [LayerWindow(n, 2) for n in (10, 4, 10, 4)]
+    second_stage = layer_windows(specs[1:], (10, 4), 2)
+    assert second_stage == {i: cycled[i] for i in (1, 2, 3)}
 
 
 def test_the_cache_is_aligned_zero_and_copies_blocks_in_order():

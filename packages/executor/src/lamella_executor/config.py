@@ -62,7 +62,7 @@ class SchedulerConfig:
 class KvCacheConfig:
     """Size and behaviour of the paged KV cache. When several size limits are given the smallest wins.
 
-    ``max_attention_window`` limits every layer (or, as a list cycled over the layers, each) to its last tokens;
+    ``max_attention_window`` limits every layer (or, as a list cycled over the model's layers, each) to its last tokens;
     ``sink_token_length`` keeps that many first tokens visible beside the window (StreamingLLM, Xiao et al. 2023;
     positions stay absolute).
     """

@@ -140,15 +140,16 @@ class LayerWindow:
 def layer_windows(
     specs: SequenceOf[AttentionSpec], max_attention_window: tuple[int, ...] | None, num_sinks: int
 ) -> dict[int, LayerWindow]:
-    """Resolves each layer's window: the smaller of the model's own and the configured one, cycled over the layers.
+    """Resolves each layer's window: the smaller of the model's own and the configured one.
 
-    The sink tokens stay visible beside either.
+    Layer i of the model, on whichever stage it is, takes entry i of the configured ones, cycled. The sink tokens stay
+    visible beside either.
 
     Raises:
         ConfigError: a window is configured for a layer that attends in chunks.
     """
     windows: dict[int, LayerWindow] = {}
-    for position, spec in enumerate(specs):
+    for spec in specs:
         limits = [spec.sliding_window] if spec.sliding_window else []
         if spec.is_chunked:
             if max_attention_window:
@@ -159,7 +160,7 @@ def layer_windows(
             windows[spec.layer_idx] = LayerWindow(limits[0], is_chunked=True)
             continue
         if max_attention_window:
-            limits.append(max_attention_window[position % len(max_attention_window)])
+            limits.append(max_attention_window[spec.layer_idx % len(max_attention_window)])
         windows[spec.layer_idx] = LayerWindow(min(limits), num_sinks) if limits else LayerWindow()
     return windows
 
