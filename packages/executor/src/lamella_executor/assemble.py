@@ -198,6 +198,11 @@ def _start(
 
 
 def load_engine(engine: Engine | EngineRecipe | str | Path) -> Engine:
+    """Returns the engine, read from its directory or as rank 0 gets it from its recipe.
+
+    Raises:
+        EngineFormatError: the directory holds a model that is not built, or is damaged.
+    """
     if isinstance(engine, Engine):
         return engine
     if isinstance(engine, EngineRecipe):
@@ -213,6 +218,11 @@ def load_engine(engine: Engine | EngineRecipe | str | Path) -> Engine:
 
 
 def engine_limits(engine: Engine, max_batch_size: int | None, max_num_tokens: int | None) -> EngineLimits:
+    """Returns what bounds an engine's requests; the two numbers lower what it was built for.
+
+    Raises:
+        ConfigError: a number is larger than the engine's, or not positive.
+    """
     build, config = engine.spec.build, engine.spec.model
     return EngineLimits(
         vocab_size=config.vocab_size,

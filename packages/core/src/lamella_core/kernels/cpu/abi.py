@@ -41,8 +41,8 @@ SIGNATURES: dict[str, list[type]] = {
     # x, dt, a, b, c, d, states, slots, starts, is_first, y, sequences, num_slots, heads, head_dim, size, groups,
     # a_size, x_stride, dt_stride, bc_stride, threads
     "lamella_state_scan": [P] * 11 + [I64] * 10 + [I32],
-    # qkv, decay, beta, states, slots, starts, is_first, y, sequences, num_slots, k_heads, v_heads, k_dim, v_dim, stride,
-    # threads
+    # qkv, decay, beta, states, slots, starts, is_first, y, sequences, num_slots, k_heads, v_heads, k_dim, v_dim,
+    # stride, threads
     "lamella_gated_delta_rule": [P] * 8 + [I64] * 7 + [I32],
     # calls, count, width, failed
     "lamella_replay": [P, I64, I64, P],
