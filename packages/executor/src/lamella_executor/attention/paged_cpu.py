@@ -20,7 +20,7 @@ from lamella_core.layers.rotary import Rotation
 from lamella_core.prefix import PrefixTokens
 from lamella_executor.attention.memory import reserve
 from lamella_executor.attention.states import RecurrentStates
-from lamella_executor.scheduler.plan import StepPlan
+from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.sequence import EVICTED_BLOCK
 
 
@@ -102,9 +102,7 @@ def make_batch(plan: StepPlan, tokens_per_block: int, *, has_prefixes: bool = Fa
     slots += positions % tokens_per_block
     state_slots = np.fromiter((item.sequence.state_slot for item in items), np.int32, count)
     has_states = count > 0 and state_slots[0] >= 0
-    prefix_lens = np.fromiter((item.sequence.num_prefix_tokens for item in items), np.int32, count)
-    mask_places = np.fromiter((item.sequence.mask_place for item in items), np.int64, count)
-    tokens = (prefix_lens.astype(np.int64)[owner], mask_places[owner])
+    prefixes, prefix_lens = _prefixes(items, starts, owner) if has_prefixes else (None, None)
     return StepBatch(
         input_ids=torch.tensor(ids, dtype=torch.int64),
         positions=torch.from_numpy(positions),
@@ -115,9 +113,19 @@ def make_batch(plan: StepPlan, tokens_per_block: int, *, has_prefixes: bool = Fa
         logit_rows=_logit_rows(plan, query_start),
         state_slots=torch.from_numpy(state_slots) if has_states else None,
         is_first=torch.from_numpy(starts == 0) if has_states else None,
-        prefixes=PrefixTokens(*map(torch.from_numpy, tokens)) if has_prefixes else None,
-        prefix_lens=torch.from_numpy(prefix_lens) if np.any(starts < prefix_lens) else None,
+        prefixes=prefixes,
+        prefix_lens=prefix_lens,
     )
+
+
+def _prefixes(
+    items: SequenceOf[ScheduledSequence], starts: np.ndarray, owner: np.ndarray
+) -> tuple[PrefixTokens, Tensor | None]:
+    """Returns `StepBatch.prefixes` and ``prefix_lens``; ``owner`` [T] is the item of each token."""
+    lengths = np.array([item.sequence.num_prefix_tokens for item in items], np.int64)
+    places = np.array([item.sequence.mask_place for item in items], np.int64)
+    tokens = PrefixTokens(torch.from_numpy(lengths[owner]), torch.from_numpy(places[owner]))
+    return tokens, torch.from_numpy(lengths.astype(np.int32)) if np.any(starts < lengths) else None
 
 
 def _logit_rows(plan: StepPlan, query_start: np.ndarray) -> Tensor | None:

@@ -100,20 +100,21 @@ bool load_tile(const Problem& p, const Item& item, i64 start, i64 context, i64 p
   return true;
 }
 
-// Keys of the tile at `start` that a sparse head sees of a query at `position`, as bits.
+// The lowest n bits.
+std::uint32_t below(i64 n) { return n <= 0 ? 0u : n >= KT ? ~0u : (1u << n) - 1; }
+
+// Keys of the tile at `start` that are in the pattern of a sparse head for a query at `position`, as bits.
 std::uint32_t sparse_keys(const Problem& p, i64 start, i64 position, i64 head) {
   const i64 offset = p.first_offset + head * p.head_step + 1, nearest = position / p.sparse_block - p.local_blocks + 1;
   std::uint32_t seen = 0;
-  for (i64 i = 0; i < KT; ++i) {
-    const i64 block = (start + i) / p.sparse_block;
-    if (block >= nearest || (block + offset) % p.vert_stride == 0) seen |= 1u << i;
-  }
+  for (i64 block = start / p.sparse_block; block * p.sparse_block < start + KT; ++block)
+    if (block >= nearest || (block + offset) % p.vert_stride == 0)
+      seen |= below((block + 1) * p.sparse_block - start) & ~below(block * p.sparse_block - start);
   return seen;
 }
 
 // Keys of the tile at `start` that a row sees, as bits.
 std::uint32_t visible_keys(const Problem& p, i64 start, const Row& row, std::uint32_t present) {
-  auto below = [](i64 n) { return n <= 0 ? 0u : n >= KT ? ~0u : (1u << n) - 1; };
   std::uint32_t seen = below(row.end - start);
   if (p.window > 0) seen &= ~below(p.oldest(row.position) - start) | below(p.num_sinks - start);
   if (p.sparse_block > 0) seen &= sparse_keys(p, start, row.position, row.head);
@@ -214,7 +215,7 @@ void close_rows(const Problem& p, const Item& item, const Row* rows) {
 template <int DV, typename T>
 bool run_item(const Problem& p, const Item& item, i64 padded, float* scratch, std::vector<Row>& rows) {
   const i64 num_rows = item.num_queries * item.num_heads, last = item.position + item.num_queries;
-  const i64 context = item.position < p.prefix(item.seq) && last < p.prefix(item.seq) ? p.prefix(item.seq) : last;
+  const i64 context = last < p.prefix(item.seq) ? p.prefix(item.seq) : last;
   Tile tile{scratch, p.latent() ? scratch + p.head_dim - p.value_dim : scratch + KT * padded, 0};
   float* q = scratch + 2 * KT * padded;
   rows.resize(std::size_t(num_rows));
@@ -288,18 +289,20 @@ using namespace lamella;
 // head_dim]; block_tables [num_seqs, max_blocks], negative = evicted; query_start [num_seqs + 1]; context_lens
 // [num_seqs]; out [tokens, q_heads, head_dim] contiguous. window 0: none; chunked: a query sees
 // its chunk of `window` keys rather than the last ones; prefix_lens null: none; sparse_block 0: not sparse, else a head
-// sees what `BlockSparsity` says, first_offset being the offset of this call's first head; softcap 0: none. value_dim above 0: v_cache is
-// not read, values are the last value_dim numbers of keys, and out is [tokens, q_heads, value_dim].
+// sees what `BlockSparsity` says, first_offset being that of this call's first head; softcap 0: none. value_dim above 0:
+// v_cache is not read, values are the last value_dim numbers of keys, and out is [tokens, q_heads, value_dim].
 LAMELLA_API std::int32_t lamella_paged_attention(
     const void* q, const void* k_cache, const void* v_cache, void* out, const std::int32_t* block_tables,
     const std::int32_t* query_start, const std::int32_t* context_lens, const std::int32_t* prefix_lens,
-    const float* alibi_slopes, const float* sink_logits, i64 tokens, i64 q_heads, i64 kv_heads, i64 head_dim, i64 q_stride, i64 num_seqs, i64 max_blocks, i64 num_blocks,
-    i64 block_size, i64 window, i64 chunked, i64 num_sinks, i64 sparse_block, i64 local_blocks, i64 vert_stride,
-    i64 first_offset, i64 head_step, i64 value_dim, float scale, float softcap, std::int32_t dtype,
-    std::int32_t threads) {
-  const Problem p{q, k_cache, v_cache, out, block_tables, query_start, context_lens, prefix_lens, alibi_slopes, sink_logits,
+    const float* alibi_slopes, const float* sink_logits, i64 tokens, i64 q_heads, i64 kv_heads, i64 head_dim,
+    i64 q_stride, i64 num_seqs, i64 max_blocks, i64 num_blocks, i64 block_size, i64 window, i64 chunked, i64 num_sinks,
+    i64 sparse_block, i64 local_blocks, i64 vert_stride, i64 first_offset, i64 head_step, i64 value_dim, float scale,
+    float softcap, std::int32_t dtype, std::int32_t threads) {
+  const Problem p{q, k_cache, v_cache, out, block_tables, query_start, context_lens, prefix_lens, alibi_slopes,
+                  sink_logits,
                   tokens, q_heads, kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size,
-                  window, chunked, num_sinks, sparse_block, local_blocks, vert_stride, first_offset, head_step, value_dim, scale, softcap};
+                  window, chunked, num_sinks, sparse_block, local_blocks, vert_stride, first_offset, head_step,
+                  value_dim, scale, softcap};
   if (value_dim < 0 || value_dim > head_dim || (sparse_block > 0 && vert_stride <= 0)) return kBadShape;
   if (kv_heads <= 0 || q_heads % kv_heads != 0 || block_size <= 0 || head_dim <= 0) return kBadShape;
   switch (dtype) {
