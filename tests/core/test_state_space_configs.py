@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.support.reference_context import ReferenceCache, forward_step
 from tests.support.tiny_models import hf_dir, hf_model
 
@@ -16,6 +16,8 @@ from lamella_core import AutoConfig, AutoModelForCausalLM
 from lamella_core.errors import ConfigError
 
 MAMBA = ("MambaForCausalLM", "odd_state")
+QWEN3_NEXT = ("Qwen3NextForCausalLM", "attention_last")
+JAMBA = ("JambaForCausalLM", "odd_sizes")
 MAMBA2 = ("Mamba2ForCausalLM", "one_group_tied")
 
 
@@ -98,8 +100,44 @@ def test_layers_of_unknown_kinds_are_named(tmp_path):
     source = hf_dir("NemotronHForCausalLM", "all_kinds")
     config = json.loads((source / "config.json").read_text())
     del config["layers_block_type"]
-    (tmp_path / "config.json").write_text(json.dumps({**config, "hybrid_override_pattern": "M-*E"}))
-    with pytest.raises(ConfigError, match=r"a layer is of kind 'E'; .* supports linear_attention \(M\)"):
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hybrid_override_pattern": "M-*X"}))
+    with pytest.raises(ConfigError, match=r"a layer is of kind 'X'; .* supports linear_attention \(M\)"):
         AutoConfig.from_hugging_face(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "hybrid_override_pattern": "M-*M"}))
     assert AutoConfig.from_hugging_face(tmp_path).block_types == AutoConfig.from_hugging_face(source).block_types
+
+
+def changed(case: tuple[str, str], directory: Path, drop: str, **changes: Any) -> Path:
+    """Writes a tiny model's config.json without the key ``drop`` and with others."""
+    config = json.loads((hf_dir(*case) / "config.json").read_text())
+    del config[drop]
+    (directory / "config.json").write_text(json.dumps({**config, **changes}))
+    return directory
+
+
+def test_qwen3_next_as_published(tmp_path):
+    """An interval instead of a list of layers, rope by the older keys, and layers that guess further tokens."""
+    rope = {"rope_parameters": None, "rope_scaling": None, "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    source = changed(QWEN3_NEXT, tmp_path, "layer_types", full_attention_interval=2, **rope)
+    tensors = load_file(hf_dir(*QWEN3_NEXT) / "model.safetensors")
+    save_file({**tensors, "mtp.fc.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    ours, same = (AutoModelForCausalLM.from_hugging_face(path) for path in (source, hf_dir(*QWEN3_NEXT)))
+    assert ours.config == same.config and ours.config.attention_layers == (1,) and ours.config.rope.rotary_dim == 4
+    for name, parameter in same.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    ("case", "drop", "change", "message"),
+    [
+        (QWEN3_NEXT, "layer_types", {"full_attention_interval": 1}, "every layer is full_attention"),
+        (QWEN3_NEXT, "layer_types", {"linear_num_key_heads": 3}, "is not a multiple of linear_num_key_heads"),
+        (QWEN3_NEXT, "dtype", {"layer_types": ["mamba"]}, "it needs linear_attention or full_attention"),
+        (JAMBA, "dtype", {"attn_layer_offset": 3}, "must be smaller than attn_layer_period"),
+        (JAMBA, "dtype", {"attn_layer_period": 1, "attn_layer_offset": 0}, "Jamba has Mamba layers too"),
+        (("NemotronHForCausalLM", "experts"), "dtype", {"n_shared_experts": 2}, "n_shared_experts is 2"),
+    ],
+)
+def test_hybrids_that_are_refused(case, drop, change, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        AutoConfig.from_hugging_face(changed(case, tmp_path, drop, **change))

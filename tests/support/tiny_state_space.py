@@ -8,7 +8,7 @@ from tests.support.tiny_base import BASE
 
 COUNTS_FROM_ZERO = ("BambaForCausalLM",)  # transformers' forward with a cache does, unless it is told positions
 
-_KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+_KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 
 
 def _blocks(pattern: str) -> list[str]:
@@ -30,6 +30,8 @@ _NEMOTRON_H = {
 }
 _JAMBA = {**BASE, "num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1,
           "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4}  # fmt: skip
+_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 24}  # fmt: skip
 _MAMBA2 = {**_MAMBA, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
 _QWEN3_NEXT = {**BASE, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                "shared_expert_intermediate_size": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -75,6 +77,12 @@ STATE_SPACE: dict[str, dict[str, dict[str, Any]]] = {
                    "use_conv_bias": False, "n_groups": 1, "num_key_value_heads": 1},
         "wide_heads": {**_NEMOTRON_H, "layers_block_type": _blocks("MM-*-"), "head_dim": 12, "mamba_head_dim": 12,
                        "conv_kernel": 3, "ssm_state_size": 5, "mlp_hidden_act": "gelu"},
+        "experts": {**_NEMOTRON_H, **_EXPERTS, "layers_block_type": _blocks("ME*E")},
+        "groups_of_experts": {**_NEMOTRON_H, **_EXPERTS, "layers_block_type": _blocks("EM*"), "n_routed_experts": 8,
+                              "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
+                              "norm_topk_prob": False},
+        "experts_on_latents": {**_NEMOTRON_H, **_EXPERTS, "layers_block_type": _blocks("M*E"), "moe_latent_size": 20,
+                               "mlp_bias": True, "mlp_hidden_act": "gelu"},
     },
     "Qwen3NextForCausalLM": {
         "attention_last": _QWEN3_NEXT,

@@ -16,6 +16,7 @@ from lamella_core.kernels.triton.moe_align import make_blocks, most_blocks
 from lamella_core.layers.activation import ClampedSwiglu
 from lamella_core.layers.moe import GatedExperts
 from lamella_core.layers.parameter import set_parameter
+from lamella_core.layers.plain_experts import PlainExperts
 from lamella_core.mapping import Mapping
 from lamella_core.models.mixtral import MixtralConfig
 from lamella_core.quantization.config import QuantConfig
@@ -47,7 +48,7 @@ def layer(dtype: torch.dtype = torch.float32, quantization: QuantConfig | None =
         mapping=Mapping(world_size=ranks, tp_size=ranks, moe_ep_size=ranks, rank=rank),
         quantization=quantization or QuantConfig(),
     )  # fmt: skip
-    made = GatedExperts(config, NUM_EXPERTS, INNER, name="layers.0.mlp.experts", **options)
+    made = options.pop("kind", GatedExperts)(config, NUM_EXPERTS, INNER, name="layers.0.mlp.experts", **options)
     for seed, (name, parameter) in enumerate(list(made.named_parameters())):
         if name.endswith("scale"):
             data = 0.02 * (1.0 + numbers(*parameter.shape, seed=seed).abs())
@@ -101,6 +102,13 @@ def check(
 @pytest.mark.parametrize("tokens", [1, 2, 23])
 def test_dtypes(tokens: int, dtype: torch.dtype, device: str) -> None:
     check(layer(dtype), tokens, device, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_without_a_gate(dtype: torch.dtype, device: str) -> None:
+    made = layer(dtype, kind=PlainExperts, act="relu2")
+    assert made.gate_up_proj.weight.shape == (NUM_EXPERTS, INNER, H)
+    check(made, 23, device, dtype=dtype)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)

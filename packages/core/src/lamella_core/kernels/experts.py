@@ -35,7 +35,7 @@ class ExpertProjection:
 
 @dataclass(frozen=True, slots=True)
 class ExpertStack:
-    """The gated MLPs of a rank's experts."""
+    """The MLPs of a rank's experts; where they have no gate, the first projection is [E, I, H] and so is its result."""
 
     num_experts: int  # of the model, on all ranks
     first: int  # number of this rank's first

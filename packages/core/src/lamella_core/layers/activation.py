@@ -120,8 +120,8 @@ class ClampedSwiglu:
         return (gate / (gate * -self.alpha).exp_().add_(1.0) * (up + 1.0)).to(gate_up.dtype)
 
 
-def swiglu_of(activation: GatedActivation) -> Swiglu | None:
-    """Returns a gated activation as kernels of experts take it; None if they do not have it."""
+def swiglu_of(activation: Activation) -> Swiglu | None:
+    """Returns an activation of gate and up as kernels of experts take it; None if they do not have it."""
     if isinstance(activation, ClampedSwiglu):
         return Swiglu(alpha=activation.alpha, offset=1.0, limit=activation.limit)
     return Swiglu() if activation is ops.silu_and_mul else None

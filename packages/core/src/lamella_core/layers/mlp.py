@@ -56,14 +56,18 @@ class GatedMLP(FeedForward):
 
 
 class MLP(FeedForward):
-    """down(activation(up(x)))."""
+    """down(activation(up(x))). Arguments are those of `GatedMLP`."""
 
-    def __init__(self, config: ModelConfig, *, name: str, bias: bool = True) -> None:
+    def __init__(
+        self, config: ModelConfig, *, name: str, bias: bool = True, inner: int | None = None, reduce: bool = True
+    ) -> None:
         super().__init__()
-        inner = config.intermediate_size
+        inner = config.intermediate_size if inner is None else inner
         self.up_proj = ColumnParallelLinear(config.hidden_size, inner, bias, config=config, name=f"{name}.up_proj")
         self.activation = get_activation(config.hidden_act)
-        self.down_proj = RowParallelLinear(inner, config.hidden_size, bias, config=config, name=f"{name}.down_proj")
+        self.down_proj = RowParallelLinear(
+            inner, config.hidden_size, bias, config=config, name=f"{name}.down_proj", reduce=reduce
+        )
 
     @property
     def input_scale(self) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ products, so that in float32 it does not depend on the tokens computed with it.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from lamella_core.context import ForwardContext
 from lamella_core.kernels import ops
 from lamella_core.kernels import triton as triton_kernels
 from lamella_core.kernels.experts import ExpertStack
-from lamella_core.layers.activation import GatedActivation, gated, sigmoid, swiglu_of
+from lamella_core.layers.activation import Activation, gated, sigmoid, swiglu_of
 from lamella_core.layers.linear import Linear, ReplicatedLinear
 from lamella_core.layers.mlp import FeedForward, GatedMLP
 from lamella_core.layers.sharding import Section, fused, split, whole
@@ -120,8 +121,10 @@ class GatedExperts(nn.Module):
         name: dotted path of this module.
         scale_inputs: a token's weight multiplies what an expert reads, not what it returns.
         bias: whether both projections have one.
-        activation: None: the gated form of the config's.
+        activation: of what the first projection returns; None: the gated form of the config's.
     """
+
+    parts: ClassVar[tuple[str, ...]] = ("gate", "up")  # of the first projection, side by side
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ class GatedExperts(nn.Module):
         name: str,
         scale_inputs: bool = False,
         bias: bool = False,
-        activation: GatedActivation | None = None,
+        activation: Activation | None = None,
     ) -> None:
         super().__init__()
         mapping = config.mapping
@@ -143,9 +146,9 @@ class GatedExperts(nn.Module):
         stack = Section(num_experts, self.local_experts.start, held, held)
         tp, rank, what = mapping.moe_tp_size, mapping.moe_tp_rank, f"the expert size of {name}"
         hidden = whole(config.hidden_size)
-        both = fused([replace(split(inner, tp, rank, what=what, name=key), group=1) for key in ("gate", "up")])
+        both = fused([replace(split(inner, tp, rank, what=what, name=key), group=1) for key in self.parts])
         self.gate_up_proj = Linear(hidden, both, bias, config=config, name=f"{name}.gate_up_proj", experts=stack)
-        self.activation = activation or gated(config.hidden_act)
+        self.activation: Activation = activation or gated(config.hidden_act)
         down = split(inner, tp, rank, what=what)
         self.down_proj = Linear(down, (hidden,), bias, config=config, name=f"{name}.down_proj", experts=stack)
         self.adds_bias = rank == 0  # of down_proj: ranks that share an expert sum their parts
@@ -224,8 +227,8 @@ class SharedExpert(GatedMLP):
 class MoE(FeedForward):
     """Router, experts and perhaps a shared one; the ranks' parts are summed: [T, H] -> [T, H].
 
-    ``router`` is by default a `TopKRouter`, to which ``renormalize`` goes. For ``scale_inputs``, ``bias`` and
-    ``activation`` see `GatedExperts`.
+    ``router`` is by default a `TopKRouter`, to which ``renormalize`` goes. ``experts`` are by default `GatedExperts`,
+    to which ``inner``, ``scale_inputs``, ``bias`` and ``activation`` go. ``shared`` returns its rank's summand.
     """
 
     def __init__(  # noqa: PLR0913 - by keyword, most models leave most out
@@ -238,14 +241,15 @@ class MoE(FeedForward):
         name: str,
         renormalize: bool = True,
         router: Router | None = None,
-        shared: SharedExpert | None = None,
+        experts: GatedExperts | None = None,
+        shared: FeedForward | None = None,
         scale_inputs: bool = False,
         bias: bool = False,
-        activation: GatedActivation | None = None,
+        activation: Activation | None = None,
     ) -> None:
         super().__init__()
         self.router = router or TopKRouter(config, num_experts, top_k, name=f"{name}.router", renormalize=renormalize)
-        self.experts = GatedExperts(
+        self.experts = experts or GatedExperts(
             config,
             num_experts,
             inner,

@@ -1,7 +1,8 @@
-"""Nemotron-H (NVIDIA 2025) and Nemotron Nano 2: layers of one norm each and Mamba-2, attention or a feed-forward.
+"""Nemotron-H and Nemotron 3 (NVIDIA 2025): layers of one norm each and Mamba-2, attention, an MLP or experts.
 
-* Attention has no positions; the feed-forward is a plain MLP of squared ReLU.
-* Layers with experts (Nemotron 3 Nano) are not supported.
+* Attention has no positions; MLPs and experts have no gate, and square what ReLU leaves.
+* Experts stand beside a shared one, are chosen by biased sigmoid scores, and may read a smaller latent state.
+* Layers that guess further tokens (multi-token prediction) are not read.
 * Bounds of a step's length (time_step_limit) hold for every token, generated ones too.
 
 Shape legend: T tokens, H hidden size; Mamba-2 has mamba_heads * mamba_head_dim channels.
@@ -22,24 +23,28 @@ from lamella_core.errors import ConfigError
 from lamella_core.hf_config import HfConfig
 from lamella_core.layers.attention import Attention
 from lamella_core.layers.decoder import FeedForwardLayer, MixerLayer
+from lamella_core.layers.group_routing import BiasedGroupRouter
 from lamella_core.layers.mlp import MLP
+from lamella_core.layers.moe import MoE
 from lamella_core.layers.norm import RMSNorm
+from lamella_core.layers.plain_experts import PlainExperts
 from lamella_core.layers.state_space import Mamba2Mixer, Mamba2Sizes
 from lamella_core.models._rules import module_rules
 from lamella_core.models._state_space import backbone_rules, mixer_rules, time_step_limit
 from lamella_core.models.base import CausalLM
 from lamella_core.models.registry import register
 
-MAMBA, ATTENTION, MLP_LAYER = "linear_attention", "full_attention", "mlp"  # kinds of layers, as transformers calls them
-_KINDS = {"M": MAMBA, "*": ATTENTION, "-": MLP_LAYER, "mamba": MAMBA, "attention": ATTENTION}
-_MIXER = "backbone.layers.{i}.mixer"
+# Kinds of layers, as transformers calls them.
+MAMBA, ATTENTION, MLP_LAYER, MOE_LAYER = "linear_attention", "full_attention", "mlp", "moe"
+_KINDS = {"M": MAMBA, "*": ATTENTION, "-": MLP_LAYER, "E": MOE_LAYER, "mamba": MAMBA, "attention": ATTENTION}
+_MIXER, _MLP = "backbone.layers.{i}.mixer", "layers.{i}.mlp"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NemotronHConfig(ModelConfig):
     """Nemotron-H's own fields."""
 
-    block_types: tuple[str, ...]  # MAMBA, ATTENTION or MLP_LAYER for each layer
+    block_types: tuple[str, ...]  # MAMBA, ATTENTION, MLP_LAYER or MOE_LAYER for each layer
     mamba_heads: int
     mamba_head_dim: int
     mamba_groups: int  # of heads that share b and c
@@ -50,6 +55,15 @@ class NemotronHConfig(ModelConfig):
     mlp_bias: bool = False
     dt_min: float = 0.0  # bounds of a step's length
     dt_max: float | None = None  # None: no bound
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 7688  # of one expert
+    shared_expert_intermediate_size: int = 7688
+    moe_latent_size: int | None = None  # what experts read; None: the hidden state
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = True
 
     hf_model_types: ClassVar[tuple[str, ...]] = ("nemotron_h",)
 
@@ -92,7 +106,23 @@ class NemotronHConfig(ModelConfig):
             "use_bias": hf.flag("use_bias", default=False),
             "use_conv_bias": hf.flag("use_conv_bias", default=True),
             "mlp_bias": hf.flag("mlp_bias", default=False),
+            **_expert_fields(hf),
         }
+
+
+def _expert_fields(hf: HfConfig) -> dict[str, Any]:
+    hf.require("n_shared_experts", (1,), 1)
+    return {
+        "num_experts": hf.integer("n_routed_experts", "num_local_experts", default=8),
+        "num_experts_per_tok": hf.integer("num_experts_per_tok", default=2),
+        "moe_intermediate_size": hf.integer("moe_intermediate_size", default=7688),
+        "shared_expert_intermediate_size": hf.integer("moe_shared_expert_intermediate_size", default=7688),
+        "moe_latent_size": hf.integer("moe_latent_size", default=None, nullable=True),
+        "n_group": hf.integer("n_group", default=1),
+        "topk_group": hf.integer("topk_group", default=1),
+        "routed_scaling_factor": hf.number("routed_scaling_factor", default=1.0),
+        "norm_topk_prob": hf.flag("norm_topk_prob", default=True),
+    }
 
 
 def _block_types(hf: HfConfig) -> list[str]:
@@ -108,10 +138,27 @@ def _block_types(hf: HfConfig) -> list[str]:
     for kind in kinds:
         if kind not in _KINDS.values():
             raise ConfigError(
-                f"{hf.where}: a layer is of kind {kind!r}; {hf.architecture} supports {MAMBA} (M), {ATTENTION} (*) and "
-                f"{MLP_LAYER} (-)"
+                f"{hf.where}: a layer is of kind {kind!r}; {hf.architecture} supports {MAMBA} (M), {ATTENTION} (*), "
+                f"{MLP_LAYER} (-) and {MOE_LAYER} (E)"
             )
     return kinds
+
+
+def _expert_rules() -> list[WeightRule]:
+    """Router, experts (one by one as published, or all in one as transformers has them), shared expert and latents."""
+    parts = (("up_proj", "gate_up_proj"), ("down_proj", "down_proj"))
+    modules = {f"shared_experts.{name}": f"shared.{name}" for name, _ in parts}
+    modules |= {"fc1_latent_proj": "experts.to_latent", "fc2_latent_proj": "experts.from_latent"}
+    return [
+        WeightRule(f"{_MIXER}.gate.weight", f"{_MLP}.router.gate.weight"),
+        WeightRule(f"{_MIXER}.gate.e_score_correction_bias", f"{_MLP}.router.correction_bias"),
+        *(
+            WeightRule(source, f"{_MLP}.experts.{new}.weight")
+            for old, new in parts
+            for source in (f"{_MIXER}.experts.{{e}}.{old}.weight", f"{_MIXER}.experts.{old}")
+        ),
+        *module_rules(modules, f"{_MIXER}.", f"{_MLP}."),
+    ]
 
 
 @register("NemotronHForCausalLM")
@@ -128,7 +175,8 @@ class NemotronHForCausalLM(CausalLM):
         *mixer_rules(),
         *(WeightRule(f"{_MIXER}.{s}_proj.weight", "layers.{i}.mixer.qkv_proj.weight", section=s) for s in "qkv"),
         WeightRule(f"{_MIXER}.o_proj.weight", "layers.{i}.mixer.o_proj.weight"),
-        *module_rules({"up_proj": "up_proj", "down_proj": "down_proj"}, f"{_MIXER}.", "layers.{i}.mlp."),
+        *module_rules({"up_proj": "up_proj", "down_proj": "down_proj"}, f"{_MIXER}.", f"{_MLP}."),
+        *_expert_rules(),
     )
 
     def weight_rules(self, source_names: Collection[str]) -> list[WeightRule]:
@@ -144,6 +192,8 @@ class NemotronHForCausalLM(CausalLM):
             return FeedForwardLayer(
                 norm=self.make_norm(), mlp=MLP(config, name=f"layers.{index}.mlp", bias=config.mlp_bias)
             )
+        if kind == MOE_LAYER:
+            return FeedForwardLayer(norm=self.make_norm(), mlp=self._experts(f"layers.{index}.mlp"))
         if kind == ATTENTION:
             return MixerLayer(norm=self.make_norm(), mixer=Attention(config, index, name=name))
         sizes = Mamba2Sizes(
@@ -157,6 +207,34 @@ class NemotronHForCausalLM(CausalLM):
         )
         mixer = Mamba2Mixer(config, index, sizes, name=name, bias=config.use_bias, conv_bias=config.use_conv_bias)
         return MixerLayer(norm=self.make_norm(), mixer=mixer)
+
+    def _experts(self, name: str) -> MoE:
+        config = self.config
+        count, top_k, inner = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
+        router = BiasedGroupRouter(
+            config,
+            count,
+            top_k,
+            name=f"{name}.router",
+            num_groups=config.n_group,
+            top_groups=config.topk_group,
+            weight_scale=config.routed_scaling_factor,
+            renormalize=config.norm_topk_prob,
+        )
+        latent, bias = config.moe_latent_size, config.mlp_bias
+        experts = PlainExperts(config, count, inner, name=f"{name}.experts", latent=latent, latent_bias=bias)
+        size = config.shared_expert_intermediate_size
+        shared = MLP(config, name=f"{name}.shared", bias=bias, inner=size, reduce=False)
+        return MoE(
+            config,
+            num_experts=count,
+            top_k=top_k,
+            inner=inner,
+            name=name,
+            router=router,
+            experts=experts,
+            shared=shared,
+        )
 
     def make_norm(self) -> RMSNorm:
         return RMSNorm(self.config.hidden_size, self.config.norm_eps, self.config.torch_dtype)
