@@ -20,7 +20,7 @@ from lamella_core.models.registry import get_model_class, registered_architectur
 from lamella_core.quantization.config import QuantConfig
 
 LOGITS_BOUND = 3e-5  # largest difference from transformers, logits having a deviation of about 1.5
-NEW_TOKENS = 12
+NEW_TOKENS = 32
 ALWAYS_FLOAT32 = (".correction_bias", ".a_log", ".d", ".dt_bias")  # half precision would change them too much
 
 
