@@ -76,6 +76,10 @@ def test_prefixes_and_sparse_attention_on_a_gpu_equal_those_on_the_cpu(case, bac
         ("Mamba2ForCausalLM", "biased_odd_state"),
         ("BambaForCausalLM", "attention_last"),
         ("NemotronHForCausalLM", "all_kinds"),
+        ("NemotronHForCausalLM", "experts_on_latents"),
+        ("JambaForCausalLM", "attention_and_experts_last"),
+        ("Qwen3NextForCausalLM", "attention_last"),
+        ("Qwen3NextForCausalLM", "odd_heads"),
     ],
     ids="-".join,
 )

@@ -20,7 +20,12 @@ from lamella_executor.stats import StatsBuffer
 
 MODELS = pytest.mark.parametrize(
     "model",
-    [("MambaForCausalLM", "tied"), ("Mamba2ForCausalLM", "grouped"), ("NemotronHForCausalLM", "all_kinds")],
+    [
+        ("MambaForCausalLM", "tied"),
+        ("Mamba2ForCausalLM", "grouped"),
+        ("NemotronHForCausalLM", "all_kinds"),
+        ("Qwen3NextForCausalLM", "attention_first_biased"),
+    ],
     ids=lambda model: model[0],
 )
 PROMPTS = [prompt(length, seed) for seed, length in enumerate((9, 1, 5, 23, 2, 14))]
