@@ -98,4 +98,3 @@ def oracle_scores(architecture: str, oracle: Any, ids: list[int], types: list[in
             return scores if architecture == "Qwen2ForProcessRewardModel" else scores[-1]
         parts = {} if types is None else {"token_type_ids": torch.tensor([types])}
         return oracle(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), **parts).logits[0]
-

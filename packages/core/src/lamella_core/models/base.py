@@ -162,6 +162,10 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         """Returns one spec per attention layer of this rank, in layer order: what KV caches are sized from."""
         return [module.spec for module in self.modules() if isinstance(module, (Attention, LatentAttention))]
 
+    def state_specs(self) -> list[StateSpec]:
+        """Returns one spec per layer of this rank that keeps a state per sequence, in layer order."""
+        return [module.state_spec for module in self.modules() if isinstance(module, RecurrentMixer)]
+
     def set_max_seq_len(self, max_seq_len: int) -> None:
         """Tells position encodings the longest sequence to come, so that tables are made now and not while serving.
 
@@ -169,10 +173,6 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
         """
         if self.rotary is not None:
             self.rotary.set_max_seq_len(max_seq_len)
-    def state_specs(self) -> list[StateSpec]:
-        """Returns one spec per layer of this rank that keeps a state per sequence, in layer order."""
-        return [module.state_spec for module in self.modules() if isinstance(module, RecurrentMixer)]
-
 
     def num_parameters(self) -> int:
         """Returns how many numbers this rank's weights are, tied ones once, padding included."""
