@@ -15,6 +15,7 @@ KINDS = (GEMM, ATTENTION, GLUE, SAMPLING, LINKS, COPY, OTHER)
 # The first that is found in the kernel's name decides. Rotary and cache writes come before attention, whose words are
 # in their names too; attention before GEMM, for its kernels are built on the same matrix libraries.
 _PATTERNS = (
+    (GLUE, r"^_?top_k_kernel"),  # of a mixture's router, not of tokens
     (LINKS, r"nccl|all_?reduce|all_?gather|one_shot|two_shot|sum_norm_kernel"),
     (
         SAMPLING,
@@ -24,10 +25,16 @@ _PATTERNS = (
     (
         ATTENTION,
         r"attention|attn|mha|xqa|flash_?fwd|flash::|kvcache_?kernel|merge_?states?"
-        r"|^_?(decode|prefill|split|merge|combine|latent|join)_",
+        r"|^_?(decode|prefill|split|merge|combine|latent|join|conv|scan|chunk_scan|delta_rule)_",
     ),
-    (GEMM, r"gemm|gemv|matmul|nvjet|cutlass|split_?k_?reduce|scaled_mm|wgmma|xmma|cublas|^_?(vector|matrix)_kernel"),
-    (GLUE, r"norm|gelu|embed|gather|scatter|index|elementwise|reduce|cat_?array|copy|fill|prepare|update|cast|triton_"),
+    (
+        GEMM,
+        r"gemm|gemv|matmul|nvjet|cutlass|split_?k_?reduce|scaled_mm|wgmma|xmma|cublas|^_?(vector|matrix|product)_kernel",
+    ),
+    (
+        GLUE,
+        r"^_?(count|place|sum)_kernel|norm|gelu|embed|gather|scatter|index|elementwise|reduce|cat_?array|copy|fill|prepare|update|cast|triton_",
+    ),
 )
 _COMPILED = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _PATTERNS)
 
