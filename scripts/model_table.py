@@ -25,14 +25,29 @@ COLUMNS = {
     "half precision": "test_half_precision_is_near",
     "tp 2": "test_two_tensor_ranks_equal_one",
     "pp 2": "test_two_stages_equal_one",
+    "served": "test_served_tokens_are_those_of_each_alone",
+}
+SCORING_COLUMNS = {
+    "scores": "test_scores_equal_the_oracle",
+    "pairs": "test_token_types_count",
+    "tp 2, pp 2": "test_two_tensor_ranks_and_two_stages_equal_one",
 }
 INTRODUCTION = """# Models
 
 Made by `scripts/model_table.py` from a run of the conformance suite (`tests/conformance`); do not edit.
 
 Each architecture runs in several tiny random configurations, in float32 (in "half precision" bfloat16 and float16),
-against `transformers`, or against an independent reference in `tests/references` where transformers has none. A cell
-counts the passed runs of all runs; "-" means that the test does not apply.
+against `transformers`, or against an independent reference in `tests/references` where transformers has none. "served"
+is through the executor: batched, in chunks, paused and resumed, prefixes reused. A cell counts the passed runs of all
+runs; "-" means that the test does not apply.
+
+## Models that generate
+
+"""
+SCORING = """
+## Models that score
+
+Classifiers and reward models, through `LLM.encode`; "pairs" are texts of two parts.
 
 """
 
@@ -48,28 +63,32 @@ def results(path: Path) -> tuple[dict[str, set[str]], dict[tuple[str, str], list
             continue
         test, parts = found[1], found[2].split("-")
         architecture = next((part for part in parts if part in known), None)
-        if architecture is None or test not in COLUMNS.values():
+        if architecture is None or test not in {**COLUMNS, **SCORING_COLUMNS}.values():
             continue
         variants[architecture].add(parts[parts.index(architecture) + 1])
         runs[architecture, test].append(case.find("failure") is None and case.find("error") is None)
     return variants, runs
 
 
-def page(path: Path) -> str:
+def table(path: Path, task: str, columns: dict[str, str]) -> str:
     variants, runs = results(path)
     lines = [
-        "| architecture | file | configurations | " + " | ".join(COLUMNS) + " |",
-        "|---" * (3 + len(COLUMNS)) + "|",
+        "| architecture | file | configurations | " + " | ".join(columns) + " |",
+        "|---" * (3 + len(columns)) + "|",
     ]
-    for architecture in registered_architectures():
+    for architecture in registered_architectures(task):
         module = get_model_class(architecture).__module__.rpartition(".")[2]
         cells = []
-        for test in COLUMNS.values():
+        for test in columns.values():
             passed = runs.get((architecture, test), [])
             cells.append(f"{sum(passed)}/{len(passed)}" if passed else "-")
         names = ", ".join(sorted(variants.get(architecture, ())))
         lines.append(f"| `{architecture}` | `{module}.py` | {names} | " + " | ".join(cells) + " |")
-    return INTRODUCTION + "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def page(path: Path) -> str:
+    return INTRODUCTION + table(path, "generate", COLUMNS) + SCORING + table(path, "score", SCORING_COLUMNS)
 
 
 if __name__ == "__main__":
