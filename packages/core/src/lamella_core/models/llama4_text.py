@@ -6,7 +6,6 @@ sigmoid of their score. Queries and keys may be normed. Queries of layers withou
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -28,7 +27,6 @@ from lamella_core.models.base import CausalLM
 from lamella_core.models.registry import register
 
 CHUNKED = "chunked_attention"
-_PUBLISHED = "language_model."  # what the whole model's checkpoint puts before the decoder's names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +122,7 @@ class Llama4ForCausalLM(CausalLM):
 
     config: Llama4Config
     config_class = Llama4Config
+    OUTER_PREFIX = "language_model."
     IGNORED = ("*.rotary_emb.*", "vision_model.*", "model.vision_model.*", "*multi_modal_projector.*")
     WEIGHTS = (*vocabulary_rules(), *norm_rules(), *attention_rules(), *_feed_forward_rules())
 
@@ -168,8 +167,3 @@ class Llama4ForCausalLM(CausalLM):
 
     def make_norm(self) -> RMSNorm:
         return RMSNorm(self.config.hidden_size, self.config.norm_eps, self.config.torch_dtype)
-
-    def weight_rules(self, source_names: Collection[str]) -> list[WeightRule]:
-        bare = [name.removeprefix(_PUBLISHED) for name in source_names if name.startswith(_PUBLISHED)]
-        rules = super().weight_rules(bare or source_names)
-        return [replace(rule, source=_PUBLISHED + rule.source) for rule in rules] if bare else rules

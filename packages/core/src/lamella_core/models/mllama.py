@@ -6,13 +6,12 @@ embedding has rows for the image token, whose id no prompt may contain.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import nn
 
-from lamella_core.checkpoint.rules import WeightRule
 from lamella_core.checks import check_integer
 from lamella_core.errors import ConfigError
 from lamella_core.hf_config import HfConfig
@@ -22,7 +21,6 @@ from lamella_core.models.llama import LlamaConfig, LlamaForCausalLM
 from lamella_core.models.registry import register
 
 _NUM_IMAGE_ROWS = 8  # of the embedding, after the vocabulary
-_PUBLISHED = "language_model."  # what the whole model's checkpoint puts before the decoder's names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +54,7 @@ class MllamaForCausalLM(LlamaForCausalLM):
 
     config: MllamaConfig
     config_class = MllamaConfig
+    OUTER_PREFIX = "language_model."
 
     def __init__(self, config: MllamaConfig) -> None:
         super().__init__(config)
@@ -68,8 +67,3 @@ class MllamaForCausalLM(LlamaForCausalLM):
     def ignored_sources(self) -> Sequence[str]:
         skipped = (f"*model.layers.{index}.*" for index in self.config.cross_attention_layers)
         return (*self.IGNORED, "vision_model.*", "model.vision_model.*", "*multi_modal_projector.*", *skipped)
-
-    def weight_rules(self, source_names: Collection[str]) -> list[WeightRule]:
-        bare = [name.removeprefix(_PUBLISHED) for name in source_names if name.startswith(_PUBLISHED)]
-        rules = super().weight_rules(bare or source_names)
-        return [replace(rule, source=_PUBLISHED + rule.source) for rule in rules] if bare else rules
