@@ -137,7 +137,7 @@ def test_doctor_names_what_is_there_and_what_is_missing(monkeypatch):
     assert all(row["remedy"] for row in rows.values() if not row["ok"])
     monkeypatch.setattr("lamella.cli.doctor.is_installed", lambda module: False)
     missing = [row for row in findings() if row.name.startswith("tiktoken")]
-    assert missing[0].remedy == "pip install tiktoken" and not missing[0].ok
+    assert missing[0].remedy == "pip install 'lamella[tokenizers]'" and not missing[0].ok
     assert invoke("doctor").exit_code == 0
 
 

@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lamella.cli.machine import GIB, gpus, is_installed, machine, versions
+from lamella_core.device import why_no_cuda
 
 # Optional module -> what it is for, command that adds it.
 EXTRAS = {
-    "tiktoken": ("tokenizers of some hub models", "pip install tiktoken"),
-    "sentencepiece": ("tokenizer.model files without tokenizer.json", "pip install sentencepiece"),
+    "tiktoken": ("tokenizers of some hub models", "pip install 'lamella[tokenizers]'"),
+    "sentencepiece": ("tokenizer.model files without tokenizer.json", "pip install 'lamella[tokenizers]'"),
+    "mpi4py": ("several machines, lamella-launch", "pip install 'lamella[mpi]'"),
+    "flashinfer": ("long prompts on NVIDIA GPUs", "pip install 'lamella[cuda]'"),
 }
 
 
@@ -86,7 +89,8 @@ def _gpu() -> list[Finding]:
     found = gpus()
     if found:
         names = ", ".join(f"{gpu['name']} ({gpu['memory_bytes'] / GIB:.0f} GiB)" for gpu in found)
-        return [Finding("GPU", f"{names}; this release runs on the CPU")]
+        reason = why_no_cuda()
+        return [Finding("GPU", names, reason is None, reason or "")]
     built = torch.version.cuda
     return [Finding("GPU", f"none that torch sees (torch is built {'for CUDA ' + built if built else 'for CPUs'})")]
 
