@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import traceback
 
-from lamella_core.errors import RequestError
+from lamella_core.errors import RequestError, WorkerError
 
 
 def detach(error: BaseException) -> str:
     """Takes the tracebacks out of an error and what caused it; returns them as text.
 
-    The text is also added to the error as a note (Python 3.11 and later).
+    The text is also added to the error as a note (Python 3.11 and later). The failure of another rank, a `WorkerError`
+    without a cause, has no frames of interest in this process: its text is its message alone, without a note.
 
     A result may be kept long after its engine is gone, and a traceback's frames would keep the model in memory.
     """
-    text = "".join(traceback.format_exception(error))
+    is_elsewhere = isinstance(error, WorkerError) and error.__cause__ is None
+    text = str(error) if is_elsewhere else "".join(traceback.format_exception(error))
     pending, seen = [error], set()
     while pending:
         current = pending.pop()
@@ -23,7 +25,7 @@ def detach(error: BaseException) -> str:
         seen.add(id(current))
         current.__traceback__ = None
         pending += [e for e in (current.__cause__, current.__context__) if e is not None]
-    if hasattr(error, "add_note"):
+    if hasattr(error, "add_note") and not is_elsewhere:
         error.add_note(f"Where it came from:\n{text}")
     return text
 

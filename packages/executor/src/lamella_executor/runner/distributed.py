@@ -88,7 +88,8 @@ class Sender:
         except WorkerError:
             raise
         except Exception as error:
-            raise self.explain(error) from error
+            fatal = self.explain(error)
+            raise fatal from fatal.__cause__  # another rank's failure has none: what it led to here explains nothing
 
     @contextmanager
     def awaiting(self, step: int) -> Iterator[None]:
@@ -103,7 +104,7 @@ class Sender:
             raise WorkerError(*self._peers.failure.args)
 
     def explain(self, error: Exception) -> WorkerError:
-        """Returns the failure of the rank that an error of this one came from, or says that it is rank 0's own."""
+        """Returns the failure of the rank that an error of this one came from, or one of rank 0 with that as cause."""
         is_own = isinstance(error, OutOfMemoryError | MemoryError) or not isinstance(error, RuntimeError)
         failure = self._peers.failure if is_own else self._peers.await_failure(VERDICT_S)
         if failure is not None:
@@ -112,6 +113,7 @@ class Sender:
             f"rank 0 failed in phase {self._phase or 'start'}: {type(error).__name__}: {error}; the other ranks were "
             "in the same step and have been stopped"
         )
+        fatal.__cause__ = error
         self._fail(fatal)
         return fatal
 
