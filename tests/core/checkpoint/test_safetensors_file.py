@@ -124,6 +124,7 @@ GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
         ({"a": {**GOOD, "data_offsets": [16, 0]}}, "takes 16 bytes"),
         ({"a": {**GOOD, "data_offsets": [0, 12]}}, "takes 16 bytes"),
         ({"a": {**GOOD, "shape": [32], "data_offsets": [0, 128]}}, "truncated"),
+        ({"a": {**GOOD, "shape": [4096], "data_offsets": [0, 16384]}}, "truncated: tensor 'a' ends at byte"),
         ({"a": GOOD, "b": {**GOOD, "data_offsets": [8, 24]}}, "overlap"),
         ({"__metadata__": {"a": 1}}, "__metadata__"),
         ({"__metadata__": []}, "__metadata__"),

@@ -175,7 +175,7 @@ def _entry(name: str, entry: object, data_begin: int, file_bytes: int, path: Pat
         raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r}; supported: {', '.join(DTYPE_NAMES)}")
     if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(_is_size(d, _MAX_DIM_SIZE) for d in shape):
         raise CheckpointError(f"{path}: tensor {name!r} has an impossible shape {str(shape)[:200]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(o, file_bytes) for o in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(o, _MAX_DIM_SIZE) for o in offsets):
         raise CheckpointError(f"{path}: tensor {name!r} has impossible data_offsets {str(offsets)[:200]}")
     begin, end = data_begin + offsets[0], data_begin + offsets[1]
     num_bytes = math.prod(shape) * DTYPE_NAMES[dtype].itemsize
