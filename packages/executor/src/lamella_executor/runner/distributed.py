@@ -87,7 +87,7 @@ class Sender:
             yield
         except WorkerError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again, as what it means for the engine
             fatal = self.explain(error)
             raise fatal from fatal.__cause__  # another rank's failure has none: what it led to here explains nothing
 
