@@ -253,6 +253,7 @@ def test_disabled_cache_computes_prompts_only():
 def test_stats_and_metrics():
     with bench() as it:
         results = it.executor.generate(PROMPTS[:4], greedy(8))
+        it.executor.shutdown()  # the last step is recorded after its results are published
         stats = it.executor.get_stats()
     assert [s.iteration for s in stats] == list(range(1, len(stats) + 1))
     assert sum(s.num_context_tokens for s in stats) == sum(LENGTHS[:4])

@@ -59,6 +59,7 @@ def test_built_in_formats_refuse_what_they_do_not_write(tmp_path: Path):
 
 @pytest.mark.parametrize(("name", "make"), [("tiktoken", qwen), ("sentencepiece", baichuan)])
 def test_a_missing_library_is_named(name: str, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make(tmp_path)  # its vocabulary is made with the library
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"needs the {name} library.*lamella\[tokenizers\]"):
         make(tmp_path)

@@ -2,7 +2,8 @@
 
     python -m tests.support.triton_compiler CAPABILITY MODULE
 
-runs ``MODULE.calls()`` with CPU tensors, TRITON_INTERPRET unset, and prints the name of each kernel it compiled.
+runs ``MODULE.calls()`` with CPU tensors, TRITON_INTERPRET unset, and prints the name of each kernel it compiled. Below
+90 only the first variant of each kernel is compiled.
 """
 
 from __future__ import annotations
@@ -59,10 +60,15 @@ def main() -> None:
     launch._capability = lambda: divmod(capability, 10)
     run = JITFunction.run
 
+    done: dict[str, Any] = {}
+
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        sys.stdout.write(self.fn.__name__ + "\n")
-        return kernel
+        name = self.fn.__name__
+        if capability < 90 and name in done:
+            return done[name]
+        done[name] = run(self, *args, grid=grid, warmup=True, **options)
+        sys.stdout.write(name + "\n")
+        return done[name]
 
     JITFunction.run = compile_only
     importlib.import_module(module).calls()

@@ -56,6 +56,8 @@ def test_killed_while_rank_0_waits_in_a_collective(phase, executor, caplog):
     os.kill(worker(), signal.SIGSTOP)
     if phase == "prefill":
         results.append(executor.generate_async(prompt(30), greedy(5)))
+    else:
+        time.sleep(0.3)  # until rank 0 waits in a step that decodes; the next request may not come into that
     results.append(executor.generate_async(prompt(9), greedy(5)))
     time.sleep(0.3)
     os.kill(worker(), signal.SIGKILL)

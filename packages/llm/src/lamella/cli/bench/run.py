@@ -29,6 +29,7 @@ from lamella_core.errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PACKAGES = ("lamella", "lamella_core", "lamella_builder", "lamella_executor")
+_IDLE_TIMEOUT_S, _POLL_S = 1.0, 0.002
 
 
 def run_bench(plan: BenchPlan, report_json: Path | None, started: float, log_level: str = "warning") -> dict[str, Any]:
@@ -94,6 +95,7 @@ def _measure(llm: LLM, plan: BenchPlan, report: dict[str, Any]) -> int:
     """Measures and adds to the report; returns how many requests ran at once in the middle of it."""
     before = _last_iteration(llm)
     measured = measure(llm, plan)
+    _await_idle(llm)
     steps = [s for s in llm.get_stats() if s.iteration > before]
     spec = llm.engine.spec
     report.update(environment(spec.build.device))
@@ -103,6 +105,16 @@ def _measure(llm: LLM, plan: BenchPlan, report: dict[str, Any]) -> int:
     report["steps"] = summarize_steps(steps, decode_only=plan.mode == "latency")
     report["roofline"] = against_roofline(report["results"], plan, spec.model, gpu_name)
     return max(1, round(report["steps"]["median_running"])) if report["steps"] else plan.concurrency
+
+
+def _await_idle(llm: LLM) -> None:
+    """Waits until the last step, whose results are here already, is in the statistics too."""
+    deadline = time.monotonic() + _IDLE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        stats = llm.get_stats()
+        if not stats or not (stats[-1].num_running or stats[-1].num_queued):
+            return
+        time.sleep(_POLL_S)
 
 
 def _last_iteration(llm: LLM) -> int:
