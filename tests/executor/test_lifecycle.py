@@ -216,6 +216,30 @@ def test_ctrl_c_while_waiting(wait):
     assert process.returncode != 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_at_the_end_of_the_interpreter_does_not_cut_a_step_short():
+    process = run_script(
+        """
+        import atexit
+        loop = EchoLoop()
+        loop.gate.clear()
+        opener = threading.Timer(1.5, loop.gate.set)
+        opener.daemon = True
+        atexit.register(lambda: print(f"{loop.num_steps} steps", flush=True))  # runs after the executor's
+        executor = echo_executor(loop)
+        future = executor.generate_async([1], SamplingParams(max_tokens=60))
+        opener.start()
+        print("end", flush=True)
+        """
+    )
+    assert process.stdout.readline() == "end\n"
+    for _ in range(3):
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=EXIT_LIMIT_S)
+    assert (process.returncode, output, errors) == (0, "1 steps\n", "")
+
+
 def test_import_is_light():
     modules = "lamella_executor, lamella_executor.config, lamella_executor.result"
     script = f"import sys, {modules}; sys.exit('torch' in sys.modules)"

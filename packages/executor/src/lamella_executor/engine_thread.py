@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from lamella_executor.exit import wait_at_exit
 from lamella_executor.failures import detach
 from lamella_executor.mailbox import Abort, Command, Mailbox
 
@@ -59,12 +60,13 @@ class EngineThread:
         self._mailbox = mailbox
         self._close = close
         self._loop: Loop | None = loop  # until the thread ends
+        self._has_ended = threading.Event()  # but for the end of its own frames
         self._thread = threading.Thread(
             target=_run, args=(loop, mailbox, self._ended), name=f"lamella-engine-{next(_numbers)}", daemon=True
         )
         # The interpreter must not tear down under a running kernel, nor while the thread lets go of the loop's tensors
         # at its very end: so the thread does not take this back itself, who has joined it does.
-        atexit.register(self.stop)
+        atexit.register(self._stop_at_exit)
         self._thread.start()
 
     @property
@@ -97,17 +99,24 @@ class EngineThread:
         self.request_stop()
         if threading.current_thread() is self._thread:  # a logits processor or decoder shuts down; the step goes on
             return False
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        # A Ctrl-C in Thread.join(timeout) would make Python (3.11 and before) take a running thread for an ended one.
+        if self._thread.is_alive() and not self._has_ended.wait(timeout):
             logger.warning("the engine thread has not ended within %.1f s; a step is still running", timeout)
             return False
-        atexit.unregister(self.stop)
+        self._thread.join()
+        atexit.unregister(self._stop_at_exit)
         return True
+
+    def _stop_at_exit(self) -> None:
+        wait_at_exit(self.stop, STOP_TIMEOUT_S)
 
     def _ended(self) -> None:
         close, self._close, self._loop = self._close, None, None
-        if close is not None:
-            close()
+        try:
+            if close is not None:
+                close()
+        finally:
+            self._has_ended.set()
 
 
 def _run(loop: Loop, mailbox: Mailbox, ended: Callable[[], None]) -> None:
@@ -120,8 +129,10 @@ def _run(loop: Loop, mailbox: Mailbox, ended: Callable[[], None]) -> None:
         loop.fail_all(mailbox.dead_error)
     finally:
         mailbox.close(RuntimeError("the engine thread ended unexpectedly"))
-        _fail_commands((*taken, *mailbox.take_rest()), mailbox)
-        ended()
+        try:
+            _fail_commands((*taken, *mailbox.take_rest()), mailbox)
+        finally:
+            ended()
 
 
 def _fail_commands(commands: Iterable[Command], mailbox: Mailbox) -> None:

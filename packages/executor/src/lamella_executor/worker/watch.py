@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from lamella_core.errors import WorkerError
+from lamella_executor.exit import wait_at_exit
 from lamella_executor.worker.channel import ChannelError, ChannelTimeout
 from lamella_executor.worker.judge import SETTLE_UNKNOWN_S, Judge
 from lamella_executor.worker.member import Member
@@ -99,7 +100,7 @@ class Watch:
 
     def start(self) -> None:
         """Starts the thread, which starts the workers: a Ctrl-C does not reach it halfway through."""
-        atexit.register(self.stop, EXIT_TIMEOUT_S, EXIT_GRACE_S)
+        atexit.register(self._stop_at_exit)
         self._thread.start()
 
     # ---- for other threads
@@ -150,6 +151,9 @@ class Watch:
             return False
         self._thread.join()
         return True
+
+    def _stop_at_exit(self) -> None:
+        wait_at_exit(lambda rest_s: self.stop(rest_s, min(EXIT_GRACE_S, rest_s)), EXIT_TIMEOUT_S)
 
     # ---- the thread
 
@@ -288,4 +292,4 @@ class Watch:
             with self._changed:
                 self.ended = True
                 self._changed.notify_all()
-            atexit.unregister(self.stop)
+            atexit.unregister(self._stop_at_exit)
