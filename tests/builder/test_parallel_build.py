@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.support.tiny_models import hf_dir
+from tests.support.tiny_scoring import scoring_model
 from typer.testing import CliRunner, Result
 
 from lamella_builder import cli, rank_pool
@@ -161,6 +162,13 @@ def test_auto_parallel_says_why(model: Path, tmp_path: Path) -> None:
 def test_wrong_sizes(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     assert message in failed(run("--model", model, "--output_dir", tmp_path / "engine", *arguments))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_scores_texts_is_built_for_one_rank_alone(tmp_path: Path) -> None:
+    directory, _ = scoring_model("LlamaForSequenceClassification", "three_labels")
+    for sizes in (ParallelSizes(tp_size=2), ParallelSizes(auto_parallel=True, world_size=2)):
+        with pytest.raises(ConfigError, match="= 2 ranks, but LlamaForSequenceClassification scores texts"):
+            BuildJob(BuildRequest(str(directory), tmp_path / "engine", DEFAULT, sizes))
 
 
 def test_a_checkpoint_of_several_ranks_keeps_its_sizes(model: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lamella_core.engine import BuildConfig, EngineWriter
 from lamella_core.errors import ConfigError, OutOfMemoryError
 from lamella_core.hub import resolve_model_dir
 from lamella_core.mapping import Mapping
+from lamella_core.models.registry import get_model_class
 from lamella_core.quantization.config import QuantConfig
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class BuildJob:
         self._format = detect_format(self._directory)
         self.choice: Choice | None = None
         self.config = self._read_config()
+        _check_task(self.config)
         self.build_config = request.build_config.resolved(self.config)
         self.plan: MemoryPlan = plan_memory(self.config, request.build_config)
 
@@ -154,6 +156,16 @@ class BuildJob:
                 built = pool.build(others, like)
             for rank, (spec, entry) in zip(others, built, strict=True):
                 writer.adopt_rank(rank, spec, entry)
+
+
+def _check_task(config: ModelConfig) -> None:
+    """Refuses an engine that nothing could run."""
+    sizes = config.mapping
+    if sizes.world_size > 1 and get_model_class(config.architecture, config.model_type).task == "score":
+        raise ConfigError(
+            f"tp_size {sizes.tp_size} x pp_size {sizes.pp_size} = {sizes.world_size} ranks, but {config.architecture} "
+            "scores texts, which runs on one: leave them out"
+        )
 
 
 def _one_after_another(source: RankSource, writer: EngineWriter, clock: StepClock) -> None:
