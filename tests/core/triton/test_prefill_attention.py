@@ -60,7 +60,7 @@ def test_options(device, name):
 
 
 @pytest.mark.parametrize("tile", [Tile(16, 16, 4, 1), Tile(64, 32, 4, 1)], ids=str)
-@pytest.mark.parametrize("prefixes", [(5, 0, 40), (3, 97, 70), (0, 70, 130)], ids=str)
+@pytest.mark.parametrize("prefixes", [(5, 0, 40), (3, 97, 70)], ids=str)
 def test_prefixes(device, prefixes, tile):
     """Queries of a prefix see all of it, those behind it what is before them."""
     options = {"prefix_lens": torch.tensor(prefixes, dtype=torch.int32)}
