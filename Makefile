@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PACKAGES := -e packages/core -e packages/builder -e packages/executor -e packages/llm
+# One more than there are cores: some tests only wait.
+WORKERS ?= $(shell echo $$(( $$(nproc 2>/dev/null || echo 2) + 1 )))
 MANIFESTS := constraints.txt requirements-dev.txt $(wildcard packages/*/pyproject.toml)
 
 .PHONY: quickstart test test-gpu lint fmt bench clean
@@ -12,7 +14,7 @@ quickstart: $(VENV)/.runtime
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu" -n auto
+	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS)
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
