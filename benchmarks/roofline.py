@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--gpu", default=KNOWN_HARDWARE[0].name, help="; ".join(h.name for h in KNOWN_HARDWARE))
     parser.add_argument("--measure", action="store_true", help="measure this machine's GPU")
     parser.add_argument("--bandwidth", type=float, help="bytes per second instead of the recorded ones")
+    parser.add_argument("--bf16-flops", type=float, help="FLOP per second instead of the recorded ones")
     args = parser.parse_args()
     if args.measure and not torch.cuda.is_available():
         parser.error("--measure needs a GPU")
@@ -126,6 +127,8 @@ def main() -> None:
         parser.error(f"--gpu {args.gpu!r} is not known; known: {', '.join(h.name for h in KNOWN_HARDWARE)}")
     if args.bandwidth:
         hardware = replace(hardware, bandwidth=args.bandwidth)
+    if args.bf16_flops:
+        hardware = replace(hardware, bf16_flops=args.bf16_flops)
     print_tables(AutoConfig.from_hugging_face(args.hf_config), hardware)
 
 
