@@ -1,4 +1,5 @@
-"""Sums over 2, 4, ... GPUs inside CUDA graphs: NCCL, one exchange, two exchanges; with the norm after it and fused.
+"""Sums over 2, 4, ... GPUs inside CUDA graphs: NCCL, one exchange, two exchanges; with the norm after it and fused;
+gathers of messages of the same size through NCCL, with the copy that puts its rows in order, and in one exchange.
 
     python benchmarks/gpu_all_reduce.py --gpus 2 4
 
@@ -31,9 +32,9 @@ HIDDEN = (4096, 8192)
 DTYPE = torch.bfloat16
 CALLS = 20  # in a graph
 REPLAYS = 12
-LARGEST_OWN_BYTES = 8 << 20  # larger messages go to NCCL without a measurement
+LARGEST_OWN_BYTES = 16 << 20  # larger messages go to NCCL without a measurement
 HUGE = 1 << 40
-WAYS = {"nccl": SumLimits(0, 0, 0), "one": SumLimits(HUGE, 0, 0), "two": SumLimits(0, HUGE, 0)}
+WAYS = {"nccl": SumLimits(0, 0, 0, 0), "one": SumLimits(HUGE, 0, 0, HUGE), "two": SumLimits(0, HUGE, 0, HUGE)}
 
 
 def graph_us(call: Callable[[], Any]) -> float:
@@ -69,6 +70,8 @@ def measure(groups: RankGroups, rows: int, hidden: int) -> dict[str, float]:
         found[f"{way}+norm"] = graph_us(
             lambda sums=sums: ops.rms_norm(sums.all_reduce(x), weight, 1e-5, residual, scale)
         )
+        if way != "two":
+            found[f"{way} gather"] = graph_us(lambda sums=sums: sums.all_gather(x))
     if can_sum_and_norm(x, residual, weight, peers) and x.nbytes <= LARGEST_OWN_BYTES:
         found["fused"] = graph_us(lambda: sum_and_norm(x, residual, weight, 1e-5, peers, scale))
     return found
@@ -106,15 +109,15 @@ def run(size: int) -> list[dict[str, float]]:
 
 
 def show(size: int, results: list[dict[str, float]]) -> None:
-    columns = ("nccl", "one", "two", "nccl+norm", "one+norm", "two+norm", "fused")
-    print(f"\n{size} GPUs, {DTYPE}, microseconds\nhidden  rows      KiB " + "".join(f"{name:>11}" for name in columns))
-    largest = dict.fromkeys(("one", "two", "fused"), 0)
+    columns = ("nccl", "one", "two", "nccl+norm", "one+norm", "two+norm", "fused", "nccl gather", "one gather")
+    print(f"\n{size} GPUs, {DTYPE}, microseconds\nhidden  rows      KiB " + "".join(f"{name:>12}" for name in columns))
+    largest = dict.fromkeys(("one", "two", "fused", "one gather"), 0)
     for case in results:
         num_bytes = int(case["hidden"] * case["rows"] * DTYPE.itemsize)
-        cells = "".join(f"{case[name]:11.1f}" if name in case else f"{'-':>11}" for name in columns)
+        cells = "".join(f"{case[name]:12.1f}" if name in case else f"{'-':>12}" for name in columns)
         print(f"{case['hidden']:6.0f} {case['rows']:5.0f} {num_bytes / 1024:8.0f} {cells}")
         for name in largest:
-            other = "nccl+norm" if name == "fused" else "nccl"
+            other = {"fused": "nccl+norm", "one gather": "nccl gather"}.get(name, "nccl")
             if name in case and case[name] < case[other]:
                 largest[name] = max(largest[name], num_bytes)
     print("largest message in KiB that is faster than through NCCL:", {k: v // 1024 for k, v in largest.items()})

@@ -1,4 +1,4 @@
-"""Sums over GPUs, one process each: every way, in CUDA graphs, and when a process is killed."""
+"""Sums and gathers over GPUs, one process each: every way, in CUDA graphs, and when a process is killed."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_sum_fused_with_the_norm(results):
 
 
 def test_gathers_along_any_dimension(results):
-    assert all(all(rank["gathers"]) for rank in results)
+    assert [rank["gathers"] for rank in results] == [[]] * len(results)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -45,7 +45,13 @@ def test_messages_down_the_pipeline_and_back(world):
 
 
 @two_gpus
-@pytest.mark.parametrize("task", ["killed_in_kernel", "killed_in_nccl"])
+@pytest.mark.parametrize("task", ["killed_in_kernel", "killed_in_gather", "killed_in_nccl", "killed_in_recorded_nccl"])
 def test_killed_peer_does_not_hold_the_gpu(task):
-    (waited_s,), none = run(task, 2)
-    assert 0.5 < waited_s < 10.0 and none is None
+    (waited_s, closing_s), none = run(task, 2)
+    assert 0.5 < waited_s < 10.0 and closing_s < 3.0 and none is None
+
+
+@two_gpus
+def test_killed_stage_does_not_hold_the_gpu():
+    (waited_s, closing_s), none = run("killed_in_links", 2, 1)
+    assert 0.5 < waited_s < 10.0 and closing_s < 3.0 and none is None

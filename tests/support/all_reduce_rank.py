@@ -1,4 +1,4 @@
-"""One rank of a test of the kernels that sum over ranks, in triton's interpreter and a process of its own.
+"""One rank of a test of the kernels that sum and gather over ranks, in triton's interpreter and a process of its own.
 
     TRITON_INTERPRET=1 python -m tests.support.all_reduce_rank RANK SIZE FOLDER
 
@@ -7,6 +7,7 @@ maps the slots of all ranks from files in FOLDER and writes its results there.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tests.support.triton_interpreter import repair_interpreter
 
-from lamella_core.kernels.triton import all_reduce
+from lamella_core.kernels.triton import all_gather, all_reduce
 from lamella_core.kernels.triton.all_reduce_norm import sum_and_norm
 from lamella_core.kernels.triton.exchange import Peers
 
@@ -24,6 +25,7 @@ WORDS = (2, 600)  # of one message; the last takes every channel several tiles
 FEWER = {3: ("bfloat16",)}  # by number of ranks: more processes than cores poll slowly
 ROUNDS = 3  # of the same shape: both of a channel's slots, and one of them again
 H, EPS = 24, 1e-5
+GATHERED = {"rows": (3, 86), "ids": (5, 2), "planes": (2, 3, 70)}  # shapes; by columns, in words and beyond a block
 CHANNELS, SLOT_WORDS = 2, 128
 
 
@@ -35,6 +37,13 @@ def summand(rank: int, name: str, words: int, round_: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * rank + 10 * words + round_)
     dtype = DTYPES[name]
     return torch.randn(words * 4 // dtype.itemsize, generator=generator).to(dtype)
+
+
+def part(rank: int, name: str, round_: int) -> torch.Tensor:
+    """What a rank adds to a gather: integers of another width each round."""
+    dtype = (torch.bfloat16, torch.float32, torch.int64)[round_ % 3]
+    shape = GATHERED[name]
+    return (torch.arange(math.prod(shape)).view(shape) % 100 + 100 * rank).to(dtype)
 
 
 def norm_inputs(rank: int, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -70,6 +79,12 @@ def results(peers: Peers) -> dict[str, torch.Tensor]:
         if x.element_size() == 2:
             scale = torch.tensor(0.05)
             found[f"float8 {name}"] = sum_and_norm(x, residual, weight, EPS, peers, scale)[0].float()
+    for name, shape in GATHERED.items():
+        for dim in range(len(shape)):
+            for round_ in range(ROUNDS):
+                x = part(peers.rank, name, round_)
+                assert all_gather.can_gather(x, dim)
+                found[f"gather {name} {dim} {round_}"] = all_gather.gather(x, dim, peers)
     return found
 
 
@@ -78,6 +93,7 @@ def aborted(peers: Peers, abort: torch.Tensor) -> None:
     threading.Timer(0.5, lambda: abort.fill_(1)).start()
     all_reduce.one_shot(torch.ones(2), peers)
     all_reduce.two_shot(torch.ones(2), peers)
+    all_gather.gather(torch.ones(2), 0, peers)
 
 
 def main() -> None:

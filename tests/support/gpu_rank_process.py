@@ -5,6 +5,7 @@ python -m tests.support.gpu_rank_process TASK WORLD_SIZE TP_SIZE RANK PORT
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +28,11 @@ from lamella_executor.distributed.store import reach_store
 
 TIMEOUT_S = 60.0
 HUGE = 1 << 40
-WAYS = {"one": SumLimits(HUGE, 0, HUGE), "two": SumLimits(0, HUGE, 0), "nccl": SumLimits(0, 0, 0)}
+WAYS = {
+    "one": SumLimits(HUGE, 0, HUGE, HUGE),
+    "two": SumLimits(0, HUGE, 0, HUGE),
+    "nccl": SumLimits(0, 0, 0, 0),
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 2), (1, 4096), (3, 100), (7, 8192), (64, 4096), (513, 2048))
 REPLAYS = 100
@@ -124,13 +130,47 @@ def graphs(groups: RankGroups) -> dict[str, Any]:
     return {"wrong": [text for text in problems if text], "bits": digest(kept)}
 
 
-def gathers(groups: RankGroups) -> list[bool]:
+def gathers(groups: RankGroups) -> list[str]:
+    """Gathers every way along every dimension, eagerly and in a graph; returns what went wrong."""
     rank, size = groups.tp.rank, groups.tp.size
-    right = []
-    for shape in ((1, 64), (5, 33)):
-        parts = summands(size, shape, torch.float32, 4)
-        right += [torch.equal(groups.tp.all_gather(parts[rank], d), torch.cat(parts, d)) for d in (0, 1, -1)]
-    return right
+    cases = [(torch.float32, (1, 64)), (torch.float32, (5, 33)), (torch.bfloat16, (3, 2, 70)), (torch.bfloat16, (3, 5))]
+    cases += [(torch.int64, (2, 7)), (torch.bfloat16, (1, 64128)), (torch.bfloat16, (77, 16032))]
+    problems = []
+    for way in ("one", "nccl"):
+        tp = communicator(groups, way)
+        for dtype, shape in cases:
+            for seed, dim in enumerate((*range(len(shape)), -1)):
+                parts = [(100 * part).to(dtype) for part in summands(size, shape, torch.float32, seed)]
+                if not torch.equal(tp.all_gather(parts[rank], dim), torch.cat(parts, dim)):
+                    problems.append(f"{way} {dtype} {shape} {dim}")
+    return problems + gathers_recorded(groups)
+
+
+def gathers_recorded(groups: RankGroups) -> list[str]:
+    """Gathers between sums of one CUDA graph, which share its slots, replayed with other inputs each time."""
+    rank, size, tp = groups.tp.rank, groups.tp.size, communicator(groups, "one")
+    shapes = ((1, 4096), (16, 8192), (5, 2048))
+    inputs = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
+
+    def run() -> list[Tensor]:
+        return [tp.all_gather(tp.all_reduce(x.clone()) + x) for x in inputs]
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    problems = []
+    for seed in range(REPLAYS):
+        parts = [summands(size, shape, torch.bfloat16, seed) for shape in shapes]
+        for x, every in zip(inputs, parts, strict=True):
+            x.copy_(every[rank])
+        graph.replay()
+        for output, every in zip(outputs, parts, strict=True):
+            total = torch.stack(every).float().sum(0).bfloat16()
+            if not torch.equal(output, torch.cat([total + part for part in every], -1)):
+                problems.append(f"replay {seed} {tuple(output.shape)}")
+    return problems
 
 
 def everything(groups: RankGroups) -> dict[str, Any]:
@@ -156,14 +196,22 @@ def messages(groups: RankGroups) -> list[float]:
     return [answer[0].item(), float(groups.agree_min(50 - mapping.rank))]
 
 
-def killed(groups: RankGroups, way: str) -> list[float]:
-    """Rank 1 is killed, then rank 0 aborts; returns the seconds that its GPU took to come free."""
+def killed(groups: RankGroups, way: str, call: str = "all_reduce", *, recorded: bool = False) -> list[float]:
+    """Rank 1 is killed, then rank 0 aborts and closes; returns the seconds that its GPU, and closing, took."""
+    x = torch.ones(1, 4096, device="cuda")
+    tp = communicator(groups, way)
+    run: Callable[[], Any] = functools.partial(getattr(tp, call), x)
+    graph = torch.cuda.CUDAGraph()
+    run()
+    torch.cuda.synchronize()
+    if recorded:
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
     if groups.mapping.rank == 1:
         time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGKILL)
-    x = torch.ones(1, 4096, device="cuda")
-    tp = communicator(groups, way)
-    tp.all_reduce(x)
+    run()
     threading.Timer(2.0, groups.abort).start()
     start = time.monotonic()
     torch.cuda.synchronize()
@@ -171,7 +219,10 @@ def killed(groups: RankGroups, way: str) -> list[float]:
     try:
         groups.check()
     except CommunicationError:
-        return [waited_s]
+        graph.reset()
+        start = time.monotonic()
+        groups.close()
+        return [waited_s, time.monotonic() - start]
     return []
 
 
@@ -183,6 +234,32 @@ def killed_in_nccl(groups: RankGroups) -> list[float]:
     return killed(groups, "nccl")
 
 
+def killed_in_gather(groups: RankGroups) -> list[float]:
+    return killed(groups, "one", "all_gather")
+
+
+def killed_in_recorded_nccl(groups: RankGroups) -> list[float]:
+    return killed(groups, "nccl", "all_gather", recorded=True)
+
+
+def killed_in_links(groups: RankGroups) -> list[float]:
+    """Two communicators wait for rank 1, which is killed: sends up, and what comes down on another stream."""
+    if groups.mapping.rank == 1:
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    x, y = torch.ones(1 << 24, device="cuda"), torch.ones(4096, device="cuda")  # more than NCCL takes ahead; a little
+    groups.send(x, 1).wait()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        groups.receive(y, 1).wait()
+    threading.Timer(2.0, groups.abort).start()
+    start = time.monotonic()
+    torch.cuda.synchronize()
+    waited_s = time.monotonic() - start
+    start = time.monotonic()
+    groups.close()
+    return [waited_s, time.monotonic() - start]
+
+
 def main() -> None:
     task, world, tp, rank, port = sys.argv[1], *map(int, sys.argv[2:6])
     torch.cuda.set_device(rank)
@@ -192,7 +269,7 @@ def main() -> None:
     answer = globals()[task](groups)
     if "killed" not in task:
         groups.agree_min(0)  # no rank frees its memory while another still writes there
-    groups.close()
+        groups.close()
     sys.stdout.write(json.dumps(answer) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Kernels that sum over ranks: two and three processes write into memory that they share."""
+"""Kernels that sum and gather over ranks: two and three processes write into memory that they share."""
 
 import itertools
 import os
@@ -14,6 +14,7 @@ from tests.support.triton_compiler import compile_in_subprocess
 
 from lamella_core.kernels.cpu import reference
 from lamella_core.kernels.fp8 import quantize
+from lamella_core.kernels.triton import all_gather
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -64,6 +65,21 @@ def test_sums_are_exact_and_keep_apart(results, kernel):
         assert same_bits(results[0][f"{kernel} {name} {words} {round_}"], total(parts)), (name, words, round_)
 
 
+def test_gathers_along_any_dimension(results):
+    for name, shape in all_reduce_rank.GATHERED.items():
+        for dim, round_ in itertools.product(range(len(shape)), range(all_reduce_rank.ROUNDS)):
+            parts = [all_reduce_rank.part(rank, name, round_) for rank in range(len(results))]
+            assert same_bits(results[0][f"gather {name} {dim} {round_}"], torch.cat(parts, dim)), (name, dim, round_)
+
+
+def test_what_cannot_be_gathered():
+    halves = torch.zeros(4, 3, dtype=torch.bfloat16)
+    assert not all_gather.can_gather(halves, 1)  # a word and a half to a row
+    assert all_gather.can_gather(halves, 0)
+    assert not all_gather.can_gather(halves.view(-1)[1:3], 0)  # a word across two
+    assert not all_gather.can_gather(torch.zeros(4, 4)[:, :2], 1)
+
+
 @pytest.mark.parametrize("unit_offset", [False, True])
 def test_norm_of_the_sum(results, unit_offset):
     for name in all_reduce_rank.dtypes(len(results)):
@@ -86,4 +102,4 @@ def test_norm_as_float8(results):
 @pytest.mark.parametrize("capability", [80, 90], ids=["no_float8_no_pdl", "hopper"])
 def test_kernels_compile(capability, tmp_path):
     found = set(compile_in_subprocess(capability, "tests.support.all_reduce_calls", tmp_path))
-    assert found == {"_one_shot_kernel", "_two_shot_kernel", "_sum_norm_kernel"}
+    assert found == {"_one_shot_kernel", "_two_shot_kernel", "_sum_norm_kernel", "_gather_kernel"}

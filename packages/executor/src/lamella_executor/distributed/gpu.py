@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -17,30 +18,36 @@ from lamella_executor.distributed.gloo import GlooGroup
 from lamella_executor.distributed.nccl import NcclGroup
 from lamella_executor.distributed.peer_memory import PeerMemory
 
+logger = logging.getLogger(__name__)
+
+_FREE_TIMEOUT_S = 3.0  # for the device to come idle and all communicators to be freed
 _WARM_UP_BYTES = (1 << 10, 1 << 18, 1 << 22, 1 << 24)  # of sums and gathers for which NCCL connects differently
 
 
 @dataclass(frozen=True)
 class SumLimits:
-    """Largest messages, in bytes, that our kernels sum quicker than NCCL; what is larger goes there.
+    """Largest messages of a rank, in bytes, that our kernels exchange; what is larger goes through NCCL.
 
-    ``benchmarks/gpu_all_reduce.py`` measures them.
+    ``benchmarks/gpu_all_reduce.py`` measures up to where they are quicker.
     """
 
     one_shot: int
     two_shot: int
     fused: int  # with the norm after the sum
+    gather: int
 
 
 # Two H200s, bf16 rows of 4096 and 8192, microseconds in one exchange, in two and through NCCL: 8 KiB 2.4, 3.3, 12.3;
 # 64 KiB 2.7, 3.7, 12.9; 1 MiB 9.9, 10.3, 19.5; 2 MiB 16, 19, 31. Fused with the norm, and NCCL then: 2 MiB 18.7, 31;
 # 4 MiB 32, 38. Above 64 KiB one exchange took 0.2 to 0.9 ms in a third of the cases, for a reason not found; two never.
+# Gathers are mostly of a step's logits: 16 MiB are 128 rows of half a vocabulary of 128K in bf16. What NCCL does not
+# take part in, it cannot hold up when a peer has died.
 _LIMITS = {
-    2: SumLimits(1 << 16, 1 << 21, 1 << 22),
-    3: SumLimits(1 << 16, 1 << 21, 1 << 20),
-    4: SumLimits(1 << 16, 1 << 21, 1 << 20),
+    2: SumLimits(1 << 16, 1 << 21, 1 << 22, 1 << 24),
+    3: SumLimits(1 << 16, 1 << 21, 1 << 20, 1 << 23),
+    4: SumLimits(1 << 16, 1 << 21, 1 << 20, 1 << 23),
 }
-_MANY = SumLimits(1 << 16, 1 << 20, 1 << 16)  # ranks: every one writes to every other
+_MANY = SumLimits(1 << 16, 1 << 20, 1 << 16, 1 << 21)  # ranks: every one writes to every other
 
 
 class CudaCommunicator:
@@ -101,12 +108,23 @@ class CudaCommunicator:
         return all_reduce_norm.sum_and_norm(x, residual, weight, eps, peers, scale, unit_offset)
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
-        """Returns the ranks' tensors side by side along ``dim``; for single rows nothing is copied twice."""
+        """Returns the ranks' tensors side by side along ``dim``; what NCCL gathers of several rows is copied twice."""
         dim %= x.dim()
+        x = x.contiguous()
+        small = self._small_gather(x, dim)
+        if small is not None:
+            return small
         every = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
         if x.numel():
-            self._nccl.all_gather(x.contiguous(), every)
+            self._nccl.all_gather(x, every)
         return every.movedim(0, dim).flatten(dim, dim + 1)
+
+    def _small_gather(self, x: Tensor, dim: int) -> Tensor | None:
+        if self._memory is None or x.nbytes > self._limits.gather or not x.numel():
+            return None
+        from lamella_core.kernels.triton import all_gather
+
+        return all_gather.gather(x, dim, self._memory.peers) if all_gather.can_gather(x, dim) else None
 
 
 class GpuWork:
@@ -127,7 +145,7 @@ class GpuGroups:
     ) -> None:
         self.tp = tp
         self._device = device
-        self._nccl = nccl
+        self._nccl = nccl  # all communicators, those of the links too
         self._links = links  # to higher ranks, to lower ranks; none without a pipeline
         self._rank = rank
         self._memory: PeerMemory | None = None
@@ -197,6 +215,10 @@ class GpuGroups:
         return self._links[0 if is_upward else 1]
 
     def abort(self) -> None:
+        """Makes all kernels that wait for a peer return, from any thread; does not wait for it.
+
+        All communicators are told before one is waited for: see `NcclGroup.abort`.
+        """
         self._is_aborted = True
         if self._memory is not None:
             self._memory.abort()
@@ -204,10 +226,30 @@ class GpuGroups:
             group.abort()
 
     def close(self) -> None:
+        """Waits for what is enqueued, unless aborted, and frees everything; CUDA graphs of its calls must be gone.
+
+        What cannot be freed within seconds is left to a thread that goes on trying.
+        """
+        freeing = threading.Thread(target=self._free, name="lamella-free-gpu", daemon=True)
+        freeing.start()
+        freeing.join(_FREE_TIMEOUT_S)
+        if freeing.is_alive() and not self._is_aborted:
+            self.abort()
+            freeing.join(_FREE_TIMEOUT_S)
+        if freeing.is_alive():
+            logger.warning(
+                "GPU %s did not come free within %.0f s of its ranks' end; up to %d communicators of NCCL and their "
+                "memory stay with this process until it does",
+                self._device, _FREE_TIMEOUT_S, len(self._nccl),
+            )  # fmt: skip
+
+    def _free(self) -> None:
         if not self._is_aborted:
             torch.cuda.synchronize(self._device)
         for group in self._nccl:
             group.abort()
+        for group in self._nccl:
+            group.await_end(None)
         if self._memory is not None:
             self._memory.close()
 

@@ -22,6 +22,7 @@ from lamella_core.errors import CommunicationError
 from lamella_executor.distributed.nccl_library import (
     DATA_TYPES,
     IN_PROGRESS,
+    SUCCESS,
     SUM,
     UNIQUE_ID_BYTES,
     Config,
@@ -33,8 +34,9 @@ from lamella_executor.distributed.store import await_keys
 
 logger = logging.getLogger(__name__)
 
-_ABORT_PATIENCE_S = 2.0  # for a call of another thread, which may wait on a full launch queue
+_CALL_PATIENCE_S = 1.0  # for a call of another thread to return, before the communicator is aborted under it
 _CALL_TIMEOUT_S = 60.0  # for the connections that a first call makes
+_END_TIMEOUT_S = 3.0  # for a communicator that could not be made to be freed
 
 
 class NcclGroup:
@@ -66,15 +68,24 @@ class NcclGroup:
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self._library = library()
-        self._lock = threading.Lock()  # a communicator may not be aborted inside a call
+        self._lock = threading.Lock()  # held inside a call
         self._comm: c_void_p | None = c_void_p()
+        self._name = name
+        self._is_aborted = False
+        self._has_ended = threading.Event()
+        self._first_abort = threading.Lock()  # taken once, for good
         unique_id = self._unique_id(store, f"nccl/{name}", deadline, stop)
         config = Config.non_blocking()
-        with torch.cuda.device(device):
-            result = self._library.ncclCommInitRankConfig(
-                byref(self._comm), size, unique_id, rank, byref(config)
-            )  # fmt: skip
-            self._finish("connecting", result, deadline, stop)
+        try:
+            with torch.cuda.device(device), self._lock:
+                result = self._library.ncclCommInitRankConfig(
+                    byref(self._comm), size, unique_id, rank, byref(config)
+                )  # fmt: skip
+                self._finish("connecting", result, deadline, stop)
+        except BaseException:
+            self.abort()
+            self.await_end(_END_TIMEOUT_S)
+            raise
 
     def _unique_id(self, store: Store, key: str, deadline: float, stop: threading.Event | None) -> UniqueId:
         unique_id = UniqueId()
@@ -104,18 +115,19 @@ class NcclGroup:
 
     def _call(self, name: str, *arguments: Any) -> None:
         with self._lock:
+            comm = self._alive()
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            result = getattr(self._library, name)(*arguments, self._alive(), stream)
+            result = getattr(self._library, name)(*arguments, comm, stream)
             if result != 0:
                 self._finish(name, result, time.monotonic() + _CALL_TIMEOUT_S, None)
 
     def _alive(self) -> c_void_p:
-        if self._comm is None:
+        if self._comm is None or self._is_aborted:
             raise CommunicationError("the ranks' groups were aborted")
         return self._comm
 
     def _finish(self, what: str, result: int, deadline: float, stop: threading.Event | None) -> None:
-        """Returns when what a call began is done; aborts the communicator if that fails or takes too long."""
+        """Returns when what a call began is done; begins to end the communicator if that fails or takes too long."""
         state = c_int(result)
         try:
             check_result(what, result)
@@ -126,23 +138,35 @@ class NcclGroup:
                 check_result(what, self._library.ncclCommGetAsyncError(self._alive(), byref(state)))
                 check_result(what, state.value)
         except CommunicationError:
-            self._end()
+            self.abort()
             raise
 
     def abort(self) -> None:
-        """Ends the communicator, from any thread: its kernels return, later calls raise; frees what it holds."""
-        has_lock = self._lock.acquire(timeout=_ABORT_PATIENCE_S)
-        try:
-            self._end()
-        finally:
-            if has_lock:
-                self._lock.release()
+        """Begins to end the communicator, from any thread, and does not wait: its kernels return, later calls raise.
+
+        NCCL tells the kernels to return at once, then frees what the communicator holds. For that it waits until the
+        device is idle, so until the kernels of all other communicators have returned too, and until the last CUDA graph
+        that recorded a call is gone.
+        """
+        self._is_aborted = True
+        if self._first_abort.acquire(blocking=False):
+            threading.Thread(target=self._end, name=f"lamella-nccl-end-{self._name}", daemon=True).start()
+
+    def await_end(self, timeout_s: float | None) -> bool:
+        """Waits for what `abort` began; returns whether everything is freed."""
+        return self._has_ended.wait(timeout_s)
 
     def _end(self) -> None:
+        """Aborts on a thread of its own, which sets no device first: the driver may hold up who asks it for anything.
+
+        A call of another thread may be inside NCCL because its launch waits for this communicator's kernel, which only
+        the abort ends; NCCL allows that.
+        """
+        has_lock = self._lock.acquire(timeout=_CALL_PATIENCE_S)
         comm, self._comm = self._comm, None
-        if comm is None or not comm.value:
-            return
-        with torch.cuda.device(self.device):
-            result = self._library.ncclCommAbort(comm)
-        if result not in (0, IN_PROGRESS):
+        if has_lock:
+            self._lock.release()
+        result = self._library.ncclCommAbort(comm) if comm is not None and comm.value else SUCCESS
+        if result not in (SUCCESS, IN_PROGRESS):
             logger.warning("NCCL could not end a communicator: result %d", result)
+        self._has_ended.set()

@@ -12,7 +12,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lamella_core.kernels.triton.exchange import (
     ELEMENTS,
-    MOST_WORDS,
     Peers,
     await_words,
     num_warps,
@@ -20,10 +19,9 @@ from lamella_core.kernels.triton.exchange import (
     slot_of,
     sum_words,
     total_of,
+    words_at_a_time,
 )
 from lamella_core.kernels.triton.launch import launch_options, next_power_of_2, use_pdl
-
-_LEAST_BLOCK = 256
 
 
 @triton.jit(do_not_specialize=["rank"])
@@ -105,7 +103,7 @@ def _two_shot_kernel(
 
 def one_shot(x: Tensor, peers: Peers) -> Tensor:
     """Returns the sum of the ranks' x (see `can_sum`) in one exchange; every rank reads all of every x."""
-    block = _block(x.nbytes // 4, peers)
+    block = words_at_a_time(x.nbytes // 4, peers)
     return _launch(_one_shot_kernel, x, peers, block, block)
 
 
@@ -114,14 +112,8 @@ def two_shot(x: Tensor, peers: Peers) -> Tensor:
 
     Where `one_shot` and this sum the same, bits are equal too.
     """
-    block = _block(-(-x.nbytes // (4 * peers.size)), peers)
+    block = words_at_a_time(-(-x.nbytes // (4 * peers.size)), peers)
     return _launch(_two_shot_kernel, x, peers, block, block * peers.size)
-
-
-def _block(words: int, peers: Peers) -> int:
-    """Returns a program's words of one rank at a time: as few as keep every channel busy."""
-    most = min(peers.slot_words, MOST_WORDS // next_power_of_2(peers.size))
-    return min(most, max(_LEAST_BLOCK, next_power_of_2(-(-words // peers.num_channels))))
 
 
 def _launch(kernel: Any, x: Tensor, peers: Peers, block: int, tile: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sums over GPUs that write into each other's memory, for messages too small for NCCL to be quick with.
+"""Sums and gathers over GPUs that write into each other's memory, for messages too small for NCCL to be quick with.
 
 Every 32-bit word of data travels with a 32-bit epoch in one 8-byte store, so a receiver knows each word by itself: no
 flag follows the data and nothing is reset (the idea of NCCL's LL protocol). A kernel pushes its words into a slot of
@@ -22,8 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lamella_core.kernels.triton.launch import next_power_of_2
+
 _SPINS_PER_LOOK = tl.constexpr(256)  # polls between two looks at the abort word, which lies across PCIe
 _WORDS_PER_WARP = 256
+_LEAST_BLOCK = 256
 MOST_WORDS = 16384  # of all ranks in one program's registers
 ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -63,6 +66,12 @@ def can_sum(x: Tensor) -> bool:
 def num_warps(words: int) -> int:
     """Returns the warps of a program that holds so many words of all ranks."""
     return min(16, max(2, words // _WORDS_PER_WARP))
+
+
+def words_at_a_time(words: int, peers: Peers) -> int:
+    """Returns a program's words of one rank at a time, of so many in all: as few as keep every channel busy."""
+    most = min(peers.slot_words, MOST_WORDS // next_power_of_2(peers.size))
+    return min(most, max(_LEAST_BLOCK, next_power_of_2(-(-words // peers.num_channels))))
 
 
 @triton.jit
