@@ -208,6 +208,33 @@ def test_a_trace_without_kernels_is_said_and_loses_nothing(traced, monkeypatch):
         assert "no kernel" in run._breakdown(llm, traced, 2, report)["error"]
 
 
+def launches(num_lost: int) -> list[dict]:
+    """20 steps of 5 launches, the kernels of the first ``num_lost`` launches missing; copies are all there."""
+    found = []
+    for i in range(100):
+        common = {"ph": "X", "ts": 1000 * i, "dur": 900, "args": {"correlation": i}}
+        found.append({**common, "cat": "cuda_driver", "name": "cuLaunchKernelEx", "dur": 5, "tid": 1})
+        found.append({**common, "cat": "gpu_memset", "name": "Memset (Device)", "dur": 1})
+        if i >= num_lost:
+            found.append({**common, "cat": "kernel", "name": "gemm"})
+    return found
+
+
+def test_kernels_that_the_profiler_lost_are_said_instead_of_a_gap(traced, monkeypatch):
+    monkeypatch.setattr(steady, "_trace", lambda found: {"traceEvents": launches(99)})
+    with traced.open() as llm:
+        error = run._breakdown(llm, traced, 2, {"gpu": {"name": "some GPU"}})["error"]
+    assert "lost the kernels of 99 of 100 launches" in error
+
+
+def test_lost_kernels_are_tried_again_and_a_few_do_not_matter(traced, monkeypatch):
+    traces = [launches(60), launches(8)]
+    monkeypatch.setattr(steady, "_trace", lambda found: {"traceEvents": traces.pop(0)})
+    with traced.open() as llm:
+        found = steady.profile_steps(llm, traced, num_running=2)
+    assert found["num_steps"] == 4 and not traces
+
+
 def test_commit_of_a_checkout(monkeypatch):
     monkeypatch.setattr(environment, "_output", lambda *command: None)
     assert environment.commit() is None

@@ -21,6 +21,7 @@ from lamella.cli.bench.kernels import (
     breakdown,
     classify,
     clip,
+    count_launches,
     read_trace,
 )
 
@@ -70,7 +71,7 @@ def test_our_own_kernels_are_known():
     for file, name in kernels:
         if file.startswith("attention/") or file in ("state_space.py", "delta_rule.py"):  # what mixes tokens
             expected = ATTENTION
-        elif name == "product_kernel":
+        elif name.endswith("product_kernel"):
             expected = GEMM
         elif file.startswith("all_reduce"):
             expected = LINKS
@@ -150,3 +151,37 @@ def test_breakdown_of_a_recorded_trace():
         ("kernel_mha", ATTENTION),
     ]
     assert found["kernels"][0]["ms"] == pytest.approx(0.5) and found["kernels"][0]["calls"] == 1
+
+
+def call(category: str, name: str, correlation: int, ts: float, dur: float = 5.0, tid: int = 1) -> dict:
+    arguments = {"correlation": correlation}
+    return {"ph": "X", "cat": category, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": arguments}
+
+
+def test_launches_without_a_kernel_are_counted():
+    events = [
+        call("cuda_runtime", "cudaLaunchKernel", 1, 0),
+        call("cuda_driver", "cuLaunchKernelEx", 2, 10),
+        call("cuda_runtime", "cudaGraphLaunch", 3, 20),
+        call("cuda_runtime", "cudaMemcpyAsync", 4, 30),
+        call("cuda_runtime", "cudaLaunchKernelExC", 5, 40),
+        call("kernel", "gemm", 1, 100, tid=7),
+        call("kernel", "of_a_graph", 3, 110, tid=7),
+        call("kernel", "of_a_graph", 3, 120, tid=7),
+        call("gpu_memcpy", "Memcpy", 4, 130, tid=7),
+        {"ph": "M", "name": "process_name"},
+    ]
+    assert count_launches({"traceEvents": events}) == (4, 2)
+    assert count_launches({"traceEvents": events[-2:]}) == (0, 0)
+    assert count_launches(recorded_trace()) == (0, 0)  # without numbers nothing is known
+
+
+@pytest.mark.parametrize("ran", [10, 11])
+def test_a_launch_by_the_driver_within_one_by_the_runtime_is_the_same(ran):
+    events = [
+        call("cuda_runtime", "cudaLaunchKernelExC", 10, 0, 9.0),
+        call("cuda_driver", "cuLaunchKernelEx", 11, 2, 3.0),
+        call("cuda_driver", "cuLaunchKernelEx", 12, 1, 3.0, tid=2),  # by another thread
+        call("kernel", "gemm", ran, 50, tid=7),
+    ]
+    assert count_launches({"traceEvents": events}) == (2, 1)

@@ -29,13 +29,14 @@ _PATTERNS = (
     ),
     (
         GEMM,
-        r"gemm|gemv|matmul|nvjet|cutlass|split_?k_?reduce|scaled_mm|wgmma|xmma|cublas|^_?(vector|matrix|product)_kernel",
+        r"gemm|gemv|matmul|nvjet|cutlass|split_?k_?reduce|scaled_mm|wgmma|xmma|cublas|^_?(vector|matrix|(sorted_)?product)_kernel",
     ),
     (
         GLUE,
-        r"^_?(count|place|sum)_kernel|norm|gelu|embed|gather|scatter|index|elementwise|reduce|cat_?array|copy|fill|prepare|update|cast|triton_",
+        r"^_?(count|place|spread|(sorted_)?sum)_kernel|norm|gelu|embed|gather|scatter|index|elementwise|reduce|cat_?array|copy|fill|prepare|update|cast|triton_",
     ),
 )
+_LAUNCH = re.compile(r"cu(da)?(LaunchKernel|LaunchCooperativeKernel|GraphLaunch)")
 _COMPILED = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _PATTERNS)
 
 
@@ -65,6 +66,30 @@ def read_trace(trace: dict[str, Any]) -> list[GpuEvent]:
         if e.get("ph") == "X" and e.get("cat") in categories
     ]
     return sorted(events, key=lambda event: event.start)
+
+
+def count_launches(trace: dict[str, Any]) -> tuple[int, int]:
+    """Returns how many launches of kernels and graphs the host made, and how many of them the GPU has no kernel of.
+
+    The tracing library gives both sides of a launch one correlation number. It may lose the GPU's side and keep that of
+    the host, and of copies. The runtime's launch may contain one of the driver: these are one.
+    """
+    calls = [e for e in trace.get("traceEvents", []) if e.get("ph") == "X" and "correlation" in e.get("args", {})]
+    ran = {e["args"]["correlation"] for e in calls if e.get("cat") == "kernel"}
+    launches = [e for e in calls if e.get("cat") in ("cuda_runtime", "cuda_driver") and _LAUNCH.match(e["name"])]
+    launches.sort(key=lambda e: (str(e.get("tid")), float(e["ts"]), -float(e.get("dur", 0))))
+    number = missing = 0
+    thread, end, is_missing = None, 0.0, False
+    for launch in launches:
+        found = launch["args"]["correlation"] in ran
+        if launch.get("tid") == thread and float(launch["ts"]) < end:  # within the one before
+            missing -= is_missing and found
+            is_missing = is_missing and not found
+            continue
+        thread, end, is_missing = launch.get("tid"), float(launch["ts"]) + float(launch.get("dur", 0)), not found
+        number += 1
+        missing += is_missing
+    return number, missing
 
 
 def clip(events: Sequence[GpuEvent], length: float) -> list[GpuEvent]:

@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 
-from lamella.cli.bench.kernels import breakdown, clip, read_trace
+from lamella.cli.bench.kernels import breakdown, clip, count_launches, read_trace
 from lamella.cli.bench.plan import BenchPlan
 from lamella.cli.bench.workload import random_prompts
 from lamella.llm import LLM
 from lamella.outputs import RequestOutput
 from lamella_core.errors import LamellaError, RequestError
 from lamella_executor import RequestStatus, SamplingParams
+from lamella_executor.stats import IterationStats
 
 NUM_STEPS = 32
+MOST_MISSING = 0.1  # of the launches: those of the last step or two run after the end of the session
+_ATTEMPTS = 2
 _START_TIMEOUT_S = 120.0
 _POLL_S = 0.005
 
@@ -48,17 +51,22 @@ def profile_steps(llm: LLM, plan: BenchPlan, num_running: int) -> dict[str, Any]
         num_running: requests that run at once in the steady state.
 
     Raises:
-        LamellaError: the load did not start, or the profiler saw no kernel.
+        LamellaError: the load did not start, or the profiler lost kernels.
     """
     os.environ.setdefault("TEARDOWN_CUPTI", "0")  # or kernels inside CUDA graphs are lost after the first session
     with _profiler():
         pass  # the first session loads the tracing library, which takes seconds
-    with _steady_load(llm, plan, num_running):
-        with _profiler() as session:
-            first = _iteration(llm)
-            _wait_for(lambda: _iteration(llm) > first + NUM_STEPS, "steps")
-            steps = [s for s in llm.get_stats() if s.iteration > first]
-    events = read_trace(_trace(session))
+    for attempt in range(_ATTEMPTS):
+        trace, steps = _record(llm, plan, num_running)
+        launched, missing = count_launches(trace)
+        if missing <= MOST_MISSING * launched:
+            break
+        if attempt == _ATTEMPTS - 1:
+            raise LamellaError(
+                f"the profiler lost the kernels of {missing} of {launched} launches, {_ATTEMPTS} times; what it kept "
+                "would mislead"
+            )
+    events = read_trace(trace)
     if all(event.is_copy for event in events):
         raise LamellaError("the profiler recorded no kernel; another tool may hold the GPU's tracing interface")
     step_s = (steps[-1].timestamp_s - steps[0].timestamp_s) / (len(steps) - 1)
@@ -68,6 +76,16 @@ def profile_steps(llm: LLM, plan: BenchPlan, num_running: int) -> dict[str, Any]
         "num_running": sum(s.num_running for s in steps) / len(steps),
         "num_context_tokens": sum(s.num_context_tokens for s in steps) / len(steps),
     }
+
+
+def _record(llm: LLM, plan: BenchPlan, num_running: int) -> tuple[dict[str, Any], list[IterationStats]]:
+    """Returns the trace of some steps in the steady state, and their statistics."""
+    with _steady_load(llm, plan, num_running):
+        with _profiler() as session:
+            first = _iteration(llm)
+            _wait_for(lambda: _iteration(llm) > first + NUM_STEPS, "steps")
+            steps = [s for s in llm.get_stats() if s.iteration > first]
+    return _trace(session), steps
 
 
 @contextmanager
