@@ -204,6 +204,17 @@ def test_connecting_is_given_up(library):
     assert library.freed == [1]
 
 
+def test_first_messages_are_given_up(library, monkeypatch):
+    """A rank that died after it connected: the device waits for it for ever."""
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, query=lambda: False))
+    stop = threading.Event()
+    threading.Timer(0.05, stop.set).start()
+    with pytest.raises(CommunicationError, match="first messages between GPUs were given up"):
+        gpu._await_device(CPU, time.monotonic() + 20.0, stop)
+    with pytest.raises(CommunicationError, match="given up"):
+        gpu._await_device(CPU, time.monotonic(), None)
+
+
 def test_failed_call_ends_the_communicator(library):
     group = make_group()
     library.call = lambda comm: 3

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import Store
 
 from lamella_core.context import Communicator, SingleRank
+from lamella_core.errors import CommunicationError
 from lamella_core.kernels import triton as triton_kernels
 from lamella_core.mapping import Mapping
 from lamella_executor.distributed.gloo import GlooGroup
@@ -179,9 +180,11 @@ class GpuGroups:
                     groups._memory = PeerMemory.share(world, mapping.tp_group, device)
                 groups.tp = CudaCommunicator(nccl, groups._memory)
                 _warm_up(nccl)
+                _await_device(device, deadline, stop)
             if mapping.pp_size > 1:
                 groups._links += [connect(name, mapping.rank, mapping.world_size) for name in ("up", "down")]
                 groups._warm_up_links(mapping)
+                _await_device(device, deadline, stop)
         except BaseException:
             groups.abort()
             groups.close()
@@ -201,7 +204,6 @@ class GpuGroups:
             self.send(x, first_stage)
         if mapping.pp_rank == 0:
             self.receive(x, last_stage)
-        torch.cuda.synchronize(self._device)
 
     def send(self, x: Tensor, rank: int) -> GpuWork:
         self._link(rank > self._rank).send(x.contiguous(), rank)
@@ -262,4 +264,18 @@ def _warm_up(nccl: NcclGroup) -> None:
             nccl.all_reduce(x, x)
             part = torch.zeros(x.numel() // nccl.size, dtype=x.dtype, device=x.device)
             nccl.all_gather(part, x)
-        torch.cuda.synchronize()
+
+
+def _await_device(device: torch.device, deadline: float, stop: threading.Event | None) -> None:
+    """Waits for what is enqueued on the current stream, which may wait for other ranks.
+
+    Raises:
+        CommunicationError: it was not done by the deadline, of `time.monotonic`, or ``stop`` was set.
+    """
+    with torch.cuda.device(device):
+        done = torch.cuda.Event()
+        done.record()
+    while not done.query():
+        if time.monotonic() > deadline or (stop is not None and stop.is_set()):
+            raise CommunicationError("the first messages between GPUs were given up: not all ranks take part")
+        time.sleep(0.0002)

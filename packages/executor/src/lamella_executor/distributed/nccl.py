@@ -49,7 +49,7 @@ class NcclGroup:
         size: number of ranks.
         device: CUDA device of this rank; no other rank may use it.
         deadline: of `time.monotonic`, for all ranks to come.
-        stop: set by another thread to give up.
+        stop: set by another thread to give up, now or in a later call that NCCL does not finish at once.
 
     Raises:
         CommunicationError: not all ranks came, or NCCL failed.
@@ -68,6 +68,7 @@ class NcclGroup:
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self._library = library()
+        self._stop = stop
         self._lock = threading.Lock()  # held inside a call
         self._comm: c_void_p | None = c_void_p()
         self._name = name
@@ -81,7 +82,7 @@ class NcclGroup:
                 result = self._library.ncclCommInitRankConfig(
                     byref(self._comm), size, unique_id, rank, byref(config)
                 )  # fmt: skip
-                self._finish("connecting", result, deadline, stop)
+                self._finish("connecting", result, deadline)
         except BaseException:
             self.abort()
             self.await_end(_END_TIMEOUT_S)
@@ -119,20 +120,20 @@ class NcclGroup:
             stream = torch.cuda.current_stream(self.device).cuda_stream
             result = getattr(self._library, name)(*arguments, comm, stream)
             if result != 0:
-                self._finish(name, result, time.monotonic() + _CALL_TIMEOUT_S, None)
+                self._finish(name, result, time.monotonic() + _CALL_TIMEOUT_S)
 
     def _alive(self) -> c_void_p:
         if self._comm is None or self._is_aborted:
             raise CommunicationError("the ranks' groups were aborted")
         return self._comm
 
-    def _finish(self, what: str, result: int, deadline: float, stop: threading.Event | None) -> None:
+    def _finish(self, what: str, result: int, deadline: float) -> None:
         """Returns when what a call began is done; begins to end the communicator if that fails or takes too long."""
         state = c_int(result)
         try:
             check_result(what, result)
             while state.value == IN_PROGRESS:
-                if time.monotonic() > deadline or (stop is not None and stop.is_set()):
+                if time.monotonic() > deadline or (self._stop is not None and self._stop.is_set()):
                     raise CommunicationError(f"{what} through NCCL was given up: not all ranks take part")
                 time.sleep(0.0002)
                 check_result(what, self._library.ncclCommGetAsyncError(self._alive(), byref(state)))
