@@ -30,6 +30,8 @@ LATENT: dict[str, dict[str, dict[str, Any]]] = {
         "yarn_groups": {**_LATENT, **_GROUPS, **_yarn(mscale=1.0, mscale_all_dim=1.0)},
         "one_group_tied": {**_LATENT, **_ONE_GROUP, "q_lora_rank": None, "tie_word_embeddings": True,
                            "first_k_dense_replace": 0, "norm_topk_prob": False, "routed_scaling_factor": 0.7},
+        "dense_direct_queries_biased": {**_LATENT, **_ONE_GROUP, "q_lora_rank": None, "attention_bias": True,
+                                        "first_k_dense_replace": 2},
         "half_split_biased": {**_LATENT, "n_group": 2, "topk_group": 1, "attention_bias": True, "v_head_dim": 8,
                               "q_lora_rank": 16, "rope_interleave": False, "n_shared_experts": 2},
     },

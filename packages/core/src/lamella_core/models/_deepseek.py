@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +183,10 @@ class DeepseekModel(CausalLM):
 
     def make_norm(self) -> RMSNorm:
         return RMSNorm(self.config.hidden_size, self.config.norm_eps, self.config.torch_dtype)
+
+    def weight_rules(self, source_names: Collection[str]) -> list[WeightRule]:
+        unused = ".q_proj." if self.config.q_lora_rank is not None else ".q_a_proj."
+        return [rule for rule in super().weight_rules(source_names) if unused not in rule.source]
 
     def ignored_sources(self) -> list[str]:
         first, count = self.config.num_hidden_layers, self.config.num_nextn_predict_layers or 0
