@@ -50,6 +50,8 @@ def test_gemma_means_the_tanh_approximation_by_gelu(tmp_path):
     gemma = of("GemmaForCausalLM", "gemma", head_dim=8)
     assert read(tmp_path / "a", {**gemma, "hidden_act": "gelu"}).hidden_act == "gelu_pytorch_tanh"
     assert read(tmp_path / "b", {**gemma, "hidden_activation": "relu"}).hidden_act == "relu"
+    older = write_config(tmp_path / "d", **gemma, hidden_act="silu")
+    assert AutoConfig.from_hugging_face(older, hidden_activation=None).hidden_act == "silu"
     config = read(tmp_path / "c", gemma)
     assert config.tie_word_embeddings and config.embedding_scale == 32**0.5
 

@@ -10,6 +10,8 @@ from lamella_core.hf_config import HfConfig
 from lamella_core.layers.norm import UnitOffsetRMSNorm
 from lamella_core.models.base import CausalLM
 
+_TANH_GELU = "gelu_pytorch_tanh"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GemmaBaseConfig(ModelConfig):
@@ -28,12 +30,20 @@ class GemmaBaseConfig(ModelConfig):
         return {
             **common,
             "head_dim": hf.integer("head_dim", default=256),
-            "hidden_act": hf.activation("hidden_activation", default="gelu_pytorch_tanh"),
+            "hidden_act": _activation(hf),
             "tie_word_embeddings": hf.flag("tie_word_embeddings", default=True),
             "norm_eps": hf.get("rms_norm_eps", default=1e-6),
             "attention_bias": hf.flag("attention_bias", default=False),
             "embedding_scale": common["hidden_size"] ** 0.5,
         }
+
+
+def _activation(hf: HfConfig) -> str:
+    """Returns ``hidden_activation``, else the older ``hidden_act``, where "gelu" means its approximation by tanh."""
+    if hf.get("hidden_activation", default=None) is not None:
+        return hf.activation("hidden_activation", default=_TANH_GELU)
+    name = hf.activation("hidden_act", default=_TANH_GELU)
+    return _TANH_GELU if name == "gelu" else name
 
 
 @dataclass(frozen=True, kw_only=True)
