@@ -26,6 +26,7 @@ TINY_SCORING: dict[str, dict[str, dict[str, Any]]] = {
     "RobertaForSequenceClassification": {
         "two_labels": {**_BERT, "type_vocab_size": 1, "pad_token_id": 1},
         "three_labels": {**_BERT, "type_vocab_size": 1, "pad_token_id": 1, "id2label": _NAMES},
+        "other_padding": {**_BERT, "type_vocab_size": 2, "pad_token_id": 6},
     },
     "XLMRobertaForSequenceClassification": {
         "two_labels": {**_BERT, "type_vocab_size": 1, "pad_token_id": 1, "num_attention_heads": 2},

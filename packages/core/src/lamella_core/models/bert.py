@@ -37,7 +37,11 @@ class BertConfig(ModelConfig):
     type_vocab_size: int = 2  # parts that a text can have
 
     hf_model_types: ClassVar[tuple[str, ...]] = ("bert",)
-    first_position: ClassVar[int] = 0  # row of the first token's position
+
+    @property
+    def first_position(self) -> int:
+        """Row of the first token's position."""
+        return 0
 
     @classmethod
     def from_hf(cls, hf: HfConfig) -> dict[str, Any]:
@@ -52,8 +56,7 @@ class BertConfig(ModelConfig):
             "num_key_value_heads": heads,
             "head_dim": hf.head_dim(hidden, heads),
             "intermediate_size": hf.integer("intermediate_size"),
-            "max_position_embeddings": hf.integer("max_position_embeddings", least=cls.first_position + 1)
-            - cls.first_position,
+            "max_position_embeddings": hf.integer("max_position_embeddings"),
             "hidden_act": hf.activation("hidden_act", default="gelu"),
             "norm_eps": hf.get("layer_norm_eps", default=1e-12),
             "type_vocab_size": hf.integer("type_vocab_size", default=2),
@@ -64,10 +67,22 @@ class BertConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RobertaConfig(BertConfig):
-    """RoBERTa counts positions from 2 on: after the padding token's row."""
+    """RoBERTa's positions begin after the row whose number is that of the padding token."""
+
+    pad_token_id: int = 1
 
     hf_model_types: ClassVar[tuple[str, ...]] = ("roberta", "xlm-roberta", "camembert")
-    first_position: ClassVar[int] = 2
+
+    @property
+    def first_position(self) -> int:
+        return self.pad_token_id + 1
+
+    @classmethod
+    def from_hf(cls, hf: HfConfig) -> dict[str, Any]:
+        """Returns the fields read from a Hugging Face config."""
+        pad = hf.integer("pad_token_id", default=1, least=0)
+        rows = hf.integer("max_position_embeddings", least=pad + 2)
+        return {**super().from_hf(hf), "pad_token_id": pad, "max_position_embeddings": rows - pad - 1}
 
 
 def _rules(prefix: str, head: dict[str, str]) -> tuple[WeightRule, ...]:
