@@ -112,6 +112,17 @@ def test_a_reward_is_a_number():
             llm.encode("w5")
 
 
+def test_the_last_token_is_the_last_that_is_no_padding():
+    case = ("Qwen2ForSequenceClassification", "window")
+    directory, oracle = scoring_model(*case)
+    texts = [[5, 17, 99, 4], [5, 17, 99, 4, 0, 0], [0, 5, 0, 4, 0], [0, 0]]
+    with LLM(directory, skip_tokenizer_init=True) as llm:
+        outputs = llm.encode(texts)
+        assert torch.equal(outputs[0].logits, outputs[1].logits)
+        for ids, output in zip(texts, outputs, strict=True):
+            assert torch.allclose(output.logits, oracle_scores(case[0], oracle, ids), atol=3e-5)
+
+
 def test_a_failing_step_fails_its_texts_alone(bert, monkeypatch):
     engine = bert[0].engine
     model = engine.model()

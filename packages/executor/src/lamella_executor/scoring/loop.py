@@ -104,7 +104,7 @@ class ScoringLoop:
         ctx = PackedContext(lengths, is_causal=model.is_causal, token_types=types).to(device)
         ids = torch.tensor([token for request in batch for token in request.token_ids])
         positions = torch.cat([torch.arange(length) for length in lengths])
-        wanted = [_wanted_rows(request, model.pooling) for request in batch]
+        wanted = [_wanted_rows(request, model.pooling, model.config.pad_token_id) for request in batch]
         starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
         rows = torch.tensor([start + row for start, own in zip(starts, wanted) for row in own], dtype=torch.int64)
         hidden = model(ids.to(device), positions.to(device), ctx, rows=rows.to(device))
@@ -113,11 +113,11 @@ class ScoringLoop:
         return [part if model.pooling == "tokens" else part[0] for part in parts]
 
 
-def _wanted_rows(request: ScoreRequest, pooling: str) -> list[int]:
-    """Returns the tokens of a text that its scores are read from."""
+def _wanted_rows(request: ScoreRequest, pooling: str, padding: int | None) -> list[int]:
+    """Returns the tokens of a text that its scores are read from; the last one is the last that is no padding."""
     length = len(request.token_ids)
     if pooling == "first":
         return [0]
     if pooling == "last":
-        return [length - 1]
+        return [next((place for place in reversed(range(length)) if request.token_ids[place] != padding), 0)]
     return list(range(length)) if request.rows is None else request.rows
