@@ -22,7 +22,7 @@ from rich.markup import escape
 from lamella.cli.bench.environment import environment, peak_memory
 from lamella.cli.bench.plan import BenchPlan
 from lamella.cli.bench.report import print_breakdown, print_report
-from lamella.cli.bench.summary import against_roofline, summarize, summarize_steps
+from lamella.cli.bench.summary import against_roofline, summarize, summarize_steps, typical_running
 from lamella.cli.bench.workload import first_token, measure, warm_up
 from lamella.llm import LLM
 from lamella_core.errors import ConfigError
@@ -104,7 +104,7 @@ def _measure(llm: LLM, plan: BenchPlan, report: dict[str, Any]) -> int:
     report["results"] = summarize(measured, plan)
     report["steps"] = summarize_steps(steps, decode_only=plan.mode == "latency")
     report["roofline"] = against_roofline(report["results"], plan, spec.model, gpu_name)
-    return max(1, round(report["steps"]["median_running"])) if report["steps"] else plan.concurrency
+    return typical_running(steps) or plan.concurrency
 
 
 def _await_idle(llm: LLM) -> None:

@@ -5,6 +5,7 @@ The engine runs in its own thread. The profiler is told to record the GPU only, 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -22,7 +23,7 @@ from lamella.cli.bench.workload import random_prompts
 from lamella.llm import LLM
 from lamella.outputs import RequestOutput
 from lamella_core.errors import LamellaError, RequestError
-from lamella_executor import RequestStatus, SamplingParams
+from lamella_executor import SamplingParams
 from lamella_executor.stats import IterationStats
 
 NUM_STEPS = 32
@@ -80,31 +81,41 @@ def profile_steps(llm: LLM, plan: BenchPlan, num_running: int) -> dict[str, Any]
 
 def _record(llm: LLM, plan: BenchPlan, num_running: int) -> tuple[dict[str, Any], list[IterationStats]]:
     """Returns the trace of some steps in the steady state, and their statistics."""
-    with _steady_load(llm, plan, num_running):
+    with _steady_load(llm, plan, num_running) as top_up:
         with _profiler() as session:
             first = _iteration(llm)
-            _wait_for(lambda: _iteration(llm) > first + NUM_STEPS, "steps")
+            _wait_for(lambda: _iteration(llm) > first + NUM_STEPS, "steps", top_up)
             steps = [s for s in llm.get_stats() if s.iteration > first]
     return _trace(session), steps
 
 
 @contextmanager
-def _steady_load(llm: LLM, plan: BenchPlan, num_running: int) -> Iterator[None]:
-    """Keeps about ``num_running`` requests running; they are gone on exit."""
-    lengths = staggered(plan.isl, plan.osl, num_running)
-    fresh = [(plan.isl, plan.osl)] * num_running
-    outputs: list[RequestOutput] = []
+def _steady_load(llm: LLM, plan: BenchPlan, num_running: int) -> Iterator[Callable[[], None]]:
+    """Starts ``num_running`` requests; yields what replaces those that have ended. All are gone on exit."""
+    seeds = itertools.count(plan.seed + 1)
+    running: list[RequestOutput] = []
+
+    def submit(isl: int, osl: int) -> None:
+        prompt = random_prompts(llm.engine.spec.model.vocab_size, isl, 1, next(seeds))[0]
+        running.append(llm.generate_async(prompt, SamplingParams(max_tokens=osl, ignore_eos=True)))
+
+    def top_up() -> None:
+        left = [output for output in running if not output.finished]
+        num_ended = len(running) - len(left)
+        running[:] = left
+        for _ in range(num_ended):
+            submit(plan.isl, plan.osl)
+
     try:
-        for index, (isl, osl) in enumerate([*lengths, *fresh]):
-            prompt = random_prompts(llm.engine.spec.model.vocab_size, isl, 1, plan.seed + 1 + index)[0]
-            outputs.append(llm.generate_async(prompt, SamplingParams(max_tokens=osl, ignore_eos=True)))
-        running = outputs[: len(lengths)]
-        _wait_for(lambda: all(output.status is not RequestStatus.QUEUED for output in running), "requests")
-        yield
+        for isl, osl in staggered(plan.isl, plan.osl, num_running):
+            submit(isl, osl)
+        last = running[-1]
+        _wait_for(lambda: last.finished or bool(last.token_ids), "requests", top_up)
+        yield top_up
     finally:
-        for output in outputs:
+        for output in running:
             output.abort()
-        for output in outputs:
+        for output in running:
             try:
                 output.result()
             except RequestError:
@@ -129,9 +140,10 @@ def _iteration(llm: LLM) -> int:
     return stats[-1].iteration if stats else 0
 
 
-def _wait_for(condition: Callable[[], bool], what: str) -> None:
+def _wait_for(condition: Callable[[], bool], what: str, meanwhile: Callable[[], None]) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while not condition():
+        meanwhile()
         if time.monotonic() > deadline:
             raise LamellaError(f"the {what} to be profiled did not come within {_START_TIMEOUT_S:.0f} s")
         time.sleep(_POLL_S)

@@ -90,6 +90,12 @@ def summarize_steps(steps: Sequence[IterationStats], *, decode_only: bool = Fals
     }
 
 
+def typical_running(steps: Sequence[IterationStats]) -> int:
+    """Returns how many requests ran at once in the middle of a run: while others waited for room, if some did."""
+    running = [s.num_running for s in steps if s.num_queued] or [s.num_running for s in steps]
+    return max(1, round(statistics.median(running))) if running else 0
+
+
 def against_roofline(
     results: dict[str, Any], plan: BenchPlan, config: ModelConfig, gpu_name: str | None
 ) -> dict[str, Any] | None:
