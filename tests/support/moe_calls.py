@@ -7,7 +7,7 @@ import torch
 from lamella_core.kernels import ops
 from lamella_core.kernels.experts import ExpertProjection, ExpertStack, Swiglu
 from lamella_core.kernels.triton import moe, routing
-from lamella_core.kernels.triton.launch import has_float8
+from lamella_core.kernels.triton.launch import has_float8, use_pdl
 
 FLOAT8 = torch.float8_e4m3fn
 HELD, TOP_K, H, INNER = 16, 4, 2048, 768
@@ -34,9 +34,14 @@ def stack(dtype: torch.dtype, *, scaling: str = "", bias: bool = False, gate: Sw
     )
 
 
-def call(tokens: int, experts: ExpertStack, dtype: torch.dtype = torch.bfloat16) -> None:
+def call(
+    tokens: int,
+    experts: ExpertStack,
+    dtype: torch.dtype = torch.bfloat16,
+    tile: moe.SortedTile | None = None,
+) -> None:
     chosen = torch.zeros(tokens, TOP_K, dtype=torch.int64)
-    moe.gated_experts(torch.empty(tokens, H, dtype=dtype), chosen, torch.ones(tokens, TOP_K), experts)
+    moe.gated_experts(torch.empty(tokens, H, dtype=dtype), chosen, torch.ones(tokens, TOP_K), experts, tile)
 
 
 def calls() -> None:
@@ -48,3 +53,7 @@ def calls() -> None:
     call(8, stack(FLOAT8, scaling="static"))
     for tokens in (1, 4096) if has_float8() else (1,):
         call(tokens, stack(FLOAT8, scaling="dynamic"))
+    if use_pdl():
+        call(4096, stack(torch.bfloat16, bias=True, gate=CLAMPED), tile=moe.SORTED_TILE)
+        for scaling in ("static", "dynamic"):
+            call(4096, stack(FLOAT8, scaling=scaling), tile=moe.SORTED_TILE)

@@ -23,6 +23,7 @@ from lamella_core.quantization.config import QuantConfig
 
 FP8 = torch.float8_e4m3fn
 NUM_EXPERTS, TOP_K, H, INNER = 6, 2, 48, 40  # sizes that fill no tile
+ALIGNED = 48  # an inner size whose float8 rows are whole units of 16 bytes
 # Of the largest result: roundings of what is between the products, which the loop keeps wider or narrower.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 SMALL = moe.Tile(block_m=16, block_n=32, block_bytes=64, num_warps=4, num_stages=2)
@@ -31,6 +32,9 @@ TILES = [
     dataclasses.replace(SMALL, swap=True, group=1),
     moe.Tile(block_m=32, block_n=64, block_bytes=128, num_warps=4, num_stages=3),
 ]
+SORTED = moe.SortedTile(block_m=16, block_n=64, block_bytes=64, num_warps=4, num_stages=2, group=2)
+# In the interpreter, numbers of rows that nobody reads are random bits.
+PADDED = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -41,14 +45,15 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 def layer(dtype: torch.dtype = torch.float32, quantization: QuantConfig | None = None, **options: Any) -> GatedExperts:
     """Returns a layer of random weights on the CPU; of ``ep`` = (rank, ranks) only that rank's experts."""
     rank, ranks = options.pop("ep", (0, 1))
+    inner = options.pop("inner", INNER)
     config = MixtralConfig(
         architecture="MixtralForCausalLM", model_type="mixtral", dtype=str(dtype).removeprefix("torch."),
         vocab_size=8, hidden_size=H, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=6, head_dim=8,
-        intermediate_size=INNER, max_position_embeddings=8, hidden_act=options.pop("act", "silu"),
+        intermediate_size=inner, max_position_embeddings=8, hidden_act=options.pop("act", "silu"),
         mapping=Mapping(world_size=ranks, tp_size=ranks, moe_ep_size=ranks, rank=rank),
         quantization=quantization or QuantConfig(),
     )  # fmt: skip
-    made = options.pop("kind", GatedExperts)(config, NUM_EXPERTS, INNER, name="layers.0.mlp.experts", **options)
+    made = options.pop("kind", GatedExperts)(config, NUM_EXPERTS, inner, name="layers.0.mlp.experts", **options)
     for seed, (name, parameter) in enumerate(list(made.named_parameters())):
         if name.endswith("scale"):
             data = 0.02 * (1.0 + numbers(*parameter.shape, seed=seed).abs())
@@ -84,7 +89,7 @@ def check(
     device: str,
     *,
     dtype: torch.dtype = torch.float32,
-    tile: moe.Tile = SMALL,
+    tile: moe.Tile | moe.SortedTile = SMALL,
     kind: str = "random",
     bound: float | None = None,
 ) -> torch.Tensor:
@@ -215,3 +220,61 @@ def test_default_tiles(tokens: int) -> None:
             assert tile in (moe.FLOAT32_TILE, *(one for _, one in moe.TILES))
     few, many = (moe.default_tile(count, 8, 128, torch.bfloat16).block_m for count in (1, 4096))
     assert few < many
+
+
+@PADDED
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["random", "one_expert", "some_empty"])
+@pytest.mark.parametrize("tile", [SORTED, dataclasses.replace(SORTED, block_n=32, resident=0, flatten=False)], ids=str)
+def test_sorted_rows(tile: moe.SortedTile, kind: str, dtype: torch.dtype, device: str) -> None:
+    check(layer(dtype), 23, device, dtype=dtype, tile=tile, kind=kind)
+
+
+@PADDED
+@pytest.mark.parametrize("options", [{"scale_inputs": True}, {"bias": True}, {"act": "gelu"}, {"ep": (1, 3)}], ids=str)
+def test_options_of_sorted_rows(options: dict[str, Any], device: str) -> None:
+    check(layer(torch.bfloat16, **options), 19, device, dtype=torch.bfloat16, tile=SORTED)
+
+
+@PADDED
+def test_clamped_gate_of_sorted_rows(device: str) -> None:
+    made = layer(torch.bfloat16, bias=True, activation=ClampedSwiglu(1.702, 0.5))
+    check(made, 21, device, dtype=torch.bfloat16, tile=SORTED)
+
+
+@PADDED
+def test_plain_experts_of_sorted_rows(device: str) -> None:
+    check(layer(torch.bfloat16, kind=PlainExperts, act="relu2"), 21, device, dtype=torch.bfloat16, tile=SORTED)
+
+
+@PADDED
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [("static", {}), ("static", {"scale_inputs": True}), ("dynamic", {}), ("dynamic", {"act": "gelu"})],
+)
+def test_float8_of_sorted_rows(scheme: str, options: dict[str, Any], device: str) -> None:
+    quantization = QuantConfig("FP8", activation_scheme=scheme)
+    made = layer(torch.bfloat16, quantization, inner=ALIGNED, **options)
+    assert moe.takes(torch.empty(1, H, dtype=torch.bfloat16), made.stack())
+    check(made, 13, device, dtype=torch.bfloat16, tile=SORTED, bound=0.05)
+
+
+@PADDED
+def test_per_channel_float8_of_sorted_rows(device: str) -> None:
+    made = layer(torch.bfloat16, QuantConfig("FP8_PER_CHANNEL_PER_TOKEN"), inner=ALIGNED)
+    check(made, 13, device, dtype=torch.bfloat16, tile=SORTED, bound=0.05)
+
+
+def test_what_sorted_rows_are_for() -> None:
+    def allowed(x_dtype: torch.dtype, made: GatedExperts) -> bool:
+        return moe.takes(torch.empty(1, H, dtype=x_dtype), made.stack())
+
+    static = QuantConfig("FP8", activation_scheme="static")
+    assert allowed(torch.bfloat16, layer(torch.bfloat16)) == (moe.is_interpreted() or moe.use_pdl())
+    assert not allowed(torch.float32, layer(torch.float32))
+    assert not allowed(torch.bfloat16, layer(torch.bfloat16, static)), "rows of 40 bytes"
+    assert not allowed(torch.bfloat16, layer(torch.bfloat16, static, act="gelu", inner=ALIGNED))
+
+
+def test_sorted_rows_that_cannot_be_are_computed_otherwise(device: str) -> None:
+    check(layer(), 13, device, tile=SORTED)

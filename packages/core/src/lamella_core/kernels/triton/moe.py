@@ -30,6 +30,7 @@ from lamella_core.kernels.triton.launch import (
 )
 from lamella_core.kernels.triton.moe_align import Blocks, make_blocks, needs_sorting
 from lamella_core.kernels.triton.moe_kernels import product_kernel, quantize_kernel, sum_kernel
+from lamella_core.kernels.triton.moe_sorted import SortedTile, sorted_experts, takes
 from lamella_core.kernels.triton.quantize import quantize_fp8_per_token
 
 FLOAT8 = torch.float8_e4m3fn
@@ -74,6 +75,9 @@ TILES: tuple[tuple[float, Tile], ...] = (
 )
 # Float32 has no matrix units here, and its sums fill the registers sooner.
 FLOAT32_TILE = Tile(block_m=16, block_n=64, block_bytes=128, num_warps=4, num_stages=2)
+# From so many rows per expert on they are sorted first, where the device moves boxes of memory by itself.
+LEAST_SORTED_ROWS = float("inf")
+SORTED_TILE = SortedTile(block_m=128, block_n=256, block_bytes=128, num_warps=8, num_stages=4)
 
 
 def default_tile(tokens: int, top_k: int, num_experts: int, dtype: torch.dtype) -> Tile:
@@ -83,8 +87,21 @@ def default_tile(tokens: int, top_k: int, num_experts: int, dtype: torch.dtype) 
     """
     if dtype == torch.float32:
         return FLOAT32_TILE
-    rows = tokens * top_k / max(1, min(num_experts, tokens * top_k))
+    rows = rows_per_expert(tokens, top_k, num_experts)
     return next(tile for most, tile in TILES if rows <= most)
+
+
+def rows_per_expert(tokens: int, top_k: int, num_experts: int) -> float:
+    """Returns how many rows an expert that is hit has, on average."""
+    return tokens * top_k / max(1, min(num_experts, tokens * top_k))
+
+
+def best_tile(x: Tensor, experts: Tensor, stack: ExpertStack) -> Tile | SortedTile:
+    """Returns how to divide the work of `gated_experts`."""
+    (tokens, top_k), dtype = experts.shape, stack.gate_up.weight.dtype
+    if rows_per_expert(tokens, top_k, stack.num_experts) >= LEAST_SORTED_ROWS and takes(x, stack):
+        return SORTED_TILE
+    return default_tile(tokens, top_k, stack.num_experts, dtype)
 
 
 @functools.cache
@@ -103,7 +120,9 @@ def fitting(tile: Tile, device: torch.device) -> Tile:
     return tile if tile.num_stages <= most else replace(tile, num_stages=most)
 
 
-def gated_experts(x: Tensor, experts: Tensor, weights: Tensor, stack: ExpertStack, tile: Tile | None = None) -> Tensor:
+def gated_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, stack: ExpertStack, tile: Tile | SortedTile | None = None
+) -> Tensor:
     """Returns this rank's part of the weighted sum over each token's experts: [T, H] in x's dtype.
 
     Args:
@@ -111,14 +130,18 @@ def gated_experts(x: Tensor, experts: Tensor, weights: Tensor, stack: ExpertStac
         experts: numbers of each token's experts, of the whole model, [T, top_k] int64.
         weights: of those experts, [T, top_k] float32.
         stack: this rank's experts.
-        tile: how to divide the work; None: `default_tile`.
+        tile: how to divide the work, sorted where that is possible (`takes`); None: `default_tile`.
     """
     tokens, top_k = experts.shape
     if not tokens:
         return torch.empty_like(x)
     experts, weights = experts.contiguous(), weights.contiguous()
     up, down = stack.gate_up, stack.down
-    tile = tile or default_tile(tokens, top_k, stack.num_experts, up.weight.dtype)
+    tile = tile or best_tile(x, experts, stack)
+    if isinstance(tile, SortedTile):
+        if takes(x, stack):
+            return sorted_experts(x, experts, weights, stack, tile)
+        tile = default_tile(tokens, top_k, stack.num_experts, up.weight.dtype)
     tile = fitting(tile, x.device)
     if needs_sorting(tokens, top_k, stack.num_experts):
         blocks = make_blocks(experts, stack.first, stack.held, tile.block_m)

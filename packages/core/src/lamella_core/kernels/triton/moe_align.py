@@ -35,6 +35,8 @@ class Blocks:
     experts: Tensor  # [assignments] int64, of the whole model: the experts of all tokens
     rows: Tensor | None = None  # [count * block_m] int32: assignments; too large ones are padding; None: unsorted
     expert_of: Tensor | None = None  # [count] int32: expert of this rank, -1 past the end; None: unsorted
+    used: Tensor | None = None  # [1] int32: how many have an expert; None: unsorted
+    places: Tensor | None = None  # [assignments] int32: where rows has each; nothing for other ranks' experts
 
 
 def most_blocks(assignments: int, held: int, block_m: int) -> int:
@@ -75,6 +77,8 @@ def _place_kernel(  # type: ignore[no-untyped-def]
     counts_ptr,  # [HELD] int32
     rows_ptr,  # [num_blocks * BLOCK_M] int32
     expert_of_ptr,  # [num_blocks] int32
+    used_ptr,  # [1] int32
+    places_ptr,  # [total] int32
     total,
     num_blocks,
     first,
@@ -100,11 +104,13 @@ def _place_kernel(  # type: ignore[no-untyped-def]
     if expert == HELD - 1:
         for block in range(end_block, num_blocks, CHUNK):
             tl.store(expert_of_ptr + block + at, -1, mask=block + at < num_blocks)
+        tl.store(used_ptr, end_block)
     place = begin_block * BLOCK_M
     for begin in range(0, total, CHUNK):
         is_mine = tl.load(experts_ptr + begin + at, mask=begin + at < total, other=-1) == expert + first
         order = tl.cumsum(is_mine.to(tl.int32), axis=0)
         tl.store(rows_ptr + place + order - 1, begin + at, mask=is_mine)
+        tl.store(places_ptr + begin + at, place + order - 1, mask=is_mine)
         place += tl.max(order, axis=0)
     padding = tl.arange(0, BLOCK_M)
     tl.store(rows_ptr + place + padding, total, mask=place + padding < end_block * BLOCK_M)
@@ -124,11 +130,13 @@ def make_blocks(experts: Tensor, first: int, held: int, block_m: int) -> Blocks:
     counts = torch.empty(held, dtype=torch.int32, device=experts.device)
     rows = torch.empty(count * block_m, dtype=torch.int32, device=experts.device)
     expert_of = torch.empty(count, dtype=torch.int32, device=experts.device)
+    places = torch.empty(total + 1, dtype=torch.int32, device=experts.device)
+    used, places = places[total:], places[:total]
     chunk = min(CHUNK, max(128, next_power_of_2(total)))
     common = {"CHUNK": chunk, "USE_PDL": use_pdl(), "num_warps": NUM_WARPS, **launch_options()}
     _count_kernel[(held,)](experts, counts, total, first, **common)
     _place_kernel[(held,)](
-        experts, counts, rows, expert_of, total, count, first,
+        experts, counts, rows, expert_of, used, places, total, count, first,
         HELD=held, HELD_PADDED=next_power_of_2(held), BLOCK_M=block_m, **common,
     )  # fmt: skip
-    return Blocks(count, experts, rows, expert_of)
+    return Blocks(count, experts, rows, expert_of, used, places)

@@ -26,7 +26,7 @@ def swiglu(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _place(program, num_blocks, N_BLOCKS: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+def place(program, num_blocks, N_BLOCKS: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns the block of rows and the block of outputs of a program.
 
     GROUP blocks of rows meet the same outputs one after the other: what they read of a weight stays in the L2 cache.
@@ -168,7 +168,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
     """One block of rows of one expert times one block of its outputs."""
     SCALED: tl.constexpr = w_scale_ptr is not None
     SORTED: tl.constexpr = rows_ptr is not None
-    block, n_block = _place(tl.program_id(0), num_blocks, (N + BLOCK_N - 1) // BLOCK_N, GROUP)
+    block, n_block = place(tl.program_id(0), num_blocks, (N + BLOCK_N - 1) // BLOCK_N, GROUP)
     w_first, w_row, w_inside = weight_rows(n_block, N, BLOCK_N, GATE is not None)
     if USE_PDL:
         gdc_launch_dependents()
