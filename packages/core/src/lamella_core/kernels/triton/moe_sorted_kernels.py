@@ -62,6 +62,32 @@ def _halves(acc):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _sums(  # type: ignore[no-untyped-def]
+    x_desc,
+    w_desc,
+    row,
+    part,
+    col,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDEN: tl.constexpr,  # float8 as bytes
+):
+    """Returns the product [BLOCK_M, BLOCK_N] float32 of rows of x and of a weight."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        x = x_desc.load([row, k])
+        w = w_desc.load([part, col, k]).reshape(BLOCK_N, BLOCK_K)
+        if WIDEN:
+            x = from_float8(x, False).to(tl.float16)  # exact, and so are the products
+            w = from_float8(w, False).to(tl.float16)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _finished(  # type: ignore[no-untyped-def]
     acc,  # [BLOCK_M, COLS] float32: sums of one half's outputs, or of neighbouring ones
     row,  # first sorted row
@@ -136,14 +162,7 @@ def sorted_product_kernel(  # type: ignore[no-untyped-def]
         block, n_block = place(program, used, N_BLOCKS, GROUP)
         expert = tl.load(expert_of_ptr + block)
         row, col = block * BLOCK_M, n_block * COLS
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            x = x_desc.load([row, k])
-            w = w_desc.load([expert * PARTS, col, k]).reshape(BLOCK_N, BLOCK_K)
-            if WIDEN:
-                x = from_float8(x, False).to(tl.float16)  # exact, and so are the products
-                w = from_float8(w, False).to(tl.float16)
-            acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        acc = _sums(x_desc, w_desc, row, expert * PARTS, col, K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, WIDEN)
         left, right = _halves(acc)
         right_col = WIDTH + col if PARTS == 2 else col + HALF  # in the weight
         left = _finished(
