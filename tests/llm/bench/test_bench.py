@@ -146,8 +146,12 @@ def test_parts_of_the_loop():
     assert found["step_ms"] == pytest.approx(2000 / 3)
     assert found["parts_ms"] == pytest.approx({"forward": 1400 / 3, "host": 300 / 3, "between": 300 / 3})
     assert (found["num_steps"], found["mean_running"], found["most_running"]) == (4, 2.5, 4)
+    decode, prompts = (found["host_ms"][name] for name in ("decode", "prompts"))
+    assert decode == {"num_steps": 2, "median": pytest.approx(100)}
+    assert prompts == {"num_steps": 1, "median": pytest.approx(100)}
     decoding = summarize_steps(steps, decode_only=True)
     assert decoding["parts_ms"] == pytest.approx({"forward": 350, "host": 100, "between": 50})
+    assert decoding["host_ms"]["prompts"] is None
     assert summarize_steps(steps[:1]) is None
 
 

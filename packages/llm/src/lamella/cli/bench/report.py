@@ -24,9 +24,20 @@ def print_report(out: Console, report: dict[str, Any]) -> None:
             f"{steps['num_steps']} steps: {steps['mean_running']:.1f} requests running on "
             f"average, {steps['most_running']} at most; {steps['mean_context_tokens']:.1f} prompt and "
             f"{steps['mean_generation_tokens']:.1f} generated tokens; {steps['num_paused']} pauses; "
-            f"{steps['parts_ms']['host']:.2f} ms of the host in a step of {steps['step_ms']:.2f} ms",
+            f"{steps['parts_ms']['host']:.2f} ms of the host in a step of {steps['step_ms']:.2f} ms{_host(steps)}",
             soft_wrap=True,
         )
+
+
+def _host(steps: dict[str, Any]) -> str:
+    """Returns how long the host takes in steps of either kind, if there were both."""
+    decode, prompts = steps["host_ms"]["decode"], steps["host_ms"]["prompts"]
+    if decode is None or prompts is None:
+        return ""
+    return (
+        f" (median {decode['median']:.2f} ms in {decode['num_steps']} steps that only decode, "
+        f"{prompts['median']:.2f} ms in {prompts['num_steps']} with prompts)"
+    )
 
 
 def print_breakdown(out: Console, report: dict[str, Any]) -> None:

@@ -56,7 +56,9 @@ def summarize_steps(steps: Sequence[IterationStats], *, decode_only: bool = Fals
     """Returns how the engine's steps were filled and where the loop's time went; None without steps.
 
     ``forward`` is what the loop waited for the model, ``host`` scheduling, launching, sampling and updates, ``between``
-    the time from the end of the step before. On a GPU the model runs beside the host; a trace says what it did.
+    the time from the end of the step before. On a GPU the model runs beside the host; a trace says what it did. There
+    ``host`` also has what launching waited for, when as much was launched as the device takes ahead. ``host_ms`` splits
+    it: steps that decode only are mostly recorded ones, those with prompt tokens are launched kernel by kernel.
 
     Args:
         steps: consecutive, oldest first.
@@ -87,7 +89,17 @@ def summarize_steps(steps: Sequence[IterationStats], *, decode_only: bool = Fals
             "host": 1e3 * (busy - forward) / count,
             "between": 1e3 * between / count,
         },
+        "host_ms": {
+            "decode": _host_ms([s for _, s in pairs if not s.num_context_tokens]),
+            "prompts": _host_ms([s for _, s in pairs if s.num_context_tokens]),
+        },
     }
+
+
+def _host_ms(steps: Sequence[IterationStats]) -> dict[str, float] | None:
+    if not steps:
+        return None
+    return {"num_steps": len(steps), "median": 1e3 * statistics.median(s.latency_s - s.wait_s for s in steps)}
 
 
 def typical_running(steps: Sequence[IterationStats]) -> int:
