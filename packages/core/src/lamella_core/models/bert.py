@@ -69,13 +69,11 @@ class BertConfig(ModelConfig):
 class RobertaConfig(BertConfig):
     """RoBERTa's positions begin after the row whose number is that of the padding token."""
 
-    pad_token_id: int = 1
-
     hf_model_types: ClassVar[tuple[str, ...]] = ("roberta", "xlm-roberta", "camembert")
 
     @property
     def first_position(self) -> int:
-        return self.pad_token_id + 1
+        return 2 if self.pad_token_id is None else self.pad_token_id + 1
 
     @classmethod
     def from_hf(cls, hf: HfConfig) -> dict[str, Any]:
