@@ -148,6 +148,32 @@ def test_check_passes_on_equal_models(model_dir: Path):
     assert "24 of 24" in done.stdout
 
 
+def test_check_keeps_to_the_factors_of_short_texts(model_dir: Path, tmp_path: Path):
+    directory = shutil.copytree(model_dir, tmp_path / "longrope")
+    config = json.loads((directory / "config.json").read_text())
+    config["rope_parameters"] = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128,
+        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [4.0, 5.0, 6.0, 7.0],
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    done = invoke("check", directory, "--max-tokens", 6)
+    assert done.exit_code == 0, done.stdout + done.stderr
+
+
+def test_check_compares_with_an_attention_that_is_right(model_dir: Path, tmp_path: Path):
+    from transformers import FalconConfig, FalconForCausalLM
+
+    directory = tmp_path / "falcon"
+    config = {"vocab_size": 420, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}
+    FalconForCausalLM(FalconConfig(**config, initializer_range=0.5)).save_pretrained(directory)
+    for file in model_dir.glob("tokenizer*"):
+        shutil.copy(file, directory)
+    text = tmp_path / "text"
+    text.write_text("Once upon a time there was a small red fox.")
+    done = invoke("check", directory, "--max-tokens", 6, "--text-file", text)
+    assert done.exit_code == 0, done.stdout + done.stderr
+
+
 def test_check_fails_on_a_difference(model_dir: Path, monkeypatch):
     from lamella.cli import check
 

@@ -39,6 +39,7 @@ TEXT = (
 PERPLEXITY_TOLERANCE = 1e-3  # relative
 QUANTIZED_PERPLEXITY_TOLERANCE = 0.03
 _WINDOW = 512  # tokens of text scored at once
+_EAGER_IS_WRONG = ("falcon",)  # model types; transformers' eager attention adds ALiBi twice there
 
 
 @dataclass
@@ -118,6 +119,7 @@ def run_check(
     err = Console(stderr=True, highlight=False)
     with err.status("loading both implementations"):
         reference = _load_reference(hf_dir, dtype)
+        sizes = _short_enough(hf_dir, sizes)
         llm = LLM(hf_dir, dtype=dtype, device=device, quant_config=quant_config, **sizes)
     with llm, err.status("comparing"):
         report = compare(llm, reference, text or TEXT, max_tokens, tolerance)
@@ -136,17 +138,31 @@ def run_check(
     return report.passed
 
 
+def _short_enough(hf_dir: Path, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``sizes``, with rope type "longrope" a ``max_seq_len`` that keeps to the factors of short sequences.
+
+    transformers chooses the factors by the length of each text, and those of a check are short; an `LLM` by the longest
+    to come.
+    """
+    rope = AutoConfig.from_hugging_face(hf_dir).rope
+    if rope is None or rope.rope_type != "longrope":
+        return sizes
+    return {"max_seq_len": int(rope.scaling["original_max_position_embeddings"]), **sizes}
+
+
 def _load_reference(hf_dir: Path, dtype: str) -> Any:
     import transformers
 
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     torch_dtype = "auto" if dtype == "auto" else DTYPES[dtype]
-    if AutoConfig.from_hugging_face(hf_dir).quantization.is_quantized:
+    config = AutoConfig.from_hugging_face(hf_dir)
+    if config.quantization.is_quantized:
         return _load_scaled_back(hf_dir, dtype)
+    kernel = "sdpa" if config.model_type in _EAGER_IS_WRONG else "eager"
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(hf_dir), dtype=torch_dtype, trust_remote_code=False, attn_implementation="eager"
+            str(hf_dir), dtype=torch_dtype, trust_remote_code=False, attn_implementation=kernel
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"transformers cannot load {hf_dir}, so there is nothing to compare with: {error}") from error
