@@ -134,7 +134,12 @@ def gathers(groups: RankGroups) -> list[str]:
     """Gathers every way along every dimension, eagerly and in a graph; returns what went wrong."""
     rank, size = groups.tp.rank, groups.tp.size
     cases = [(torch.float32, (1, 64)), (torch.float32, (5, 33)), (torch.bfloat16, (3, 2, 70)), (torch.bfloat16, (3, 5))]
-    cases += [(torch.int64, (2, 7)), (torch.bfloat16, (1, 64128)), (torch.bfloat16, (77, 16032))]
+    cases += [
+        (torch.int64, (2, 7)),
+        (torch.bfloat16, (1, 3)),
+        (torch.bfloat16, (1, 64128)),
+        (torch.bfloat16, (77, 16032)),
+    ]
     problems = []
     for way in ("one", "nccl"):
         tp = communicator(groups, way)

@@ -243,8 +243,10 @@ class FakeGroup:
         (torch.arange(8.0).view(4, 2).T, -1, True),  # not contiguous
         (torch.arange(8.0).view(2, 4), 0, True),
         (torch.arange(10.0).view(2, 5), -1, False),  # larger than the limit
-        (torch.arange(6.0).view(2, 3).bfloat16(), -1, False),  # rows of a word and a half
+        (torch.arange(6.0).view(2, 3).bfloat16(), -1, True),  # rows of a word and a half
         (torch.arange(6.0).view(2, 3).bfloat16(), 0, True),
+        (torch.arange(3.0).view(1, 3).bfloat16(), -1, True),
+        (torch.arange(15.0).view(1, 5, 3).bfloat16()[:, 1:4], 1, True),  # starts inside a word
     ],
 )
 def test_gathers_take_the_shared_memory_where_they_can(x, dim, is_ours, monkeypatch):
@@ -253,7 +255,7 @@ def test_gathers_take_the_shared_memory_where_they_can(x, dim, is_ours, monkeypa
     calls, group, memory = [], FakeGroup(), FakeMemory()
 
     def kernel(x: torch.Tensor, dim: int, peers: object) -> torch.Tensor:
-        assert x.is_contiguous() and peers is memory.peers
+        assert all_gather.can_gather(x, dim) and peers is memory.peers
         calls.append(dim)
         return torch.cat([x, x], dim)
 

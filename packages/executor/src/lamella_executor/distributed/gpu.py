@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed import Store
+from torch.nn import functional
 
 from lamella_core.context import Communicator, SingleRank
 from lamella_core.errors import CommunicationError
 from lamella_core.kernels import triton as triton_kernels
+from lamella_core.kernels.triton.exchange import Peers
 from lamella_core.mapping import Mapping
 from lamella_executor.distributed.gloo import GlooGroup
 from lamella_executor.distributed.nccl import NcclGroup
@@ -112,20 +114,22 @@ class CudaCommunicator:
         """Returns the ranks' tensors side by side along ``dim``; what NCCL gathers of several rows is copied twice."""
         dim %= x.dim()
         x = x.contiguous()
-        small = self._small_gather(x, dim)
-        if small is not None:
-            return small
+        if x.numel() and self._memory is not None and x.nbytes <= self._limits.gather:
+            return self._small_gather(x, dim, self._memory.peers)
         every = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
         if x.numel():
             self._nccl.all_gather(x, every)
         return every.movedim(0, dim).flatten(dim, dim + 1)
 
-    def _small_gather(self, x: Tensor, dim: int) -> Tensor | None:
-        if self._memory is None or x.nbytes > self._limits.gather or not x.numel():
-            return None
+    def _small_gather(self, x: Tensor, dim: int, peers: Peers) -> Tensor:
         from lamella_core.kernels.triton import all_gather
 
-        return all_gather.gather(x, dim, self._memory.peers) if all_gather.can_gather(x, dim) else None
+        if all_gather.can_gather(x, dim):
+            return all_gather.gather(x, dim, peers)
+        # Rows that are not of whole words: the ranks' tensors one after another, each filled up, then put in order.
+        filled = functional.pad(x.view(-1), (0, -x.numel() % max(1, 4 // x.element_size())))
+        every = all_gather.gather(filled, 0, peers).view(self.size, -1)[:, : x.numel()]
+        return every.unflatten(1, x.shape).movedim(0, dim).flatten(dim, dim + 1)
 
 
 class GpuWork:
