@@ -77,23 +77,24 @@ def measure(groups: RankGroups, rows: int, hidden: int) -> dict[str, float]:
     return found
 
 
-def rank_main(size: int, rank: int, port: int) -> None:
+def rank_main(size: int, rank: int, port: int, hiddens: list[int], rows: list[int]) -> None:
     torch.cuda.set_device(rank)
     mapping = Mapping(world_size=size, tp_size=size, rank=rank)
     groups = RankGroups.join(mapping, reach_store("127.0.0.1", port), device=f"cuda:{rank}", timeout_s=120.0)
     results = [
-        {"hidden": hidden, "rows": rows, **measure(groups, rows, hidden)} for hidden in HIDDEN for rows in ROWS
+        {"hidden": hidden, "rows": count, **measure(groups, count, hidden)} for hidden in hiddens for count in rows
     ]  # fmt: skip
     groups.agree_min(0)  # no rank frees its memory while another still writes there
     groups.close()
     print(json.dumps(results))
 
 
-def run(size: int) -> list[dict[str, float]]:
+def run(size: int, hiddens: list[int], rows: list[int]) -> list[dict[str, float]]:
     """Returns the slowest rank's times of each case."""
     store = host_store()
     environment = dict(os.environ, NCCL_NVLS_ENABLE="0", OMP_NUM_THREADS="4")
-    command = [sys.executable, str(Path(__file__)), "--rank"]
+    cases = ["--hidden", *map(str, hiddens), "--rows", *map(str, rows)]
+    command = [sys.executable, str(Path(__file__)), *cases, "--rank"]
     processes = [
         subprocess.Popen(
             [*command, str(size), str(rank), str(store.port)], stdout=subprocess.PIPE, text=True, env=environment
@@ -105,7 +106,7 @@ def run(size: int) -> list[dict[str, float]]:
     finally:
         for process in processes:
             process.kill()
-    return [{key: max(case[key] for case in cases) for key in cases[0]} for cases in zip(*every, strict=True)]
+    return [{key: max(rank[key] for rank in ranks) for key in ranks[0]} for ranks in zip(*every, strict=True)]
 
 
 def show(size: int, results: list[dict[str, float]]) -> None:
@@ -126,14 +127,16 @@ def show(size: int, results: list[dict[str, float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[2])
+    parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--rank", type=int, nargs=3, help=argparse.SUPPRESS)  # size, rank, port: of a process
     options = parser.parse_args()
     if options.rank:
-        rank_main(*options.rank)
+        rank_main(*options.rank, options.hidden, options.rows)
         return
     for size in options.gpus:
         if size <= torch.cuda.device_count():
-            show(size, run(size))
+            show(size, run(size, options.hidden, options.rows))
 
 
 if __name__ == "__main__":
