@@ -138,6 +138,24 @@ def test_unsupported_architecture_lists_the_supported(tmp_path):
         AutoModelForCausalLM.get_model_class(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ("Gemma3nForConditionalGeneration", "Gemma3ForCausalLM"),
+        ("Mistral3ForConditionalGeneration", "MistralForCausalLM"),
+        ("InternLM2ForRewardModel", "InternLM2ForCausalLM"),
+        ("LLaMAForCausalLM", "LlamaForCausalLM"),
+        ("DistilBertForSequenceClassification", "BertForSequenceClassification"),
+        ("Qwen3VLMoeForConditionalGeneration", "Qwen3MoeForCausalLM"),
+        ("T5ForConditionalGeneration", None),
+    ],
+)
+def test_the_nearest_architecture_is_of_the_nearest_family(tmp_path, given, near):
+    with pytest.raises(UnsupportedModelError) as caught:
+        AutoConfig.from_hugging_face(write_config(tmp_path, architectures=[given], model_type="nope"))
+    assert str(caught.value).endswith(f"did you mean {near!r}?") if near else "did you mean" not in str(caught.value)
+
+
 def test_model_type_is_no_path(tmp_path):
     write_config(tmp_path, architectures=["X"], model_type="../../etc/passwd")
     with pytest.raises(UnsupportedModelError):

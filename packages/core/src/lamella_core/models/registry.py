@@ -5,16 +5,20 @@ A file ``lamella_core/models/<model_type>.py`` that uses `register` is all it ta
 
 from __future__ import annotations
 
+import difflib
 import pkgutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TypeVar
 
 from lamella_core import models
-from lamella_core.errors import ConfigError, UnsupportedModelError, nearest_name
+from lamella_core.errors import ConfigError, UnsupportedModelError
 from lamella_core.models.base import CausalLM
 
 M = TypeVar("M", bound=type[CausalLM])
+
+_LEAST_LIKENESS = 0.5  # of two family names, from 0 to 1
 
 _ARCHITECTURES: dict[str, type[CausalLM]] = {}
 
@@ -64,12 +68,29 @@ def get_model_class(architecture: str, model_type: str | None = None) -> type[Ca
         if architecture not in _ARCHITECTURES:
             raise UnsupportedModelError(
                 f"architecture {architecture!r} is not supported; supported: {', '.join(supported)}"
-                f"{nearest_name(architecture, supported)}"
+                f"{_nearest(architecture, supported)}"
             )
     model_class = _ARCHITECTURES[architecture]
     if model_type and model_type not in model_class.config_class.hf_model_types:
         _refuse_other_type(architecture, model_type)
     return model_class
+
+
+def _nearest(architecture: str, supported: Sequence[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the architecture of the likest family name, or an empty string."""
+
+    def likeness(name: str) -> tuple[float, float]:
+        pairs = ((_family(architecture), _family(name)), (architecture, name))
+        family, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return family, whole
+
+    best = max(supported, key=likeness)
+    return f"; did you mean {best!r}?" if likeness(best)[0] >= _LEAST_LIKENESS else ""
+
+
+def _family(architecture: str) -> str:
+    """Returns the part of a name that says whose it is: "gemma2" of "Gemma2ForCausalLM"."""
+    return re.split("For[A-Z]|LMHead|Model$", architecture)[0].lower()
 
 
 def _refuse_other_type(architecture: str, model_type: str) -> None:
