@@ -109,6 +109,14 @@ def test_bad_mode_and_directory_without_tokenizer(tmp_path: Path):
     (tmp_path / "tokenizer_config.json").write_text("{not json")
     with pytest.raises(ConfigError, match="not valid JSON"):
         load_tokenizer(None, model_dir=tmp_path)
+    for name, message in (
+        ("PreTrainedTokenizerFast", "tokenizer.json is damaged.*copy it again"),
+        ("GPT2Tokenizer", "no usable"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+        (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
+        with pytest.raises(ConfigError, match=message):
+            load_tokenizer(None, model_dir=tmp_path)
 
 
 def test_bad_words_with_and_without_space():

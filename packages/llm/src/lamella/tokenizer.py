@@ -106,7 +106,11 @@ class TokenizersTokenizer(TokenizerBase):
         from tokenizers import Tokenizer
 
         self.directory = directory
-        self._backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        path = directory / "tokenizer.json"
+        try:
+            self._backend = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more precise
+            raise ConfigError(f"{path} is damaged: {error}; copy it again") from error
         self._backend.no_truncation()
         self._backend.no_padding()
         for name in ("bos", "eos", "pad"):
@@ -168,7 +172,7 @@ class TransformersTokenizer(TokenizerBase):
             tokenizer = AutoTokenizer.from_pretrained(
                 source, use_fast=use_fast, revision=revision, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        except Exception as error:  # the libraries raise anything on damaged files
             reason = str(error).strip().split("\n")[0]
             raise ConfigError(
                 f"no usable tokenizer in {source!r} ({reason}); pass tokenizer= (a directory or an object), or "
