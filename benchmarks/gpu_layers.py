@@ -64,7 +64,7 @@ class Layer:
             inner = ops.silu_and_mul(self.product(normed, "gate_up"), self.scale)
         else:
             tile = form.tile or gated_tile(len(normed), normed.element_size())
-            inner = self.product(normed, "gate_up", gate=SiluGateAfter(self.scale), tile=tile)
+            inner = self.product(normed, "gate_up", after=SiluGateAfter(self.scale), tile=tile)
         return self.product(inner, "down"), residual
 
 

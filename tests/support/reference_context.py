@@ -102,6 +102,9 @@ class ReferenceContext:
             begin += count
         return torch.stack(out).to(q.dtype) if out else q.new_zeros(*q.shape[:2], spec.out_dim)
 
+    def kv_place(self, spec: AttentionSpec, kv_scales: torch.Tensor | None) -> None:
+        return None
+
     def recurrent(self, spec: StateSpec) -> RecurrentStep:
         cache, requests = self.cache, [request for request, _ in self.segments]
         ends = torch.tensor([count for _, count in self.segments]).cumsum(0)

@@ -40,7 +40,7 @@ def test_gate_has_the_bits_of_the_separate_kernels(
     bias = numbers(2 * inner, dtype=wide, device=device, seed=2)
     scales = product_scales(dtype, wide, device)
     for out_scale in (None, scale(0.5, device)):
-        out = gemv.few_rows_matmul(x, w, bias, scales, tile=tile, gate=SiluGateAfter(out_scale))
+        out = gemv.few_rows_matmul(x, w, bias, scales, tile=tile, after=SiluGateAfter(out_scale))
         expected = silu_and_mul(gemv.few_rows_matmul(x, w, bias, scales, tile=tile), out_scale)
         assert out.dtype == expected.dtype and torch.equal(out.float(), expected.float())
 
@@ -50,7 +50,7 @@ def test_gate_takes_scales_of_rows_and_outputs(device: str) -> None:
     generator = torch.Generator().manual_seed(3)
     rows, outputs = (torch.rand(shape, generator=generator).to(device) + 0.5 for shape in ((3, 1), (20,)))
     scales, tile = Scales(rows, outputs, BF16), gemv.VectorTile(4, 1)
-    out = gemv.few_rows_matmul(x, w, None, scales, tile=tile, gate=SiluGateAfter(None))
+    out = gemv.few_rows_matmul(x, w, None, scales, tile=tile, after=SiluGateAfter(None))
     assert torch.equal(out, silu_and_mul(gemv.few_rows_matmul(x, w, None, scales, tile=tile)))
 
 
@@ -58,9 +58,9 @@ def test_a_gate_needs_pairs_of_outputs_and_vectors(device: str) -> None:
     x, gate = torch.ones(1, 32, dtype=BF16, device=device), SiluGateAfter(None)
     for n, tile in ((7, gemv.VectorTile(2, 1)), (8, gemv.VectorTile(1, 1)), (8, gemv.MatrixTile(16, 32, 2, 2))):
         with pytest.raises(ValueError, match="a gate needs"):
-            gemv.few_rows_matmul(x, torch.ones(n, 32, dtype=BF16, device=device), gate=gate, tile=tile)
+            gemv.few_rows_matmul(x, torch.ones(n, 32, dtype=BF16, device=device), after=gate, tile=tile)
 
 
 def test_no_rows(device: str) -> None:
     empty, w = torch.empty(0, 64, dtype=BF16, device=device), torch.ones(8, 64, dtype=BF16, device=device)
-    assert gemv.few_rows_matmul(empty, w, gate=SiluGateAfter(None)).shape == (0, 4)
+    assert gemv.few_rows_matmul(empty, w, after=SiluGateAfter(None)).shape == (0, 4)

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from lamella_core import QuantConfig
 from lamella_core.context import SingleRank
 from lamella_core.kernels import gpu_matmul
+from lamella_core.kernels.fused import SiluGateAfter
 from lamella_core.kernels.matmul import MatmulPlan
 from lamella_core.kernels.triton import gemv
 from lamella_core.layers.attention import Attention
@@ -35,6 +36,9 @@ class Context:
 
     def attend(self, spec: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
         return q + (k + v).repeat_interleave(spec.num_heads // spec.num_kv_heads, dim=1)
+
+    def kv_place(self, *_: Any) -> None:
+        return None
 
 
 def config_of(quantization: QuantConfig, act: str = "silu") -> LlamaConfig:
@@ -89,10 +93,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     few_rows = gemv.few_rows_matmul
 
-    def watched(x: torch.Tensor, *args: Any, gate: Any = None, **kwargs: Any) -> Any:
-        if gate is not None:
+    def watched(x: torch.Tensor, *args: Any, after: Any = None, **kwargs: Any) -> Any:
+        if isinstance(after, SiluGateAfter):
             found.append(len(x))
-        return few_rows(x, *args, gate=gate, **kwargs)
+        return few_rows(x, *args, after=after, **kwargs)
 
     monkeypatch.setattr(gemv, "few_rows_matmul", watched)
     return found

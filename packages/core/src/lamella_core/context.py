@@ -82,6 +82,35 @@ class RecurrentStep:
     max_query_len: int  # tokens of one of the others at most; 1 if there are none
 
 
+class PlacedAttention(Protocol):
+    """Attention of one layer and step whose keys and values are in the cache already."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,  # [T, Hq, D], rotated
+        *,
+        alibi_slopes: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
+        out_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns [T, Hq, D]; see `ForwardContext.attend`."""
+        ...
+
+
+@dataclass(frozen=True)
+class KvPlace:
+    """Where a step's keys and values go in one layer's cache, for a projection that stores them itself.
+
+    N blocks of P tokens. Once they are there, ``attend`` does the rest.
+    """
+
+    k_cache: torch.Tensor  # [N, Hkv, P, D] in the model's dtype or float8_e4m3fn; each block is contiguous
+    v_cache: torch.Tensor  # like k_cache
+    slots: torch.Tensor  # [T] int64: block * P + offset; negative: nowhere
+    scales: torch.Tensor | None  # [2] float32: keys and values in a float8 cache are divided by them; None: by 1
+    attend: PlacedAttention
+
+
 class Communicator(Protocol):
     """Collectives among the ranks of one group; what layers use instead of process globals."""
 
@@ -167,6 +196,10 @@ class ForwardContext(Protocol):
 
         A runtime may ignore ``out_scale`` and return q's dtype.
         """
+        ...
+
+    def kv_place(self, spec: AttentionSpec, kv_scales: torch.Tensor | None) -> KvPlace | None:
+        """Returns where the layer's keys and values go; None: only `attend` can store them."""
         ...
 
     def recurrent(self, spec: StateSpec) -> RecurrentStep:

@@ -1,30 +1,47 @@
-"""What a matmul kernel may compute besides its product: the gated activation after it.
+"""What a matmul kernel may compute besides its product, on what it holds before it would be stored.
 
 With few rows a product takes about as long as reading its weight, and a kernel boundary is a noticeable part of that.
-A kernel offers it through `lamella_core.kernels.gpu_matmul.GpuMatmul.gated`.
+A kernel offers it through `lamella_core.kernels.gpu_matmul.GpuMatmul.fused`. The product is rounded to its dtype
+first, as if it were stored: results have the bits of separate kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from lamella_core.context import KvPlace
     from lamella_core.kernels.matmul import Scales
+    from lamella_core.layers.rotary import Rotation
 
 
 @dataclass(frozen=True, slots=True)
 class SiluGateAfter:
     """The product's columns are [gate, up]; the result is silu(gate) * up, see `lamella_core.kernels.ops.silu_and_mul`.
 
-    The product is rounded to its dtype first, as if it were stored.
+    The result is [M, N / 2].
     """
 
     out_scale: Tensor | None  # [] float32: the result comes as float8, divided by it
 
 
-# (x [M, K], weight [N, K], bias [N], scales, gate) -> [M, N / 2]. None: not served, nothing was computed.
-GatedFunction = Callable[[Tensor, Tensor, "Tensor | None", "Scales | None", SiluGateAfter], "Tensor | None"]
+@dataclass(frozen=True, slots=True)
+class RopeCacheAfter:
+    """The product's columns are heads: Hq of queries, Hkv of keys, Hkv of values, each of D numbers.
+
+    Queries are the result, rotated: [M, Hq * D]. Rotated keys, and values, go to the cache and nowhere else. Rows
+    without a slot write nothing there.
+    """
+
+    num_heads: int  # Hq
+    place: KvPlace  # of M tokens
+    rotation: Rotation | None  # of M tokens; None: nothing is rotated
+
+
+FusedStep: TypeAlias = SiluGateAfter | RopeCacheAfter
+# (x [M, K], weight [N, K], bias [N], scales, after) -> see there. None: not served, nothing was computed or written.
+FusedFunction = Callable[[Tensor, Tensor, "Tensor | None", "Scales | None", FusedStep], "Tensor | None"]

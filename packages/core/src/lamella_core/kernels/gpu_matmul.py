@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamella_core.kernels import triton as triton_kernels
-from lamella_core.kernels.fused import GatedFunction, SiluGateAfter
+from lamella_core.kernels.fused import FusedFunction, FusedStep, SiluGateAfter
 
 if TYPE_CHECKING:
     from lamella_core.kernels.matmul import Scales
@@ -50,7 +50,7 @@ class GpuMatmul:
         fp8_capability: compute capability that float8 weights need.
         most_rows: rows it takes; None: any number.
         needs_triton: whether triton must be installed.
-        gated: computes the gate after the product too, where that saves time.
+        fused: computes what follows the product too, where that saves time.
     """
 
     name: str
@@ -60,7 +60,7 @@ class GpuMatmul:
     fp8_capability: tuple[int, int] = FP8_CAPABILITY
     most_rows: int | None = None
     needs_triton: bool = False
-    gated: GatedFunction | None = None
+    fused: FusedFunction | None = None
     layout: str = "rows"
     batch_invariant: bool = False
     device: str = "cuda"
@@ -163,18 +163,18 @@ def triton_gemv(x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None
     return gemv.few_rows_matmul(x, w, bias, scales)
 
 
-def triton_gated_gemv(
-    x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None, gate: SiluGateAfter
+def triton_fused_gemv(
+    x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None, after: FusedStep
 ) -> Tensor | None:
-    """`triton_gemv` with the gate in the same kernel; see `lamella_core.kernels.fused.GatedFunction`."""
+    """`triton_gemv` with what follows in the same kernel; see `lamella_core.kernels.fused.FusedFunction`."""
     rows, size = x.shape[0], w.element_size()
-    if rows > MOST_GATED_ROWS[size]:
+    if isinstance(after, SiluGateAfter) and rows > MOST_GATED_ROWS[size]:
         return None
     from lamella_core.kernels.triton import gemv
 
-    if not isinstance(gemv.default_tile(rows, *w.shape, size), gemv.VectorTile):
+    if gemv.why_not_fused(gemv.default_tile(rows, *w.shape, size), w.shape[0], after) is not None:
         return None
-    return gemv.few_rows_matmul(x, w, bias, scales, gate=gate)
+    return gemv.few_rows_matmul(x, w, bias, scales, after=after)
 
 
 def required(scales: Scales | None) -> Scales:
@@ -201,6 +201,6 @@ def gpu_kernels() -> tuple[GpuMatmul, ...]:
             multiple=(1, 16),
             most_rows=MOST_GEMV_ROWS,
             needs_triton=True,
-            gated=triton_gated_gemv,
+            fused=triton_fused_gemv,
         ),
     )

@@ -28,7 +28,7 @@ from lamella_core.kernels.cpu import ops, reference
 from lamella_core.kernels.cpu.build import native_status
 from lamella_core.kernels.cpu.host import host
 from lamella_core.kernels.fp8 import Fp8Upcast
-from lamella_core.kernels.fused import GatedFunction
+from lamella_core.kernels.fused import FusedFunction
 from lamella_core.kernels.gpu_matmul import GpuMatmul, gpu_kernels
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -204,10 +204,10 @@ class MatmulPlan:
                 return name
         raise ConfigError(f"plan {self.steps} has no step for {rows} rows")
 
-    def gated(self, rows: int) -> GatedFunction | None:
-        """The same product with the gate after it, where the kernel for so many rows offers that."""
+    def fused(self, rows: int) -> FusedFunction | None:
+        """The same product with what follows it, where the kernel for so many rows offers that."""
         kernel = KERNELS[self.kernel_name(rows)]
-        return kernel.gated if isinstance(kernel, GpuMatmul) else None
+        return kernel.fused if isinstance(kernel, GpuMatmul) else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: ``{"layout": str, "steps": [[max_m or null, kernel], ...]}``."""

@@ -9,6 +9,7 @@ import torch
 from lamella_core.config import ModelConfig
 from lamella_core.context import AttentionSpec, ForwardContext
 from lamella_core.kernels import ops
+from lamella_core.kernels.fused import RopeCacheAfter
 from lamella_core.kernels.sparsity import BlockSparsity
 from lamella_core.layers.activation import sigmoid
 from lamella_core.layers.head_norm import HeadNorm
@@ -114,6 +115,40 @@ class Attention(TokenMixer):
 
         ``rotation`` is None where positions enter in another way.
         """
+        if self._slopes is not None and self._slopes.device != x.device:
+            self._slopes = self._slopes.to(x.device)
+        out = self._attend_placed(x, rotation, ctx)
+        if out is None:
+            out = self._attend(x, rotation, ctx)
+        out = out.reshape(x.shape[0], self.spec.num_heads * self.spec.head_dim)
+        if rows is not None:
+            out = ops.take_rows(out, rows)
+            if not out.shape[0]:
+                return torch.empty(0, self.o_proj.out_features_local, dtype=self.o_proj.dtype, device=x.device)
+        return self.o_proj(out, ctx)
+
+    def _attend_placed(self, x: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext) -> torch.Tensor | None:
+        """Does what `_attend` does, with rotation and the write to the cache in the projection's kernel.
+
+        None, and nothing done, where something comes between, or where that is not faster or not possible.
+        """
+        if self._adapts_heads or self._query_scale(rotation) is not None or not self.qkv_proj.is_fused(x.shape[0]):
+            return None
+        place = ctx.kv_place(self.spec, self.kv_scales)
+        if place is None:
+            return None
+        q = self.qkv_proj.rotated(x, RopeCacheAfter(self.spec.num_heads, place, self._own(rotation)))
+        if q is None:
+            return None
+        return place.attend(
+            q.view(-1, self.spec.num_heads, self.spec.head_dim),
+            alibi_slopes=self._slopes,
+            sink_logits=self.sinks,
+            out_scale=self.o_proj.input_scale,
+        )
+
+    def _attend(self, x: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext) -> torch.Tensor:
+        """Returns attention's result before the output projection: [T, Hq, D]."""
         spec, tokens = self.spec, x.shape[0]
         qkv = self.qkv_proj(x, ctx)
         if self.clip_qkv is not None:
@@ -123,32 +158,34 @@ class Attention(TokenMixer):
             q = self.q_norm(q, ctx)
         if self.k_norm is not None:
             k = self.k_norm(k, ctx)
-        if rotation is not None and not self.use_rope and rotation.unrotated_scale is not None:
-            q = (q * rotation.unrotated_scale).to(q.dtype)
-        rotation = self._own(rotation)
-        if rotation is not None and rotation.query_scale is not None:
-            q = (q * rotation.query_scale).to(q.dtype)
-        if self._slopes is not None and self._slopes.device != q.device:
-            self._slopes = self._slopes.to(q.device)
+        scale = self._query_scale(rotation)
+        if scale is not None:
+            q = (q * scale).to(q.dtype)
         out = ctx.attend(
             spec,
             q,
             k,
             v,
-            rotation=rotation,
+            rotation=self._own(rotation),
             alibi_slopes=self._slopes,
             sink_logits=self.sinks,
             kv_scales=self.kv_scales,
             out_scale=None if gates else self.o_proj.input_scale,
         )
-        if gates:
-            out = out * sigmoid(gates[0])
-        out = out.reshape(tokens, spec.num_heads * spec.head_dim)
-        if rows is not None:
-            out = ops.take_rows(out, rows)
-            if not out.shape[0]:
-                return qkv.new_empty(0, self.o_proj.out_features_local)
-        return self.o_proj(out, ctx)
+        return out * sigmoid(gates[0]) if gates else out
+
+    @property
+    def _adapts_heads(self) -> bool:
+        """Whether anything but rotation changes queries or keys, or more than they and values are projected."""
+        is_changed = self.clip_qkv is not None or self.q_norm is not None or self.k_norm is not None
+        return is_changed or len(self.heads) > 3
+
+    def _query_scale(self, rotation: Rotation | None) -> torch.Tensor | None:
+        """Returns what multiplies this layer's queries in the step, [T, 1, 1] float32."""
+        own = self._own(rotation)
+        if own is not None:
+            return own.query_scale
+        return rotation.unrotated_scale if rotation is not None else None
 
     def _own(self, rotation: Rotation | None) -> Rotation | None:
         """Returns this layer's rotation among those of the step."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from lamella_core.config import ModelConfig
 from lamella_core.context import ForwardContext
+from lamella_core.kernels.fused import RopeCacheAfter
 from lamella_core.kernels.matmul import MatmulPlan
 from lamella_core.layers.activation import GatedActivation, fusible_gate
 from lamella_core.layers.parameter import Parameter, empty_parameter
@@ -111,7 +112,7 @@ class MergedColumnParallelLinear(Linear):
     ) -> torch.Tensor:
         """Returns ``activation(forward(x), out_scale)`` [T, out / 2], in the product's kernel where that is faster."""
         gate = fusible_gate(activation, out_scale)
-        done = None if gate is None else self.method.apply_gated(self, x, self.bias, gate)
+        done = None if gate is None else self.method.apply_fused(self, x, self.bias, gate)
         return activation(self(x, ctx), out_scale) if done is None else done
 
 
@@ -133,6 +134,14 @@ class QKVParallelLinear(Linear):
         if has_gate:
             sections.append(split_heads(heads, head_dim, tp, rank, name="gate"))
         super().__init__(whole(config.hidden_size), fused(sections), bias, config=config, name=name)
+
+    def is_fused(self, rows: int) -> bool:
+        """Whether `rotated` may be asked with so many rows."""
+        return self.plan.fused(rows) is not None
+
+    def rotated(self, x: torch.Tensor, after: RopeCacheAfter) -> torch.Tensor | None:
+        """Returns queries [T, Hq * D] and stores keys and values; None, with nothing done, where `forward` is right."""
+        return self.method.apply_fused(self, x, self.bias, after)
 
 
 class RowParallelLinear(Linear):

@@ -14,7 +14,7 @@ from lamella_core.quantization.modules import is_excluded
 if TYPE_CHECKING:
     from lamella_core.config import ModelConfig
     from lamella_core.kernels.experts import ExpertProjection
-    from lamella_core.kernels.fused import SiluGateAfter
+    from lamella_core.kernels.fused import FusedStep
     from lamella_core.layers.linear import Linear
 
 # Where each scheme's LinearMethod lives; imported when a model asks for it.
@@ -48,10 +48,10 @@ class LinearMethod(Protocol):
         """
         ...
 
-    def apply_gated(
-        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, gate: SiluGateAfter
+    def apply_fused(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, after: FusedStep
     ) -> torch.Tensor | None:
-        """Like `apply`, with a gate after the product in its kernel; None where that is not faster or not possible."""
+        """Like `apply`, with what follows in the same kernel; None where that is not faster or not possible."""
         ...
 
     def stacked(self, layer: Linear, bias: torch.Tensor | None) -> ExpertProjection:

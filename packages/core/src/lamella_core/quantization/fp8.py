@@ -21,7 +21,7 @@ from lamella_core.layers.sharding import ShardSpec
 from lamella_core.quantization.config import QuantConfig
 
 if TYPE_CHECKING:
-    from lamella_core.kernels.fused import SiluGateAfter
+    from lamella_core.kernels.fused import FusedStep
     from lamella_core.layers.linear import Linear
 
 
@@ -57,14 +57,14 @@ class Fp8PerTensor:
         x, x_scale = self._quantized(layer, x, expert)
         return layer.plan.run(x, weight, layer.out_features_local, bias, Scales(x_scale, scale, layer.dtype))
 
-    def apply_gated(
-        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, gate: SiluGateAfter
+    def apply_fused(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, after: FusedStep
     ) -> torch.Tensor | None:
-        gated = layer.plan.gated(x.shape[0])
-        if gated is None:
+        fused = layer.plan.fused(x.shape[0])
+        if fused is None:
             return None
         x, x_scale = self._quantized(layer, x, None)
-        return gated(x, layer.weight, bias, Scales(x_scale, layer.weight_scale, layer.dtype), gate)
+        return fused(x, layer.weight, bias, Scales(x_scale, layer.weight_scale, layer.dtype), after)
 
     def stacked(self, layer: Linear, bias: torch.Tensor | None) -> ExpertProjection:
         return ExpertProjection(

@@ -12,7 +12,7 @@ from lamella_core.layers.parameter import empty_parameter
 from lamella_core.quantization.config import QuantConfig
 
 if TYPE_CHECKING:
-    from lamella_core.kernels.fused import SiluGateAfter
+    from lamella_core.kernels.fused import FusedStep
     from lamella_core.layers.linear import Linear
 
 
@@ -41,11 +41,11 @@ class Unquantized:
         weight = layer.weight if expert is None else layer.weight[expert]
         return layer.plan.run(x, weight, layer.out_features_local, bias)
 
-    def apply_gated(
-        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, gate: SiluGateAfter
+    def apply_fused(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, after: FusedStep
     ) -> torch.Tensor | None:
-        gated = layer.plan.gated(x.shape[0])
-        return None if gated is None else gated(x, layer.weight, bias, None, gate)
+        fused = layer.plan.fused(x.shape[0])
+        return None if fused is None else fused(x, layer.weight, bias, None, after)
 
     def stacked(self, layer: Linear, bias: torch.Tensor | None) -> ExpertProjection:
         return ExpertProjection(layer.weight, bias)

@@ -228,6 +228,9 @@ class PagedAttentionContext:
             prefix_lens=batch.prefix_lens, sparsity=spec.sparsity,
         )  # fmt: skip
 
+    def kv_place(self, spec: AttentionSpec, kv_scales: Tensor | None) -> None:
+        """Returns None: `attend` stores keys and values."""
+
     def recurrent(self, spec: StateSpec) -> RecurrentStep:
         """Returns where the states of a layer are in this step.
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lamella_core.context import AttentionSpec, Communicator, RecurrentStep, StateSpec
+from lamella_core.context import AttentionSpec, Communicator, KvPlace, RecurrentStep, StateSpec
 from lamella_core.layers.rotary import Rotation
 from lamella_core.prefix import PrefixTokens
 from lamella_executor.attention.backend import AttentionStep, LayerCall, StepAttention
@@ -169,10 +170,38 @@ class CudaStepContext:
             scales = scales[:1].expand(2)  # keys and values are the same numbers
         has_own = self._has_own and v is not None
         self._rope_and_cache(q, k, v, rotation, caches, self._slots, scales, has_own)
+        own = (k[self._num_decode :], v[self._num_decode :]) if has_own and v is not None else None
+        return self._attend(
+            q, spec, scales, own, alibi_slopes=alibi_slopes, sink_logits=sink_logits, out_scale=out_scale
+        )  # fmt: skip
+
+    def kv_place(self, spec: AttentionSpec, kv_scales: Tensor | None) -> KvPlace | None:
+        """Returns where the layer's keys and values go; None for latent ones, and where attention needs them besides.
+
+        See `attend` for when it does.
+        """
+        if spec.is_latent or self._has_own:
+            return None
+        scales = kv_scales if self._cache.is_float8 else None
+        attend = partial(self._attend, spec=spec, scales=scales)
+        return KvPlace(*self._cache.layer(spec.layer_idx), self._slots, scales, attend)
+
+    def _attend(
+        self,
+        q: Tensor,  # [T, Hq, D], rotated
+        spec: AttentionSpec,
+        scales: Tensor | None,
+        own: tuple[Tensor, Tensor] | None = None,
+        *,
+        alibi_slopes: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+        out_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attends over the cache, which has this step's keys and values."""
         num_decode = self._num_decode
-        own = (k[num_decode:], v[num_decode:]) if has_own and v is not None else None
         call = LayerCall(
-            spec, self._windows[spec.layer_idx], *caches, alibi_slopes, sink_logits, scales, out_scale, own
+            spec, self._windows[spec.layer_idx], *self._cache.layer(spec.layer_idx), alibi_slopes, sink_logits, scales,
+            out_scale, own,
         )  # fmt: skip
         if num_decode == q.shape[0]:
             return self._attention.decode(q, call)

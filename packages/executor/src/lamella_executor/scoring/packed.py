@@ -94,6 +94,9 @@ class PackedContext:
             out[rows] = attended.transpose(1, 2)
         return out
 
+    def kv_place(self, spec: AttentionSpec, kv_scales: Tensor | None) -> None:
+        """Returns None: there is no cache."""
+
     def recurrent(self, spec: StateSpec) -> RecurrentStep:
         """Refused: no scoring model keeps states."""
         raise ConfigError("layers that keep a state per sequence are not supported in scoring")

@@ -21,8 +21,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lamella_core.kernels.fused import SiluGateAfter
+from lamella_core.kernels.fused import FusedStep, RopeCacheAfter, SiluGateAfter
 from lamella_core.kernels.matmul import Scales
+from lamella_core.kernels.triton.gemv_epilogue import Heads
 from lamella_core.kernels.triton.gemv_kernels import matrix_kernel, vector_kernel
 from lamella_core.kernels.triton.launch import (
     float8_storage,
@@ -78,7 +79,7 @@ def few_rows_matmul(
     bias: Tensor | None = None,
     scales: Scales | None = None,
     *,
-    gate: SiluGateAfter | None = None,
+    after: FusedStep | None = None,
     tile: VectorTile | MatrixTile | None = None,
 ) -> Tensor:
     """Returns x [M, K] times w [N, K] transposed plus bias [N]: [M, N] in x's dtype, or in that of ``scales``.
@@ -88,18 +89,18 @@ def few_rows_matmul(
         w: of x's dtype, contiguous.
         bias: of the result's dtype.
         scales: of a float8 product.
-        gate: the result is silu(gate) * up of the product's halves: [M, N / 2]. Needs a `VectorTile`, N even.
+        after: what follows the product, see there for the result; `why_not_fused` says what that needs.
         tile: how to divide the work; None: `default_tile`. A `VectorTile` takes up to `MOST_VECTOR_ROWS`.
 
     Raises:
-        ValueError: more rows than that, or a gate with another tile.
+        ValueError: more rows than that, or ``after`` cannot be computed with the tile.
     """
     m, k = x.shape
     n = w.shape[0]
     tile = tile or default_tile(m, n, k, w.element_size())
-    _check(m, n, tile, gate)
+    _check(m, n, tile, after)
     dtype = x.dtype if scales is None else scales.out_dtype
-    out = _empty_output(m, n, dtype, gate, x.device)
+    out = _empty_output(m, n, dtype, after, x.device)
     if m == 0:
         return out
     common = {
@@ -110,25 +111,67 @@ def few_rows_matmul(
         "SCALED": scales is not None,
         "SCALE_PER_ROW": scales is not None and scales.x.numel() > 1,
         "SCALE_PER_COL": scales is not None and scales.w.numel() > 1,
+        **(_head_arguments(after) if isinstance(after, RopeCacheAfter) else _NO_HEADS),
+        "NATIVE_FLOAT8": has_float8(),
         "USE_PDL": use_pdl(),
         "num_warps": tile.num_warps,
         **launch_options(),
     }
     if isinstance(tile, VectorTile):
-        _launch_vectors(x, w, out, bias, scales, gate, tile, common)
+        _launch_vectors(x, w, out, bias, scales, after if isinstance(after, SiluGateAfter) else None, tile, common)
     else:
         _launch_matrices(x, w, out, bias, scales, tile, common)
     return out
 
 
-def _check(m: int, n: int, tile: VectorTile | MatrixTile, gate: SiluGateAfter | None) -> None:
-    vectors = isinstance(tile, VectorTile)
-    if m > (MOST_VECTOR_ROWS if vectors or gate is not None else MOST_ROWS):
+def why_not_fused(tile: VectorTile | MatrixTile, n: int, after: FusedStep) -> str | None:
+    """Returns what keeps a program of the tile from what follows a product of ``n`` outputs; None: nothing does."""
+    if isinstance(after, SiluGateAfter):
+        if isinstance(tile, VectorTile) and tile.block_n > 1 and n % 2 == 0:
+            return None
+        return f"a gate needs a VectorTile of 2 outputs or more and an even N; they are {tile} and {n}"
+    head_dim = after.place.k_cache.shape[3]
+    if tile.block_n > 1 and head_dim % tile.block_n == 0:
+        return None
+    return f"heads of {head_dim} need a tile of 2 outputs or more that divides them; it is {tile}"
+
+
+def _check(m: int, n: int, tile: VectorTile | MatrixTile, after: FusedStep | None) -> None:
+    if m > (MOST_VECTOR_ROWS if isinstance(tile, VectorTile) else MOST_ROWS):
         raise ValueError(
             f"{m} rows are more than this kernel takes ({MOST_VECTOR_ROWS} by vectors, {MOST_ROWS} at all)"
         )
-    if gate is not None and (not vectors or tile.block_n < 2 or n % 2):
-        raise ValueError(f"a gate needs a VectorTile of 2 outputs or more and an even N; they are {tile} and {n}")
+    reason = None if after is None else why_not_fused(tile, n, after)
+    if reason is not None:
+        raise ValueError(reason)
+    if isinstance(after, RopeCacheAfter):
+        _, kv_heads, _, head_dim = after.place.k_cache.shape
+        heads, slots = after.num_heads + 2 * kv_heads, len(after.place.slots)
+        if n != heads * head_dim or m != slots:
+            raise ValueError(f"a product of [{m}, {n}] is not {heads} heads of {head_dim} for {slots} slots")
+
+
+_NO_HEADS: dict[str, Any] = dict.fromkeys(
+    ("cos_ptr", "sin_ptr", "slots_ptr", "k_cache_ptr", "v_cache_ptr", "kv_scales_ptr", "cache_stride", "HEADS")
+)
+
+
+def _head_arguments(after: RopeCacheAfter) -> dict[str, Any]:
+    """Returns what the kernels want to know of heads, in place of `_NO_HEADS`."""
+    place, rotation = after.place, after.rotation
+    _, kv_heads, tokens_per_block, head_dim = place.k_cache.shape
+    float8 = place.k_cache.dtype is torch.float8_e4m3fn
+    rotary, interleaved = (0, False) if rotation is None else (rotation.rotary_dim, rotation.interleaved)
+    return {
+        "cos_ptr": None if rotation is None else rotation.cos,
+        "sin_ptr": None if rotation is None else rotation.sin,
+        "slots_ptr": place.slots,
+        "k_cache_ptr": float8_storage(place.k_cache) if float8 else place.k_cache,
+        "v_cache_ptr": float8_storage(place.v_cache) if float8 else place.v_cache,
+        "kv_scales_ptr": place.scales if float8 else None,
+        "cache_stride": place.k_cache.stride(0),
+        "HEADS": Heads(after.num_heads, kv_heads, head_dim, rotary, interleaved, tokens_per_block, float8),
+    }
 
 
 def _launch_vectors(
@@ -159,7 +202,6 @@ def _launch_vectors(
         VEC=16 // w.element_size(),
         GATED=gate is not None,
         QUANTIZE=quantize,
-        NATIVE_FLOAT8=has_float8(),
         **common,
     )
 
@@ -193,12 +235,14 @@ def _launch_matrices(
     )
 
 
-def _empty_output(m: int, n: int, dtype: torch.dtype, gate: SiluGateAfter | None, device: torch.device) -> Tensor:
-    """Returns room for the result of a product [m, n] in ``dtype``, or for what ``gate`` makes of it."""
-    if gate is None:
-        return torch.empty((m, n), dtype=dtype, device=device)
-    gated_dtype = dtype if gate.out_scale is None else torch.float8_e4m3fn
-    return torch.empty((m, n // 2), dtype=gated_dtype, device=device)
+def _empty_output(m: int, n: int, dtype: torch.dtype, after: FusedStep | None, device: torch.device) -> Tensor:
+    """Returns room for the result of a product [m, n] in ``dtype``, or for what ``after`` makes of it."""
+    if isinstance(after, SiluGateAfter):
+        n //= 2
+        dtype = dtype if after.out_scale is None else torch.float8_e4m3fn
+    elif after is not None:
+        n = after.num_heads * after.place.k_cache.shape[3]
+    return torch.empty((m, n), dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lamella_core.kernels.triton.gemv_kernels import weight_rows
+from lamella_core.kernels.triton.gemv_epilogue import weight_rows
 from lamella_core.kernels.triton.quantize import from_float8, to_float8
 
 

@@ -25,7 +25,7 @@ VALUES_PER_WARP = 512  # 16 a thread: with half-split pairs one 16-byte load of 
 
 
 @triton.jit
-def _store(
+def store_scaled(
     ptr: tl.tensor,
     value: tl.tensor,
     mask: tl.tensor,
@@ -37,6 +37,16 @@ def _store(
     if FLOAT8:
         value = to_float8(tl.div_rn(value.to(tl.float32), scale), NATIVE_FLOAT8)
     tl.store(ptr, value, mask)
+
+
+@triton.jit
+def rotate_pairs(a: tl.tensor, b: tl.tensor, cos: tl.tensor, sin: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Rotates pairs (a, b); float32 inside, rounded once."""
+    wide_a = a.to(tl.float32)
+    wide_b = b.to(tl.float32)
+    first = (wide_a * cos - wide_b * sin).to(a.dtype)
+    second = (wide_b * cos + wide_a * sin).to(a.dtype)
+    return first, second
 
 
 @triton.jit
@@ -68,16 +78,13 @@ def _rotate(
     else:
         a = tl.load(from_ptr + pair, in_pair, other=0.0)
         b = tl.load(from_ptr + HALF + pair, in_pair, other=0.0)
-    wide_a = a.to(tl.float32)
-    wide_b = b.to(tl.float32)
-    first = (wide_a * cos - wide_b * sin).to(a.dtype)
-    second = (wide_b * cos + wide_a * sin).to(a.dtype)
+    first, second = rotate_pairs(a, b, cos, sin)
     if INTERLEAVED:
         both = tl.reshape(tl.join(first, second), (HEADS, 2 * BLOCK))
-        _store(to_ptr + flat, both, in_flat, scale, FLOAT8, NATIVE_FLOAT8)
+        store_scaled(to_ptr + flat, both, in_flat, scale, FLOAT8, NATIVE_FLOAT8)
     else:
-        _store(to_ptr + pair, first, in_pair, scale, FLOAT8, NATIVE_FLOAT8)
-        _store(to_ptr + HALF + pair, second, in_pair, scale, FLOAT8, NATIVE_FLOAT8)
+        store_scaled(to_ptr + pair, first, in_pair, scale, FLOAT8, NATIVE_FLOAT8)
+        store_scaled(to_ptr + HALF + pair, second, in_pair, scale, FLOAT8, NATIVE_FLOAT8)
 
 
 @triton.jit
@@ -121,7 +128,7 @@ def _copy(
     if FIRST < END:
         cols = tl.arange(0, triton.next_power_of_2(END))[None, :]
         inside = mask & (cols >= FIRST) & (cols < END)
-        _store(to_ptr + cols, tl.load(from_ptr + cols, inside, other=0.0), inside, scale, FLOAT8, NATIVE_FLOAT8)
+        store_scaled(to_ptr + cols, tl.load(from_ptr + cols, inside, other=0.0), inside, scale, FLOAT8, NATIVE_FLOAT8)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lamella_core.context import Communicator, RecurrentStep, SingleRank, StateSpec
+from lamella_core.context import AttentionSpec, Communicator, RecurrentStep, SingleRank, StateSpec
 from lamella_core.errors import OutOfMemoryError
 from lamella_core.models.base import CausalLM
 from lamella_core.prefix import PrefixTokens
@@ -56,6 +56,9 @@ class OutputContext:
         raise RuntimeError("the output layer knows no positions")
 
     def attend(self, *args: object, **kwargs: object) -> Tensor:
+        raise RuntimeError("the output layer does not attend")
+
+    def kv_place(self, spec: AttentionSpec, kv_scales: Tensor | None) -> None:
         raise RuntimeError("the output layer does not attend")
 
     def recurrent(self, spec: StateSpec) -> RecurrentStep:
