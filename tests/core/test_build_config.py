@@ -53,6 +53,16 @@ def test_limits_are_derived_from_the_model(model: ModelConfig) -> None:
     assert BuildConfig(max_batch_size=4, max_beam_width=3, max_num_tokens=8).resolved(model).opt_num_tokens == 8
 
 
+def test_dynamic_rope_reaches_further_when_asked() -> None:
+    from tests.support.tiny_models import hf_dir
+
+    model = AutoConfig.from_hugging_face(hf_dir("LlamaForCausalLM", "rope_dynamic"))
+    assert BuildConfig().resolved(model).max_seq_len == 20
+    assert BuildConfig(max_seq_len=40).resolved(model).max_seq_len == 40
+    with pytest.raises(ConfigError, match="max_seq_len 41 exceeds the model's 40 positions"):
+        BuildConfig(max_seq_len=41).resolved(model)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -153,6 +153,13 @@ class ModelConfig:
         return DTYPES[self.dtype]
 
     @property
+    def num_positions(self) -> int:
+        """Tokens that a sequence can have; rope type "dynamic" stretches ``max_position_embeddings`` by its factor."""
+        if self.rope is None or self.rope.rope_type != "dynamic":
+            return self.max_position_embeddings
+        return int(self.max_position_embeddings * max(self.rope.scaling["factor"], 1))
+
+    @property
     def prefix_rule(self) -> PrefixRule | None:
         """What part of a prompt is read in both directions; None: nothing, as in most decoders."""
         return None

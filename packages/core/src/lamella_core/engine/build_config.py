@@ -106,11 +106,11 @@ class BuildConfig:
         from lamella_core.config import resolve_dtype  # imports torch: constructing a BuildConfig does not
         from lamella_core.device import resolve_device
 
-        most = model.max_position_embeddings
-        seq_len = most if self.max_seq_len is None else self.max_seq_len
-        if seq_len > most:
+        seq_len = model.max_position_embeddings if self.max_seq_len is None else self.max_seq_len
+        if seq_len > model.num_positions:
             raise ConfigError(
-                f"BuildConfig.max_seq_len {seq_len} exceeds the model's {most} positions (max_position_embeddings); "
+                f"BuildConfig.max_seq_len {seq_len} exceeds the model's {model.num_positions} positions "
+                "(max_position_embeddings); "
                 "lower it, or load the model with a rope scaling that reaches further"
             )
         input_len = max(1, seq_len - 1) if self.max_input_len is None else self.max_input_len
