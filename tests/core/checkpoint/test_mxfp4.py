@@ -104,8 +104,12 @@ def test_damage_is_named(packed: tuple[Path, torch.Tensor], tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Directories of one GPT-OSS: its experts packed, and widened in transformers' layout."""
-    source, wide, narrow = hf_dir(*CASE), tmp_path_factory.mktemp("wide"), tmp_path_factory.mktemp("packed")
+    return write(tmp_path_factory.mktemp("packed"), tmp_path_factory.mktemp("wide"))
+
+
+def write(narrow: Path, wide: Path) -> tuple[Path, Path]:
+    """Fills the directories with one GPT-OSS: its experts packed, and widened in transformers' layout."""
+    source = hf_dir(*CASE)
     config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
     kept, stored = dict(tensors), dict(tensors)
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:

@@ -18,7 +18,7 @@ from lamella_core.errors import CheckpointError
 from lamella_core.layers.sharding import Slices
 
 BLOCK = 32  # numbers that share a scale
-_BLOCKS, _SCALES = "_blocks", "_scales"
+PACKED, _SCALES = "_blocks", "_scales"  # endings of names
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1 by its low three bits; the fourth is the sign
 _NO_SCALE = 255
 _NUMBERS_AT_ONCE = 1 << 22
@@ -36,8 +36,8 @@ class Mxfp4Source(WeightSource):
         self._packed: dict[str, str] = {}  # blocks -> their scales
         stored = set(super().names())
         for name in stored:
-            if name.endswith(_BLOCKS) and super().dtype(name) == torch.uint8:
-                self._packed[name] = name.removesuffix(_BLOCKS) + _SCALES
+            if name.endswith(PACKED) and super().dtype(name) == torch.uint8:
+                self._packed[name] = name.removesuffix(PACKED) + _SCALES
         self._hidden = set(self._packed.values())
         missing = sorted(self._hidden - stored)
         if missing:

@@ -2,7 +2,7 @@
 
 Three comparisons over a few prompts and one text: the logits at every generated position (both sides fed the same
 tokens), the greedy tokens, and the perplexity of the text. Quantized models are compared with transformers' computation
-in full precision, of weights that are scaled back where they are float8; then the perplexity decides.
+in full precision, of weights that are widened where they are float8; then the perplexity decides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from lamella.cli.check_scores import run_score_check
 from lamella.llm import LLM
 from lamella.tokenizer import TokenizerBase
 from lamella_core.auto import AutoConfig, AutoModelForCausalLM
+from lamella_core.checkpoint.block_scales import open_source
 from lamella_core.checkpoint.formats import detect_format
+from lamella_core.checkpoint.mxfp4 import PACKED, Mxfp4Source
 from lamella_core.checkpoint.rules import is_runtime_scale, scale_name, weight_of_scale
 from lamella_core.checkpoint.source import WeightSource
 from lamella_core.config import DTYPES, resolve_dtype
@@ -157,8 +159,9 @@ def _load_reference(hf_dir: Path, dtype: str) -> Any:
         raise ConfigError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     torch_dtype = "auto" if dtype == "auto" else DTYPES[dtype]
     config = AutoConfig.from_hugging_face(hf_dir)
-    if config.quantization.is_quantized:
-        return _load_scaled_back(hf_dir, dtype)
+    source = open_source(hf_dir)
+    if config.quantization.is_quantized or type(source) is not WeightSource:
+        return _load_widened(hf_dir, dtype, source)
     kernel = "sdpa" if config.model_type in _EAGER_IS_WRONG else "eager"
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -169,14 +172,14 @@ def _load_reference(hf_dir: Path, dtype: str) -> Any:
     return model.eval()
 
 
-def _load_scaled_back(hf_dir: Path, dtype: str) -> Any:
-    """Returns transformers' model of a directory of float8 weights, each times its scale."""
+def _load_widened(hf_dir: Path, dtype: str, source: WeightSource) -> Any:
+    """Returns transformers' model of a directory of narrow weights, each as the numbers that it stands for."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(str(hf_dir), trust_remote_code=False)
     config.__dict__.pop("quantization_config", None)
     torch_dtype = DTYPES[resolve_dtype(dtype, str(config.dtype or "float32"))]
-    source, tensors = WeightSource(hf_dir), {}
+    tensors: dict[str, torch.Tensor] = {}
     names = set(source.names())
     for name in names:
         if weight_of_scale(name) in names or is_runtime_scale(name):
@@ -186,6 +189,10 @@ def _load_scaled_back(hf_dir: Path, dtype: str) -> Any:
             scale = source.read(scale_name(name, "weight_scale")).float()
             scale = scale.view(-1, *[1] * (tensor.dim() - 1)) if scale.numel() > 1 else scale.view(())
             tensor = tensor.float() * scale
+        if isinstance(source, Mxfp4Source) and name.endswith(
+            PACKED
+        ):  # experts [E, out, in]; transformers: [E, in, out]
+            name, tensor = name.removesuffix(PACKED), tensor.mT.contiguous()
         tensors[name] = tensor.to(torch_dtype)
     model_class = getattr(transformers, config.architectures[0])
     model = model_class.from_pretrained(
