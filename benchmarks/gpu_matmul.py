@@ -88,6 +88,13 @@ def unit_scales(dtype: torch.dtype) -> Scales | None:
 
 def seconds(run: Callable[[int], object], launches: int, least_s: float = GRAPH_S) -> float:
     """Seconds of one launch: ``run(i)`` for each i is captured once and replayed."""
+    replay = replayed(run, launches)
+    first = min(replay(1), replay(1))
+    return replay(max(2, min(200, int(least_s / first)))) / launches
+
+
+def replayed(run: Callable[[int], object], launches: int) -> Callable[[int], float]:
+    """Captures ``run(i)`` for each i; returns what replays that so many times and tells the seconds of one replay."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run(0)
@@ -106,8 +113,7 @@ def seconds(run: Callable[[int], object], launches: int, least_s: float = GRAPH_
         end.synchronize()
         return begin.elapsed_time(end) / 1e3 / times
 
-    first = min(replay(1), replay(1))
-    return replay(max(2, min(200, int(least_s / first)))) / launches
+    return replay
 
 
 def read_bandwidth() -> float:

@@ -14,9 +14,12 @@ from tests.support.engines import engine_of
 from tests.support.executors import LLAMA, hf_greedy, hf_logprobs, prompt
 from tests.support.tiny_models import hf_dir
 
+from lamella_core import QuantConfig
 from lamella_core.errors import OutOfMemoryError
 from lamella_core.models.registry import get_model_class
 from lamella_executor import GenerationExecutor, KvCacheConfig, SamplingParams
+from lamella_executor.attention.paged_cuda import CudaStepContext, triton_rope_and_cache
+from lamella_executor.runner.cuda.ops import TritonOps
 from lamella_executor.runner.cuda.runner import CudaRunner
 from lamella_executor.runner.cuda.start import start_runner
 
@@ -24,8 +27,8 @@ PROMPTS = [prompt(length, seed) for seed, length in enumerate((9, 1, 5, 13))]
 RANDOM = SamplingParams(temperature=0.9, top_k=30, top_p=0.95, min_p=0.01)
 
 
-def fresh_model(architecture: str = LLAMA[0], variant: str = LLAMA[1]) -> Any:
-    return get_model_class(architecture).from_hugging_face(hf_dir(architecture, variant))
+def fresh_model(architecture: str = LLAMA[0], variant: str = LLAMA[1], **options: Any) -> Any:
+    return get_model_class(architecture).from_hugging_face(hf_dir(architecture, variant), **options)
 
 
 def gpu_runner(model: Any = None, **options: Any) -> CudaRunner:
@@ -75,6 +78,32 @@ def test_replay_equals_eager(runner, monkeypatch):
     assert eager.num_graph_sizes == 0
     assert sampled(eager, ahead=True) == sampled(eager) == replayed
     eager.close()
+
+
+@pytest.mark.parametrize("quantization", [None, QuantConfig("FP8", kv_cache_quant_algo="FP8")], ids=["bf16", "fp8"])
+def test_projections_that_store_keys_equal_those_that_do_not(monkeypatch, quantization):
+    """Steps of one row and of more, recorded and not: the same tokens, sampled."""
+    rotated: list[int] = []
+
+    def counted(q: torch.Tensor, *args: Any) -> None:
+        rotated.append(len(q))
+        triton_rope_and_cache(q, *args)
+
+    monkeypatch.setattr(TritonOps, "rope_and_cache", staticmethod(counted))
+
+    def tokens() -> list[list[int]]:
+        rotated.clear()
+        made = gpu_runner(fresh_model(dtype="bfloat16", quant_config=quantization))
+        captured = min(rotated, default=0)
+        generated = sampled(made, ahead=True) + Drive(made, [request_of(PROMPTS[0])]).generate(20)
+        made.close()
+        return [[captured], *generated]
+
+    (least,), *stored = tokens()
+    assert least > 1  # recorded steps of one row rotate in the projection
+    monkeypatch.setattr(CudaStepContext, "kv_place", lambda *_: None)
+    (least,), *separate = tokens()
+    assert least == 1 and stored == separate
 
 
 def test_launches_wait_for_nothing(runner):
