@@ -7,8 +7,8 @@ scale per token. A time is that of one call in a CUDA graph of several, each wit
 copy of the weights, so that the L2 cache holds little of what is read. TB/s counts the weights of experts that are hit;
 bound is the time for that at the bandwidth of a pure read, or for the arithmetic at --tflops, whichever is longer.
 "routing" is softmax and top-k of given scores. Tables come last; the tile in the code is marked *. Tiles of sorted rows
-end in the number of programs per multiprocessor (r0: one per block) and f where one block's loads overlap the last's
-stores; for many rows per expert another table has each kernel's time.
+end in the number of programs per multiprocessor (r0: one per block), f where one block's loads overlap the last's
+stores, S where warps have roles; for many rows per expert another table has each kernel's time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 LAUNCHES = 6
 TFLOPS = {"bf16": 800.0, "fp8": 1500.0}
 LEAST_SORTED_ROWS = 32  # of an expert, for tiles of sorted rows to be worth trying
-COMPILE_S = 90.0  # in which all tiles must have run once, or are left out
+COMPILE_S = 60.0  # in which all tiles must have run once, or are left out
 AGREE = 0.02  # of the largest result: how far tiles may differ
 
 
@@ -96,11 +96,13 @@ def sorted_tiles() -> list[SortedTile]:
     """Tile shapes over sorted rows: one program per block; resident ones; two of these beside each other."""
     apart = {"resident": 0, "flatten": False}
     wide, narrow, low = (128, 256, 128, 8), (128, 128, 128, 8, 3), (64, 256, 128, 4, 2)
+    roles = (128, 256, 128, 4)
     return [
         SortedTile(*wide, 4, **apart), SortedTile(*wide, 3, **apart), SortedTile(*wide, 4, flatten=False),
         SortedTile(*wide, 4), SortedTile(*wide, 3), SortedTile(*wide, 4, group=8), SortedTile(*narrow, resident=2),
         SortedTile(*narrow, **apart), SortedTile(128, 128, 128, 4, 3, resident=2), SortedTile(*low, resident=2),
-        SortedTile(*low, **apart),
+        SortedTile(*low, **apart), SortedTile(*roles, 4, specialize=True), SortedTile(*roles, 3, specialize=True),
+        SortedTile(*roles, 4, group=8, specialize=True), SortedTile(*roles, 4, group=32, specialize=True),
     ]  # fmt: skip
 
 
@@ -116,7 +118,9 @@ def candidates(shape: Shape, tokens: int, dtype: torch.dtype) -> list[AnyTile]:
 def short(tile: AnyTile) -> str:
     if isinstance(tile, SortedTile):
         size = f"sorted {tile.block_m}x{tile.block_n}x{tile.block_bytes}b"
-        return f"{size}w{tile.num_warps}s{tile.num_stages}g{tile.group}r{tile.resident}" + "f" * tile.flatten
+        return f"{size}w{tile.num_warps}s{tile.num_stages}g{tile.group}r{tile.resident}" + (
+            "S" if tile.specialize else "f" * tile.flatten
+        )
     size = f"{tile.block_m}x{tile.block_n}x{tile.block_bytes}b"
     return f"{size}w{tile.num_warps}s{tile.num_stages}g{tile.group}" + ("~" if tile.swap else "")
 

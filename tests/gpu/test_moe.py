@@ -27,6 +27,10 @@ ROUTED = [
     *(("DeepseekV3ForCausalLM", variant) for variant in list(TINY["DeepseekV3ForCausalLM"])[1:]),
 ]
 
+SORTED: tuple[dict[str, int | bool], ...] = (
+    {"flatten": True}, {"resident": 0, "flatten": False}, {"specialize": True, "num_warps": 4},
+)  # fmt: skip
+
 
 @pytest.fixture(params=ROUTED, ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[str, str]:
@@ -81,7 +85,7 @@ def test_launches_wait_for_nothing(runner):
 @pytest.mark.parametrize(
     ("tokens", "tile"),
     [(tokens, None) for tokens in (1, 3, 64, 700)]
-    + [(700, dataclasses.replace(moe.SORTED_TILE, **how)) for how in ({}, {"resident": 0, "flatten": False})],
+    + [(tokens, dataclasses.replace(moe.SORTED_TILE, **how)) for tokens in (40, 700) for how in SORTED],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
 def test_the_same_bits_every_time(dtype, tokens, tile):

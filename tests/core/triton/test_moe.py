@@ -278,3 +278,14 @@ def test_what_sorted_rows_are_for() -> None:
 
 def test_sorted_rows_that_cannot_be_are_computed_otherwise(device: str) -> None:
     check(layer(), 13, device, tile=SORTED)
+
+
+def test_many_rows_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "LEAST_SORTED_ROWS", 8)
+    monkeypatch.setattr("lamella_core.kernels.triton.moe_sorted.use_pdl", lambda: True)
+
+    def best(tokens: int, dtype: torch.dtype) -> moe.Tile | moe.SortedTile:
+        return moe.best_tile(torch.empty(tokens, H, dtype=dtype), routing(tokens)[0], layer(dtype).stack())
+
+    assert best(24, torch.bfloat16) == moe.SORTED_TILE
+    assert isinstance(best(23, torch.bfloat16), moe.Tile) and best(24, torch.float32) == moe.FLOAT32_TILE

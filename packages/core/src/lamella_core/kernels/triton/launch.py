@@ -52,6 +52,12 @@ def has_float8() -> bool:
     return _capability() >= FLOAT8_CAPABILITY
 
 
+@functools.cache
+def has_wgmma() -> bool:
+    """Whether four warps multiply together, out of shared memory: on Hopper, and nowhere else."""
+    return _capability()[0] == PDL_CAPABILITY[0]
+
+
 _NO_OPTIONS: dict[str, Any] = {}
 _PDL_OPTIONS: dict[str, Any] = {"launch_pdl": True}
 
