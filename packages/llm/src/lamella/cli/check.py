@@ -164,11 +164,18 @@ def _load_reference(hf_dir: Path, dtype: str) -> Any:
         return _load_widened(hf_dir, dtype, source)
     kernel = "sdpa" if config.model_type in _EAGER_IS_WRONG else "eager"
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(hf_dir), dtype=torch_dtype, trust_remote_code=False, attn_implementation=kernel
-        )
-    except (OSError, ValueError, KeyError) as error:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            str(hf_dir), dtype=torch_dtype, trust_remote_code=False, attn_implementation=kernel,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # its checks of a configuration raise anything
         raise ConfigError(f"transformers cannot load {hf_dir}, so there is nothing to compare with: {error}") from error
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:5])
+        raise ConfigError(
+            f"transformers takes {hf_dir} for a {type(model).__name__}, whose weights are others ({names}): there is "
+            "nothing to compare with"
+        )
     return model.eval()
 
 
