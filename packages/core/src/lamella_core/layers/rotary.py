@@ -55,9 +55,6 @@ class Rotation:
         ops.rope_inplace(q, k, self.cos, self.sin, self.rotary_dim, self.interleaved)
 
 
-Tables = tuple[torch.Tensor, torch.Tensor]  # cos, sin: [positions, rotary_dim / 2] float32
-
-
 class RotaryEmbedding:
     """Turns positions into rotations of the first ``rotary_dim`` elements of queries and keys.
 
@@ -69,12 +66,12 @@ class RotaryEmbedding:
         self.local = RotaryEmbedding(local, max_position_embeddings) if local is not None else None
         self.max_position_embeddings = max_position_embeddings
         self.max_seq_len: int | None = None
-        self._tables: Tables | None = None
+        self._tables: torch.Tensor | None = None  # [2, positions, rotary_dim / 2] float32: cos and sin, read at once
 
     def set_max_seq_len(self, max_seq_len: int) -> None:
         """Makes the tables for all positions below ``max_seq_len`` now; with longrope also chooses the factors."""
         self.max_seq_len = max_seq_len
-        self._tables = rotary_tables(self.rope, max_seq_len, self.max_position_embeddings, max_seq_len)
+        self._tables = torch.stack(rotary_tables(self.rope, max_seq_len, self.max_position_embeddings, max_seq_len))
         if self.local is not None:
             self.local.set_max_seq_len(max_seq_len)
 
@@ -83,7 +80,7 @@ class RotaryEmbedding:
 
         The tables grow as needed; on a GPU only `set_max_seq_len` makes them, so that no value is waited for.
         """
-        cos, sin = (table.index_select(0, positions) for table in self._covering(positions))
+        cos, sin = self._covering(positions).index_select(1, positions)
         local = self.local(positions) if self.local is not None else None
         scale = None
         if self.rope.logn_length is not None:
@@ -93,18 +90,18 @@ class RotaryEmbedding:
             unrotated = _temperature(positions, self.rope.temperature_length, self.rope.temperature_scale)
         return Rotation(cos, sin, self.rope.rotary_dim, self.rope.interleaved, local, scale, unrotated)
 
-    def _covering(self, positions: torch.Tensor) -> Tables:
+    def _covering(self, positions: torch.Tensor) -> torch.Tensor:
         """Returns tables that reach all positions, on their device."""
         tables = self._tables
         if tables is not None and positions.is_cuda:
-            if tables[0].device != positions.device:
-                self._tables = tables = (tables[0].to(positions.device), tables[1].to(positions.device))
+            if tables.device != positions.device:
+                self._tables = tables = tables.to(positions.device)
             return tables
         needed = int(positions.max()) + 1 if positions.numel() else 1
-        if tables is None or needed > tables[0].shape[0]:
+        if tables is None or needed > tables.shape[1]:
             capacity = max(_FIRST_CAPACITY, 1 << (needed - 1).bit_length())
-            cos, sin = rotary_tables(self.rope, capacity, self.max_position_embeddings, self.max_seq_len)
-            self._tables = tables = (cos.to(positions.device), sin.to(positions.device))
+            both = rotary_tables(self.rope, capacity, self.max_position_embeddings, self.max_seq_len)
+            self._tables = tables = torch.stack(both).to(positions.device)
         return tables
 
 
