@@ -7,7 +7,7 @@ import torch
 from lamella_core.kernels import ops
 from lamella_core.kernels.experts import ExpertProjection, ExpertStack, Swiglu
 from lamella_core.kernels.triton import moe, routing
-from lamella_core.kernels.triton.launch import has_float8, use_pdl
+from lamella_core.kernels.triton.launch import has_float8, has_wgmma
 
 FLOAT8 = torch.float8_e4m3fn
 HELD, TOP_K, H, INNER = 16, 4, 2048, 768
@@ -53,7 +53,7 @@ def calls() -> None:
     call(8, stack(FLOAT8, scaling="static"))
     for tokens in (1, 4096) if has_float8() else (1,):
         call(tokens, stack(FLOAT8, scaling="dynamic"))
-    if use_pdl():
+    if has_wgmma():
         roles = moe.SortedTile(block_m=128, block_n=256, block_bytes=128, num_warps=4, num_stages=4, specialize=True)
         for tile in (moe.SORTED_TILE, roles):
             call(4096, stack(torch.bfloat16, bias=True, gate=CLAMPED), tile=tile)

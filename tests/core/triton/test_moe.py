@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from lamella_core.kernels.experts import ExpertProjection, ExpertStack
 from lamella_core.kernels.triton import moe
+from lamella_core.kernels.triton.launch import has_wgmma
 from lamella_core.kernels.triton.moe_align import make_blocks, most_blocks
 from lamella_core.layers.activation import ClampedSwiglu
 from lamella_core.layers.moe import GatedExperts
@@ -270,7 +271,7 @@ def test_what_sorted_rows_are_for() -> None:
         return moe.takes(torch.empty(1, H, dtype=x_dtype), made.stack())
 
     static = QuantConfig("FP8", activation_scheme="static")
-    assert allowed(torch.bfloat16, layer(torch.bfloat16)) == (moe.is_interpreted() or moe.use_pdl())
+    assert allowed(torch.bfloat16, layer(torch.bfloat16)) == (moe.is_interpreted() or has_wgmma())
     assert not allowed(torch.float32, layer(torch.float32))
     assert not allowed(torch.bfloat16, layer(torch.bfloat16, static)), "rows of 40 bytes"
     assert not allowed(torch.bfloat16, layer(torch.bfloat16, static, act="gelu", inner=ALIGNED))
@@ -282,7 +283,7 @@ def test_sorted_rows_that_cannot_be_are_computed_otherwise(device: str) -> None:
 
 def test_many_rows_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe, "LEAST_SORTED_ROWS", 8)
-    monkeypatch.setattr("lamella_core.kernels.triton.moe_sorted.use_pdl", lambda: True)
+    monkeypatch.setattr("lamella_core.kernels.triton.moe_sorted.has_wgmma", lambda: True)
 
     def best(tokens: int, dtype: torch.dtype) -> moe.Tile | moe.SortedTile:
         return moe.best_tile(torch.empty(tokens, H, dtype=dtype), routing(tokens)[0], layer(dtype).stack())

@@ -75,7 +75,7 @@ TILES: tuple[tuple[float, Tile], ...] = (
 )
 # Float32 has no matrix units here, and its sums fill the registers sooner.
 FLOAT32_TILE = Tile(block_m=16, block_n=64, block_bytes=128, num_warps=4, num_stages=2)
-# From so many rows per expert on they are sorted first, where the device moves boxes of memory by itself.
+# From so many rows per expert on they are sorted first, on Hopper.
 LEAST_SORTED_ROWS = float("inf")
 SORTED_TILE = SortedTile(block_m=128, block_n=256, block_bytes=128, num_warps=8, num_stages=4)
 

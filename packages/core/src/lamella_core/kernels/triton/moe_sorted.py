@@ -67,7 +67,7 @@ class SortedTile:
 
 
 def takes(x: Tensor, stack: ExpertStack) -> bool:
-    """Whether sorted products compute these experts: the copy engine moves rows of whole units, and there is one.
+    """Whether sorted products compute these experts: on Hopper, whose copy engine moves rows of whole units.
 
     Rounding to float8 by constants is part of the copy and of the gate: what is between other activations is not.
     """
@@ -75,7 +75,7 @@ def takes(x: Tensor, stack: ExpertStack) -> bool:
     if stack.gate is None and stack.down.input_scale is not None:
         return False
     dtypes = {projection.weight.dtype for projection in projections}
-    if not (use_pdl() or is_interpreted()) or x.dtype == torch.float32 or len(dtypes) > 1 or torch.float32 in dtypes:
+    if not (has_wgmma() or is_interpreted()) or x.dtype == torch.float32 or len(dtypes) > 1 or torch.float32 in dtypes:
         return False
     widths = [width for projection in projections for width in projection.weight.shape[1:]]
     widths.append(stack.down.weight.shape[2])
