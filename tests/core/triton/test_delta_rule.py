@@ -2,20 +2,20 @@
 
 import pytest
 import torch
-from tests.core.triton.test_state_space import BOUNDS, SLOTS, STEPS, close, make_step, on_cpu, randn
+from tests.core.triton.test_state_space import BOUNDS, SLOTS, close, make_step, on_cpu, randn
 
 from lamella_core.kernels.cpu import delta_rule as reference
 from lamella_core.kernels.cpu.delta_rule import DecayParameters
 from lamella_core.kernels.triton import delta_rule
 
+SIZES = [(2, 4, 16, 16), (1, 3, 5, 19), (1, 1, 128, 40)]
+CASES = [(torch.float32, *sizes) for sizes in SIZES] + [(dtype, *SIZES[1]) for dtype in (torch.bfloat16, torch.float16)]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+@pytest.mark.parametrize(("dtype", "key_heads", "heads", "key_dim", "value_dim"), CASES, ids=str)
 @pytest.mark.parametrize(
-    ("key_heads", "heads", "key_dim", "value_dim"),
-    [(2, 4, 16, 16), (1, 3, 5, 19), (1, 1, 128, 40)],
-    ids=lambda value: str(value),
+    ("num_decode", "lengths"), [(3, ()), (0, (5, 1, 30)), (2, (13,))], ids=["decode", "prompts", "mixed"]
 )
-@STEPS
 def test_gated_delta_rule(device, dtype, key_heads, heads, key_dim, value_dim, num_decode, lengths):
     step, tokens = make_step(num_decode, lengths, device), num_decode + sum(lengths)
     width = 2 * key_heads * key_dim + heads * value_dim

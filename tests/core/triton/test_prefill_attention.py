@@ -49,7 +49,7 @@ def test_groups(device, heads, kv_heads):
 @pytest.mark.parametrize("page", [8, 64, 128])
 @pytest.mark.parametrize("tile", [Tile(16, 16, 1, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)], ids=str)
 def test_blocks_and_tiles(device, page, tile):
-    case = BASE.but(device=device, page=page, dtype=torch.bfloat16)
+    case = BASE.but(device=device, page=page, dtype=torch.bfloat16, heads=4)
     case.check(run(case, tile=tile))
 
 
@@ -64,7 +64,9 @@ def test_options(device, name):
 def test_prefixes(device, prefixes, tile):
     """Queries of a prefix see all of it, those behind it what is before them."""
     options = {"prefix_lens": torch.tensor(prefixes, dtype=torch.int32)}
-    case = BASE.but(device=device, lengths=(5, 97, 130), queries=(5, 33, 130), dim=16, options=options)
+    case = BASE.but(
+        device=device, lengths=(5, 97, 130), queries=(5, 33, 130), heads=2, kv_heads=1, dim=16, options=options
+    )
     case.check(run(case, tile=tile))
 
 
@@ -84,7 +86,7 @@ def test_float8_result(device):
 def test_one_long_among_many_short(device, queries):
     """Every row gets a tile, wherever its sequence begins, and empty sequences do no harm."""
     lengths = tuple(count + 3 * i for i, count in enumerate(queries))
-    case = BASE.but(device=device, lengths=lengths, queries=queries)
+    case = BASE.but(device=device, lengths=lengths, queries=queries, heads=4, kv_heads=1)
     case.check(run(case, tile=Tile(16, 16, 4, 1)))
 
 
