@@ -11,14 +11,20 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SAME_PROCESS = Path(__file__).parents[1] / "support" / "same_process.py"
 DEMO = EXAMPLES / "demo_model" / "demo-4m"
 MAX_LINES = 100
 
 
-def run(script: str, *arguments: object, cwd: Path) -> str:
-    """Runs an example in another directory and returns what it printed; it must end by itself, without an error."""
+def run(script: str, *arguments: object, cwd: Path, same_process: bool = False) -> str:
+    """Runs an example in another directory and returns what it printed; it must end by itself, without an error.
+
+    ``same_process``: Python scripts that it starts run in its own process.
+    """
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    if same_process:
+        command.insert(1, str(SAME_PROCESS))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -79,7 +85,7 @@ def test_dummy_benchmark(tmp_path: Path):
 
 @pytest.mark.slow
 def test_tasks_of_the_older_api(tmp_path: Path):
-    out = run("run_examples.py", "run_single_gpu", cwd=tmp_path)
+    out = run("run_examples.py", "run_single_gpu", cwd=tmp_path, same_process=True)
     tasks = re.findall(r"^== (\w+)", out, re.M)
     assert set(tasks) == {
         "run_llm_from_huggingface_model", "run_llm_from_tllm_engine", "run_llm_generate",
