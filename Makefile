@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PACKAGES := -e packages/core -e packages/builder -e packages/executor -e packages/llm
-# One more than there are cores: some tests only wait.
+# One more than there are cores: some tests only wait. Each takes tests that are neighbours, which share fixtures.
 WORKERS ?= $(shell echo $$(( $$(nproc 2>/dev/null || echo 2) + 1 )))
 MANIFESTS := constraints.txt requirements-dev.txt $(wildcard packages/*/pyproject.toml)
 
@@ -14,7 +14,7 @@ quickstart: $(VENV)/.runtime
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS)
+	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
