@@ -96,21 +96,19 @@ def sorted_tiles() -> list[SortedTile]:
     """Tile shapes over sorted rows: one program per block; resident ones; two of these beside each other."""
     apart = {"resident": 0, "flatten": False}
     wide, narrow, low = (128, 256, 128, 8), (128, 128, 128, 8, 3), (64, 256, 128, 4, 2)
-    roles = (128, 256, 128, 4)
     return [
         SortedTile(*wide, 4, **apart), SortedTile(*wide, 3, **apart), SortedTile(*wide, 4, flatten=False),
         SortedTile(*wide, 4), SortedTile(*wide, 3), SortedTile(*wide, 4, group=8), SortedTile(*narrow, resident=2),
         SortedTile(*narrow, **apart), SortedTile(128, 128, 128, 4, 3, resident=2), SortedTile(*low, resident=2),
-        SortedTile(*low, **apart), SortedTile(*roles, 4, specialize=True), SortedTile(*roles, 3, specialize=True),
-        SortedTile(*roles, 4, group=8, specialize=True), SortedTile(*roles, 4, group=32, specialize=True),
+        SortedTile(*low, **apart),
     ]  # fmt: skip
 
 
 def candidates(shape: Shape, tokens: int, dtype: torch.dtype) -> list[AnyTile]:
     """Tiles for a number of tokens, first the one that the code takes."""
-    assignments = tokens * shape.top_k
-    chosen = moe.default_tile(tokens, shape.top_k, shape.experts, dtype)
-    rows = assignments / min(shape.experts, assignments)
+    rows = moe.rows_per_expert(tokens, shape.top_k, shape.experts)
+    is_sorted = rows >= moe.LEAST_SORTED_ROWS
+    chosen = moe.SORTED_TILE if is_sorted else moe.default_tile(tokens, shape.top_k, shape.experts, dtype)
     by_copy = sorted_tiles() if rows >= LEAST_SORTED_ROWS else []
     return list(dict.fromkeys([chosen, *tiles(rows), *by_copy]))
 
@@ -118,9 +116,7 @@ def candidates(shape: Shape, tokens: int, dtype: torch.dtype) -> list[AnyTile]:
 def short(tile: AnyTile) -> str:
     if isinstance(tile, SortedTile):
         size = f"sorted {tile.block_m}x{tile.block_n}x{tile.block_bytes}b"
-        return f"{size}w{tile.num_warps}s{tile.num_stages}g{tile.group}r{tile.resident}" + (
-            "S" if tile.specialize else "f" * tile.flatten
-        )
+        return f"{size}w{tile.num_warps}s{tile.num_stages}g{tile.group}r{tile.resident}" + "f" * tile.flatten
     size = f"{tile.block_m}x{tile.block_n}x{tile.block_bytes}b"
     return f"{size}w{tile.num_warps}s{tile.num_stages}g{tile.group}" + ("~" if tile.swap else "")
 

@@ -27,9 +27,7 @@ ROUTED = [
     *(("DeepseekV3ForCausalLM", variant) for variant in list(TINY["DeepseekV3ForCausalLM"])[1:]),
 ]
 
-SORTED: tuple[dict[str, int | bool], ...] = (
-    {"flatten": True}, {"resident": 0, "flatten": False}, {"specialize": True, "num_warps": 4},
-)  # fmt: skip
+SORTED: tuple[dict[str, int | bool], ...] = ({"flatten": True}, {"resident": 0, "flatten": False})
 
 
 @pytest.fixture(params=ROUTED, ids="-".join)

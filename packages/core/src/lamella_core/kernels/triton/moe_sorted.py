@@ -52,7 +52,6 @@ class SortedTile:
         group: blocks of rows that meet the same outputs one after the other.
         resident: programs per multiprocessor, each of which computes many blocks; 0: a program per block.
         flatten: loads of a program's next block begin before the block before it is stored.
-        specialize: warps have roles where there is WGMMA, see `moe_specialized`: with blocks of 128 rows and 4 warps.
     """
 
     block_m: int
@@ -63,7 +62,6 @@ class SortedTile:
     group: int = 16
     resident: int = 1
     flatten: bool = True
-    specialize: bool = False
 
 
 def takes(x: Tensor, stack: ExpertStack) -> bool:
@@ -213,23 +211,16 @@ class SortedCall:
             (weight, [parts, tile.block_n // parts, block_k]),
             (stored, [tile.block_m, tile.block_n // 2]),
         )
-        numbers = (projection.bias, x.scale, scale, out_scale, self.blocks.expert_of, self.blocks.used)
-        how = {
-            "N": n, "K": k, "GROUP": tile.group, "STAGES": tile.num_stages, "DTYPE": _TRITON_DTYPES[self.dtype],
-            "SCALE_PER_ROW": x.per_row, "SCALE_PER_COL": scale is not None and scale.dim() > 1,
-            "GATE": None if gate is None else (gate.alpha, gate.offset, gate.limit),
-            "USE_PDL": use_pdl(), "num_warps": tile.num_warps, **launch_options(),
-        }  # fmt: skip
-        if tile.specialize and has_wgmma():
-            from lamella_core.kernels.triton.moe_specialized import launch_specialized  # its language is experimental
-
-            launch_specialized(programs, boxes, numbers, how)
-        else:
-            sorted_product_kernel[(programs,)](
-                *(TensorDescriptor.from_tensor(tensor, box) for tensor, box in boxes), *numbers,
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, FLATTEN=tile.flatten,
-                NATIVE_FLOAT8=has_float8(), num_stages=tile.num_stages, **how,
-            )  # fmt: skip
+        sorted_product_kernel[(programs,)](
+            *(TensorDescriptor.from_tensor(tensor, box) for tensor, box in boxes),
+            projection.bias, x.scale, scale, out_scale, self.blocks.expert_of, self.blocks.used,
+            N=n, K=k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, GROUP=tile.group,
+            STAGES=tile.num_stages, FLATTEN=tile.flatten, DTYPE=_TRITON_DTYPES[self.dtype],
+            SCALE_PER_ROW=x.per_row, SCALE_PER_COL=scale is not None and scale.dim() > 1,
+            GATE=None if gate is None else (gate.alpha, gate.offset, gate.limit),
+            NATIVE_FLOAT8=has_float8(), USE_PDL=use_pdl(),
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(),
+        )  # fmt: skip
         return out
 
     def sums(self, parts: Tensor, weights: Tensor | None) -> Tensor:
