@@ -81,9 +81,9 @@ def test_rows_that_are_timed_on_a_gpu() -> None:
 
 
 def members(count: int) -> list[Any]:
-    """Weights that say they are on a GPU."""
-    weight = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    return [SimpleNamespace(weight=weight, is_stacked=False) for _ in range(count)]
+    """Weights that say they are on a GPU; with biases, so that the library's own algorithms are not timed."""
+    weight, module = SimpleNamespace(device=SimpleNamespace(type="cuda")), SimpleNamespace(bias=object())
+    return [SimpleNamespace(weight=weight, is_stacked=False, module=module) for _ in range(count)]
 
 
 def test_a_kernel_that_fails_is_not_chosen(free: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

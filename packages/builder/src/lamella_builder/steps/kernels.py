@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lamella_builder.steps.clock import Advance
+from lamella_builder.steps.gpu_algorithms import refine
 from lamella_builder.steps.gpu_timing import time_gpu_plans
 from lamella_core.checkpoint.layout import MatmulWeight, arrange, matmul_weights
 from lamella_core.config import DTYPES
@@ -131,7 +132,7 @@ def _choose(shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig) -
     if build.kernel_selection == "default" or too_small or is_grouped or not candidates:
         return Choice(shape, default(), count)
     if len(candidates) == 1:
-        return Choice(shape, candidates[0], count)
+        return Choice(shape, _with_algorithms(candidates[0], shape, members, build), count)
     rows = row_counts(shape, build)
     if device == "cuda":
         weights = [weight for held in members for weight in (held.weight if held.is_stacked else (held.weight,))]
@@ -146,7 +147,18 @@ def _choose(shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig) -
     if not timed:
         return Choice(shape, default(), count)
     best = min(timed, key=lambda pair: _slowdown(pair[1], [times for _, times in timed]))
-    return Choice(shape, best[0], count, tuple(timed))
+    return Choice(shape, _with_algorithms(best[0], shape, members, build), count, tuple(timed))
+
+
+def _with_algorithms(plan: MatmulPlan, shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig) -> MatmulPlan:
+    """Returns the plan with a GPU library's fastest algorithm for each range of rows; see `gpu_algorithms.refine`."""
+    if plan.device != "cuda":
+        return plan
+    most = build.max_num_tokens
+    if shape.is_output_layer:
+        most = min(most, build.max_batch_size * build.max_beam_width)
+    plain = [held.weight for held in members if not held.is_stacked and getattr(held.module, "bias", None) is None]
+    return refine(plan, most, plain, DTYPES[build.dtype or "bfloat16"], shape.n, shape.k)
 
 
 def _slowdown(times: dict[int, float], all_times: Sequence[dict[int, float]]) -> float:

@@ -229,13 +229,19 @@ class Engine:
         return str(self.directory / rank_file(rank)) if self.directory else "the engine"
 
     def _attach_plans(self, model: CausalLM) -> dict[str, MatmulPlan]:
-        is_same, plans = self.check_machine() is None, {}
+        is_same, plans, replaced = self.check_machine() is None, {}, 0
         for held in matmul_weights(model):
             stored = self.spec.plans.get(held.name)
             if stored is None:
                 raise EngineFormatError(f"{self.directory or 'the engine'}: no plan for {held.name}; build it again")
             plans[held.name] = _usable_plan(stored, held.module.weight.dtype, held.n, held.k, self.device, is_same)
             held.module.plan = plans[held.name]
+            replaced += is_same and plans[held.name].to_dict() != dict(stored)
+        if replaced:
+            logger.warning(
+                "the recorded kernels of %d weights cannot run here (another version of a library?), the default ones "
+                "do; build the engine again here", replaced,
+            )  # fmt: skip
         return plans
 
 

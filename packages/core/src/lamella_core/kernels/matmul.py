@@ -3,7 +3,7 @@
 A weight is stored once, in one layout; a `MatmulPlan` names that layout and the kernel for each range of row counts M.
 The builder times `candidate_plans` and records the winner's `to_dict` in the engine; `default_plan` serves when nothing
 was timed or the processor differs from the recorded `cpu_fingerprint`. Further kernels and layouts join through
-`register_kernel` and `register_layout`.
+`register_kernel` and `register_layout`; algorithms of cuBLASLt need not, their names say all (`cublaslt`).
 
 On the CPU, float32 always asks for batch-invariant kernels: a row's result has the same bits whatever it is computed
 with. The native kernels guarantee that; the torch fallbacks come as near as they can, by products of one fixed shape.
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamella_core.errors import ConfigError, nearest_name
+from lamella_core.kernels import cublaslt
 from lamella_core.kernels.cpu import ops, reference
 from lamella_core.kernels.cpu.build import native_status
 from lamella_core.kernels.cpu.host import host
@@ -139,6 +140,17 @@ def _known(what: str, name: object, registry: Mapping[str, object]) -> str:
     )
 
 
+def find_kernel(name: object) -> MatmulKernel:
+    """Returns the kernel that an engine records as ``name``: one of `KERNELS`, or an algorithm of cuBLASLt.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if isinstance(name, str) and name.startswith(cublaslt.PREFIX):
+        return cublaslt.kernel_of(name)
+    return KERNELS[_known("matmul kernel", name, KERNELS)]
+
+
 def to_layout(w_rows: Tensor, layout: str) -> Tensor:
     """Arrange a row-major weight [N, K] in ``layout``."""
     return LAYOUTS[_known("layout", layout, LAYOUTS)].arrange(w_rows)
@@ -155,7 +167,7 @@ class MatmulPlan:
 
     Attributes:
         layout: key in `LAYOUTS`.
-        steps: (largest M or None for no limit, key in `KERNELS`) with rising limits, the last one None.
+        steps: (largest M or None for no limit, name for `find_kernel`) with rising limits, the last one None.
     """
 
     layout: str
@@ -168,7 +180,7 @@ class MatmulPlan:
         if not limits or limits[-1] is not None or len(whole) != len(limits) - 1 or sorted(set(whole)) != whole:
             raise ConfigError(f"plan steps have row limits {limits}; need rising whole numbers > 0 and None last")
         for _, name in self.steps:
-            kernel = KERNELS[_known("matmul kernel", name, KERNELS)]
+            kernel = find_kernel(name)
             if kernel.layout != self.layout:
                 raise ConfigError(
                     f"matmul kernel {name!r} reads layout {kernel.layout!r}, the plan has {self.layout!r}"
@@ -182,23 +194,23 @@ class MatmulPlan:
     def batch_invariant(self) -> bool:
         """Whether a float32 row's bits never depend on the rows computed with it."""
         names = {name for _, name in self.steps}
-        return len(names) == 1 and all(KERNELS[name].batch_invariant for name in names)
+        return len(names) == 1 and all(find_kernel(name).batch_invariant for name in names)
 
     @property
     def device(self) -> str:
         """Where its kernels run: "cpu" or "cuda"."""
-        return KERNELS[self.steps[0][1]].device
+        return find_kernel(self.steps[0][1]).device
 
     def available(self, dtype: torch.dtype, n: int, k: int) -> bool:
         """Whether this machine can run every step for this weight."""
-        return all(KERNELS[name].available(dtype, n, k) for _, name in self.steps)
+        return all(find_kernel(name).available(dtype, n, k) for _, name in self.steps)
 
     def run(self, x: Tensor, w: Tensor, n: int, bias: Tensor | None = None, scales: Scales | None = None) -> Tensor:
         """Multiply x [M, K] by w (in this plan's layout) transposed, plus bias [n]: [M, n]; float8 with ``scales``."""
-        return KERNELS[self.kernel_name(x.shape[0])](x, w, n, bias, scales)
+        return find_kernel(self.kernel_name(x.shape[0]))(x, w, n, bias, scales)
 
     def kernel_name(self, rows: int) -> str:
-        """The key in `KERNELS` of what multiplies so many rows."""
+        """The name of what multiplies so many rows, for `find_kernel`."""
         for limit, name in self.steps:
             if limit is None or rows <= limit:
                 return name
@@ -206,7 +218,7 @@ class MatmulPlan:
 
     def fused(self, rows: int) -> FusedFunction | None:
         """The same product with what follows it, where the kernel for so many rows offers that."""
-        kernel = KERNELS[self.kernel_name(rows)]
+        kernel = find_kernel(self.kernel_name(rows))
         return kernel.fused if isinstance(kernel, GpuMatmul) else None
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""Matmul kernels that are algorithms of cuBLASLt.
+
+torch takes the first algorithm that the library's heuristics propose, which is not always the fastest of them. A build
+times the others and records the best under a name (`kernel_name`) that holds the algorithm itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lamella_core.errors import ConfigError
+from lamella_core.kernels import gpu_matmul
+from lamella_core.kernels.cublaslt_library import (
+    ALGORITHM_BYTES,
+    DATA_TYPES,
+    Library,
+    Prepared,
+    Product,
+    library,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from lamella_core.kernels.matmul import Scales
+
+PREFIX = "cublaslt:"  # of kernel names
+MOST_PREPARED = 2048  # products, each for one number of rows, that are kept ready
+
+
+@functools.lru_cache(maxsize=MOST_PREPARED)
+def _prepared(loaded: Library, algorithm: bytes, product: Product, device: int | None) -> Prepared | None:
+    """Returns `Library.prepare`'s answer for the current GPU, ``device``; checked once while it is kept."""
+    return loaded.prepare(algorithm, product)
+
+
+@dataclass(frozen=True)
+class CublasLtMatmul:
+    """The `lamella_core.kernels.matmul.MatmulKernel` of one algorithm of one version of the library.
+
+    Products that the algorithm does not serve are torch's: with a bias, with scales per row or output, with operands
+    that do not lie as the library expects, or of a number of rows that its own check refuses.
+    """
+
+    name: str
+    version: int
+    algorithm: bytes
+    layout: str = "rows"
+    batch_invariant: bool = False
+    device: str = "cuda"
+
+    def available(self, dtype: torch.dtype, n: int, k: int) -> bool:
+        """Whether the library here is the one that proposed the algorithm, and serves weights of dtype [n, k]."""
+        if dtype not in DATA_TYPES or n <= 0 or k <= 0 or n % 16 or k % 16:
+            return False
+        if dtype in gpu_matmul.FP8 and gpu_matmul.capability() < gpu_matmul.FP8_CAPABILITY:
+            return False
+        loaded = library()
+        return loaded is not None and loaded.version == self.version and loaded.is_ready()
+
+    def __call__(self, x: Tensor, w: Tensor, n: int, bias: Tensor | None, scales: Scales | None = None) -> Tensor:
+        """Return x [M, K] times w [N, K] transposed plus bias: [M, N]; all on the current GPU."""
+        loaded, prepared = library(), None
+        if loaded is not None and bias is None and x.shape[0] and _fits(x, w, scales, loaded.alignment):
+            out_dtype = x.dtype if scales is None else scales.out_dtype
+            product = Product(x.shape[0], n, x.shape[1], x.dtype, out_dtype)
+            prepared = _prepared(loaded, self.algorithm, product, x.device.index)
+        if prepared is not None:
+            return prepared.run(x, w, scales)
+        if x.dtype in gpu_matmul.FP8:
+            return gpu_matmul.cublas_fp8(x, w, bias, scales)
+        return gpu_matmul.cublas(x, w, bias)
+
+
+def _fits(x: Tensor, w: Tensor, scales: Scales | None, alignment: int) -> bool:
+    is_fp8 = x.dtype in gpu_matmul.FP8
+    if x.dtype not in DATA_TYPES or w.dtype != x.dtype or is_fp8 != (scales is not None):
+        return False
+    if scales is not None and (
+        scales.x.numel() != 1 or scales.w.numel() != 1 or scales.out_dtype not in gpu_matmul.HALVES
+    ):
+        return False
+    return x.is_contiguous() and w.is_contiguous() and not (x.data_ptr() % alignment or w.data_ptr() % alignment)
+
+
+def kernel_name(version: int, algorithm: bytes) -> str:
+    """Returns what engines record: "cublaslt:", the library's version, ":" and the algorithm in base64."""
+    return f"{PREFIX}{version}:{base64.b64encode(algorithm).decode()}"
+
+
+@functools.lru_cache(maxsize=1024)
+def kernel_of(name: str) -> CublasLtMatmul:
+    """Returns the kernel that `kernel_name` names, whether or not this machine can run it.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    version, _, text = name.removeprefix(PREFIX).partition(":")
+    try:
+        algorithm = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        algorithm = b""
+    if not name.startswith(PREFIX) or not (version.isascii() and version.isdigit()):
+        algorithm = b""
+    if len(algorithm) != ALGORITHM_BYTES:
+        raise ConfigError(
+            f"matmul kernel {name!r} is no algorithm of cuBLASLt; it must be '{PREFIX}VERSION:' and "
+            f"{ALGORITHM_BYTES} bytes in base64. Build the engine again"
+        )
+    return CublasLtMatmul(name, int(version), algorithm)
