@@ -14,7 +14,7 @@ import torch
 from tests.support.fake_cublaslt import install
 
 from lamella_builder import BuildConfig
-from lamella_builder.steps import gpu_algorithms, kernels
+from lamella_builder.steps import gpu_algorithms, gpu_timing, kernels
 from lamella_builder.steps.gpu_algorithms import RowRange, choose_algorithms, refine, row_ranges
 from lamella_builder.steps.kernels import Choice, Shape, recorded_choices
 from lamella_core.engine import Engine
@@ -177,3 +177,31 @@ def test_rows_that_the_library_cannot_serve(timed: Times) -> None:
     assert refine(plan, 64, [members(torch.float8_e4m3fn)[0].weight], torch.bfloat16, N, K) == plan
     odd = members(torch.bfloat16, 4100)[0].weight
     assert refine(PLAN, 64, [odd], torch.bfloat16, 4100, K) == PLAN
+
+
+def test_kernels_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    seconds = {"cublas": 8e-3, "torch_fp8_upcast": 4e-3, "cublas_fp8": 9e-3}
+    replays: list[tuple[str, int]] = []
+
+    def record(run: Any, launches: int, stream: Any, pool: Any) -> str:
+        name = run.args[0].name
+        assert launches == 8 and run.args[1].shape == (64, 16) and next(run.args[2]).shape == (32, 16)
+        if name == "triton_gemv":
+            raise RuntimeError("too many rows\nfor it")
+        return name
+
+    def replay(graph: str, times: int) -> float:
+        replays.append((graph, times))
+        return seconds[graph] * (1.0 if len(replays) > 6 else 1.05)  # the first ones are slower
+
+    monkeypatch.setattr(gpu_timing, "record", record)
+    monkeypatch.setattr(gpu_timing, "_replay", replay)
+    for name in ("Stream", "graph_pool_handle", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    timer = gpu_timing.GpuTimer([torch.zeros(32, 16, dtype=torch.bfloat16)], torch.bfloat16)
+    found = timer(64, ["cublas", "triton_gemv", "torch_fp8_upcast", "cublas_fp8"])
+    assert found == pytest.approx(
+        {"cublas": 1e-3, "triton_gemv": math.inf, "torch_fp8_upcast": 5e-4, "cublas_fp8": 9e-3 * 1.05 / 8}
+    )
+    assert replays[6:] == [("cublas", 1), ("torch_fp8_upcast", 1)] * 3  # torch's choice always; the slow one no more
+    assert "triton_gemv is left out: too many rows" in caplog.text

@@ -225,14 +225,12 @@ def _check(what: str, status: int) -> None:
 
 
 @functools.cache
-def _load(cuda: str) -> Library | None:
-    try:
-        return Library(ctypes.CDLL(f"libcublasLt.so.{cuda.split('.')[0]}"))
-    except (OSError, AttributeError) as error:  # not there, or without a function that is needed
-        logger.info("cuBLASLt cannot be called, its first algorithm serves: %s", error)
-        return None
-
-
 def library() -> Library | None:
     """Returns the cuBLASLt that torch has loaded; None where there is none, or no GPU."""
-    return _load(torch.version.cuda) if torch.version.cuda and torch.cuda.is_available() else None
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return None
+    try:
+        return Library(ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}"))
+    except (OSError, AttributeError) as error:  # not there, or without a function that is needed
+        logger.info("cuBLASLt cannot be called, torch chooses its algorithms: %s", error)
+        return None
