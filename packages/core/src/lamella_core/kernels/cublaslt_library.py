@@ -83,6 +83,7 @@ class Library:
     """cuBLASLt's functions, and a handle for each GPU."""
 
     alignment = 256  # bytes; the library proposes for operands that are aligned so
+    device = "cuda"
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         for name, arguments in _SIGNATURES.items():
@@ -92,6 +93,7 @@ class Library:
         self.functions = loaded
         self.version = int(loaded.cublasLtGetVersion())
         self._handles: dict[int, c_void_p] = {}
+        self._scales: dict[int, Tensor] = {}  # [], in place of a float8 product's own until it runs
         self._lock = threading.Lock()
 
     def is_ready(self) -> bool:
@@ -108,17 +110,22 @@ class Library:
         device = torch.cuda.current_device()
         with self._lock:
             if device not in self._handles:
+                self._scales[device] = torch.ones((), device=self.device)
                 handle = c_void_p()
                 _check("cublasLtCreate", self.functions.cublasLtCreate(byref(handle)))
                 self._handles[device] = handle
             return self._handles[device]
+
+    def _described(self, product: Product) -> tuple[c_void_p, _Described]:
+        handle = self.handle()
+        return handle, _Described(self.functions, product, self._scales[torch.cuda.current_device()].data_ptr())
 
     def proposals(self, product: Product, most: int) -> list[bytes]:
         """Returns up to ``most`` algorithms from the one expected to be the fastest on; none where nothing serves.
 
         All give the same bits whenever they run: none adds up in the order in which parts happen to be done.
         """
-        described, preference = _Described(self.functions, product), c_void_p()
+        (handle, described), preference = self._described(product), c_void_p()
         _check("cublasLtMatmulPreferenceCreate", self.functions.cublasLtMatmulPreferenceCreate(byref(preference)))
         results, found = (_Result * most)(), c_int()
         try:
@@ -128,7 +135,7 @@ class Library:
                 _check("cublasLtMatmulPreferenceSetAttribute", self.functions.cublasLtMatmulPreferenceSetAttribute(
                     preference, attribute, byref(value), ctypes.sizeof(value)))  # fmt: skip
             status = self.functions.cublasLtMatmulAlgoGetHeuristic(
-                self.handle(), *described.parts, preference, most, results, byref(found)
+                handle, *described.parts, preference, most, results, byref(found)
             )
         finally:
             self.functions.cublasLtMatmulPreferenceDestroy(preference)
@@ -136,7 +143,7 @@ class Library:
 
     def prepare(self, algorithm: bytes, product: Product) -> Prepared | None:
         """Returns the product by an algorithm, ready to run on the current GPU; None if that does not serve it."""
-        described, checked, handle = _Described(self.functions, product), _Result(), self.handle()
+        (handle, described), checked = self._described(product), _Result()
         status = self.functions.cublasLtMatmulAlgoCheck(handle, *described.parts, algorithm, byref(checked))
         if status or checked.state or checked.workspace_bytes > MOST_WORKSPACE:
             return None
@@ -146,10 +153,11 @@ class Library:
 class _Described:
     """A product in the library's descriptors, which live as long as this.
 
-    ``parts`` are the operation and the layouts of w, x, the summand (the result's) and the result.
+    ``parts`` are the operation and the layouts of w, x, the summand (the result's) and the result. ``scale`` is where a
+    float8 product finds both its scales: what is proposed depends on whether there are any.
     """
 
-    def __init__(self, functions: ctypes.CDLL, product: Product) -> None:
+    def __init__(self, functions: ctypes.CDLL, product: Product, scale: int) -> None:
         self._functions = functions
         self.operation, self._layouts = c_void_p(), [c_void_p() for _ in range(3)]
         m, n, k, dtype, out_dtype = product
@@ -158,6 +166,8 @@ class _Described:
         self.set_attribute(_TRANSPOSE_A, c_int(1))
         if dtype == torch.float8_e4m3fn:
             self.set_attribute(_FAST_ACCUMULATION, ctypes.c_int8(1))
+            self.set_attribute(_SCALE_A, c_void_p(scale))
+            self.set_attribute(_SCALE_B, c_void_p(scale))
         sizes = ((dtype, k, n), (dtype, k, m), (out_dtype, n, m))
         for layout, (kind, rows, columns) in zip(self._layouts, sizes, strict=True):
             _check("cublasLtMatrixLayoutCreate", functions.cublasLtMatrixLayoutCreate(
