@@ -141,7 +141,7 @@ def test_unsupported_architecture_lists_the_supported(tmp_path):
 @pytest.mark.parametrize(
     ("given", "near"),
     [
-        ("Gemma3nForConditionalGeneration", "Gemma3ForCausalLM"),
+        ("Gemma3nForConditionalGeneration", "Gemma3ForConditionalGeneration"),
         ("Mistral3ForConditionalGeneration", "MistralForCausalLM"),
         ("InternLM2ForRewardModel", "InternLM2ForCausalLM"),
         ("LLaMAForCausalLM", "LlamaForCausalLM"),

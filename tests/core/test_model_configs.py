@@ -1,5 +1,7 @@
 """Configurations of single architectures: older spellings of config.json, and values that are refused."""
 
+import json
+
 import pytest
 from tests.support.tiny_models import write_config
 
@@ -44,6 +46,24 @@ def test_gemma3_reads_the_newer_form_of_two_bases(tmp_path):
     kinds = {FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 3e5}, SLIDING: {"rope_theta": 500.0}}
     config = read(tmp_path, gemma3(rope_parameters=kinds))
     assert (config.rope.theta, config.rope.rope_type, config.local_rope.theta) == (3e5, "linear", 500.0)
+
+
+def test_a_published_gemma3_that_sees_leaves_most_of_its_decoder_out(tmp_path):
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}  # fmt: skip
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "eos_token_id": [1, 106],
+             "text_config": text, "torch_dtype": "bfloat16", "vision_config": {}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    config = AutoConfig.from_hugging_face(tmp_path)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 4, 256)
+    assert (config.vocab_size, config.num_positions, config.dtype) == (262_208, 131_072, "bfloat16")
+    assert (config.eos_token_ids, config.bos_token_id, config.tie_word_embeddings) == ((1, 106), 2, True)
+    assert (config.rope.theta, config.rope.scaling, config.local_rope.theta) == (1e6, {"factor": 8.0}, 1e4)
+    assert config.layer_types[4:7] == (SLIDING, FULL, SLIDING) and config.sliding_window == 1024
+    (tmp_path / "config.json").write_text(json.dumps({**whole, "tie_word_embeddings": False}))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 106}')
+    config = AutoConfig.from_hugging_face(tmp_path)
+    assert (config.eos_token_ids, config.tie_word_embeddings) == ((106,), False)
 
 
 def test_gemma_means_the_tanh_approximation_by_gelu(tmp_path):

@@ -10,6 +10,21 @@ Variants = dict[str, dict[str, Any]]
 _SLIDING_FIRST = ["sliding_attention", "full_attention"]
 _PAD = {"pad_token_id": None}
 
+
+def _seeing(text: dict[str, Any], **outer: Any) -> dict[str, Any]:
+    """Gemma 3 beside a vision tower."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    decoder = {**BASE, **_PAD, "layer_types": _SLIDING_FIRST, **text}
+    return {
+        "text_config": decoder,
+        "vision_config": vision,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 130,
+        **outer,
+    }
+
+
 _OWN: dict[str, Variants] = {
     "GemmaForCausalLM": {
         "tied": {**_PAD, "head_dim": 16},
@@ -32,6 +47,15 @@ _OWN: dict[str, Variants] = {
                             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}},
         "capped_untied": {**_PAD, "head_dim": 8, "sliding_window": 4, "num_key_value_heads": 1,
                           "final_logit_softcapping": 3.0, "tie_word_embeddings": False},
+    },
+    "Gemma3ForConditionalGeneration": {
+        "nested": _seeing({"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24,
+                           "tie_word_embeddings": False}, tie_word_embeddings=True),
+        "scaled_full": _seeing({"head_dim": 8, "sliding_window": 5, "num_key_value_heads": 1, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}}),
+        "biased_untied": _seeing({"head_dim": 8, "sliding_window": 4, "attention_bias": True},
+                                 tie_word_embeddings=False),
     },
     "MllamaForCausalLM": {
         "one_skipped": {**_PAD, "num_hidden_layers": 3, "cross_attention_layers": [1]},
@@ -113,4 +137,7 @@ _OWN: dict[str, Variants] = {
     },
 }  # fmt: skip
 
-DENSE = {name: {key: {**BASE, **own} for key, own in variants.items()} for name, variants in _OWN.items()}
+DENSE = {
+    name: {key: own if "text_config" in own else {**BASE, **own} for key, own in variants.items()}
+    for name, variants in _OWN.items()
+}

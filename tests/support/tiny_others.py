@@ -8,7 +8,7 @@ from tests.support.tiny_base import BASE
 
 # Architectures whose norms add 1 to the stored weights.
 NORMS_AROUND_ZERO = ("NemotronForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
-                     "Qwen3NextForCausalLM")  # fmt: skip
+                     "Gemma3ForConditionalGeneration", "Qwen3NextForCausalLM")  # fmt: skip
 
 _HEADS = {**BASE, "num_key_value_heads": None, "rms_norm_eps": 1e-6}
 _ROPED = {**BASE, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None}

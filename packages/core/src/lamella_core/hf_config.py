@@ -159,8 +159,13 @@ class HfConfig:
             raise ConfigError(f"{self.where}: layer_types is {given!r}; it must be a list")
         return list(default) if given is None else given
 
-    def nested(self, name: str) -> HfConfig:
+    def nested(self, name: str, defaults: MappingABC[str, Any] | None = None, outer: Sequence[str] = ()) -> HfConfig:
         """Returns the object ``name`` of the file as a configuration of its own, empty if absent.
+
+        Args:
+            name: of the object.
+            defaults: values of keys that it lacks.
+            outer: keys whose values beside the object, unless null, count before those in it.
 
         Raises:
             ConfigError: it is no object.
@@ -168,7 +173,10 @@ class HfConfig:
         given = self.get(name, default=None) or {}
         if not isinstance(given, dict):
             raise ConfigError(f"{self.where}: {name} is {given!r}; it must be an object")
-        return HfConfig({**given, "architectures": [self.architecture]}, f"{self.where}: {name}")
+        beside = {key: self.get(key, default=None) for key in outer}
+        beside = {key: value for key, value in beside.items() if value is not None}
+        data = {**(defaults or {}), **given, **beside, "architectures": [self.architecture]}
+        return HfConfig(data, f"{self.where}: {name}", generation=self._generation)
 
     def head_dim(self, hidden_size: int, heads: int) -> int:
         """Returns head_dim: as given, else hidden_size / heads.

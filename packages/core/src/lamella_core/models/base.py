@@ -66,7 +66,7 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
     architectures: ClassVar[tuple[str, ...]] = ()  # set by `register`
     WEIGHTS: ClassVar[Sequence[WeightRule]]
     SOURCE_PREFIX: ClassVar[str] = "model."  # that source names may lack (saved from the bare decoder)
-    OUTER_PREFIX: ClassVar[str] = ""  # before all source names where the decoder is a part of a larger model
+    OUTER_PREFIX: ClassVar[str] = ""  # of source names where the decoder is a part of a larger model
     IGNORED: ClassVar[Sequence[str]] = ()  # name patterns of source tensors that hold no weights
     task: ClassVar[str] = "generate"  # or "score": the output layer's rows are scores, and no text is generated
     pooling: ClassVar[str] = "last"  # of a model that scores: the "first" or "last" token is read, or all "tokens"
@@ -193,15 +193,18 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
     def weight_rules(self, source_names: Collection[str]) -> list[WeightRule]:
         """Returns `WEIGHTS` adapted to this rank and to a source that holds tensors of these names.
 
-        Sources saved from the bare decoder lack `SOURCE_PREFIX`, those of a larger model have `OUTER_PREFIX` before it.
+        Sources saved from the bare decoder lack `SOURCE_PREFIX`, those of a larger model have `OUTER_PREFIX` before all
+        names, or after `SOURCE_PREFIX`.
         With tied embeddings either tensor may be stored; the embedding is preferred, also for the copy that the output
         layer of a later pipeline stage needs.
         """
-        outer = self.OUTER_PREFIX
-        inner = [name.removeprefix(outer) for name in source_names if outer and name.startswith(outer)]
-        source_names = inner or source_names
+        prefix, outer = self.SOURCE_PREFIX, self.OUTER_PREFIX
+        spellings = ((prefix, prefix + outer), ("", outer)) if outer else ()
+        plain, there = next(  # how names begin: in the rules, in the source
+            (pair for pair in spellings if any(name.startswith(pair[1]) for name in source_names)), ("", "")
+        )
+        source_names = [plain + name.removeprefix(there) for name in source_names if name.startswith(there)]
         rules = list(self.WEIGHTS)
-        prefix = self.SOURCE_PREFIX
         if prefix and not any(name.startswith(prefix) for name in source_names):
             rules = [dataclasses.replace(rule, source=rule.source.removeprefix(prefix)) for rule in rules]
         if self.config.tie_word_embeddings:
@@ -209,7 +212,12 @@ class CausalLM(nn.Module, metaclass=_DummyByDefault):
             sources = [rule for end in ends for rule in rules if rule.target == end]
             tied = [dataclasses.replace(source, target=end) for source in sources for end in ends]
             rules = [*tied, *(rule for rule in rules if rule.target not in ends)]
-        return [dataclasses.replace(rule, source=outer + rule.source) for rule in rules] if inner else rules
+        return [
+            dataclasses.replace(rule, source=there + rule.source.removeprefix(plain))
+            if rule.source.startswith(plain)
+            else rule
+            for rule in rules
+        ]
 
     @property
     def device(self) -> str:

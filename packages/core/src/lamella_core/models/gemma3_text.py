@@ -1,7 +1,7 @@
 """Gemma 3's text model (Gemma team 2025): five windowed layers to a full one, each kind with its own rotary base.
 
-Compared with Gemma 2, normed queries and keys take the place of capped scores. Checkpoints with a vision tower are of
-model_type "gemma3" and another architecture.
+Compared with Gemma 2, normed queries and keys take the place of capped scores. Of checkpoints with a vision tower
+(model_type "gemma3") the decoder is read: tokens of an image alone see each other in both directions.
 """
 
 from __future__ import annotations
@@ -28,16 +28,38 @@ from lamella_core.models._rules import (
 from lamella_core.models.registry import register
 from lamella_core.rope_config import RopeConfig
 
+# What a text_config beside a vision tower leaves out where it is so.
+_DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_OUTER = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma3TextConfig(AlternatingGemmaConfig):
     """No fields of its own; ``local_rope`` is that of the windowed layers."""
 
-    hf_model_types: ClassVar[tuple[str, ...]] = ("gemma3_text",)
+    hf_model_types: ClassVar[tuple[str, ...]] = ("gemma3_text", "gemma3")
 
     @classmethod
     def from_hf(cls, hf: HfConfig) -> dict[str, Any]:
-        """Returns the fields read from a Hugging Face config, rotary bases in the older or the newer form."""
+        """Returns the fields read from a Hugging Face config: of the whole model, or of its decoder alone.
+
+        Rotary bases may be in the older or the newer form. Whether the output layer is tied is said by the whole model,
+        whatever its decoder's object says; such models have no final_logit_softcapping.
+        """
+        if hf.model_type == "gemma3":
+            tied = hf.flag("tie_word_embeddings", default=True)
+            text = hf.nested("text_config", _DEFAULTS, _OUTER)
+            text.require("final_logit_softcapping", (None,), None)
+            return {**cls.from_hf(text), "tie_word_embeddings": tied}
         common = super().from_hf(hf)
         head_dim = common["head_dim"]
         hf.require("attn_logit_softcapping", (None,), None)
@@ -54,13 +76,16 @@ class Gemma3TextConfig(AlternatingGemmaConfig):
         }
 
 
-@register("Gemma3ForCausalLM")
+@register("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM")
 class Gemma3ForCausalLM(GemmaBase):
     """Decoder with norms before and after each block: windowed or full attention of normed heads, gated MLP."""
 
     config: Gemma3TextConfig
     config_class = Gemma3TextConfig
-    IGNORED = ("*.rotary_emb.inv_freq", "*.rotary_emb_local.inv_freq")
+    OUTER_PREFIX = "language_model."
+    IGNORED = (
+        "*.rotary_emb.inv_freq", "*.rotary_emb_local.inv_freq", "*vision_tower.*", "*multi_modal_projector.*"
+    )  # fmt: skip
     WEIGHTS = (
         *vocabulary_rules(),
         *sandwich_norm_rules(),
