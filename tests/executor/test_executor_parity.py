@@ -78,6 +78,15 @@ def test_other_architectures(model):
         assert [r.outputs[0].token_ids for r in results] == [hf_greedy(p, NUM_NEW, model) for p in PROMPTS[:5]]
 
 
+@pytest.mark.parametrize("variant", ["sequential_alibi", "one_kv_head_alibi"])
+def test_alibi_beyond_what_bfloat16_counts(variant):
+    """Falcon rounds the positions of keys to 8 bits."""
+    model, ids = ("FalconForCausalLM", variant), prompt(290)
+    with bench(model, tokens_per_block=16) as it:
+        result = it.executor.generate(ids, greedy(40))
+        assert result.outputs[0].token_ids == hf_greedy(ids, 40, model)
+
+
 def test_reuse_is_counted():
     with bench() as it:
         first = it.executor.generate(PROMPTS[3], greedy(2))

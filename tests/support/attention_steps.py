@@ -28,13 +28,14 @@ def make_layer(
     softcap: float | None = None,
     scale: float | None = None,
     sparsity: BlockSparsity | None = None,
+    rounds_alibi: bool = False,
     **extra: torch.Tensor | None,
 ) -> LayerCall:
     """A layer with random keys and values in its cache."""
     window = window or LayerWindow()
     spec = AttentionSpec(
         layer_idx, num_heads, num_kv_heads, head_dim, scale or head_dim**-0.5, window.length or None,
-        softcap=softcap, sparsity=sparsity,
+        softcap=softcap, sparsity=sparsity, rounds_alibi=rounds_alibi,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(layer_idx + 1)
     shape = (num_blocks + 1, num_kv_heads, page_size, head_dim)

@@ -132,6 +132,7 @@ OPTIONS = {
     "sparse, all heads alike": {"sparsity": BlockSparsity(16, 1, 4, 0), "softcap": 3.0},
     "softcap": {"softcap": 2.0},
     "alibi": {"alibi_slopes": every_option(8)["alibi_slopes"]},
+    "rounded alibi": {"alibi_slopes": every_option(8)["alibi_slopes"].bfloat16().float(), "rounds_alibi": True},
     "sink logits": {"sink_logits": every_option(8)["sink_logits"]},
     "all": every_option(8),
 }

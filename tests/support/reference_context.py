@@ -98,7 +98,8 @@ class ReferenceContext:
                 visible = slice(_first_visible(spec, position), prefix if position < prefix else position + 1)
                 query = q[begin + position - first].float()
                 gaps = _gaps(spec, position) if spec.sparsity is not None else None
-                out.append(_attend_one(spec, query, keys[visible], values[visible], alibi_slopes, sink_logits, gaps))
+                bias = None if alibi_slopes is None else _alibi(spec, alibi_slopes, visible, position)
+                out.append(_attend_one(spec, query, keys[visible], values[visible], bias, sink_logits, gaps))
             begin += count
         return torch.stack(out).to(q.dtype) if out else q.new_zeros(*q.shape[:2], spec.out_dim)
 
@@ -143,12 +144,20 @@ def _gaps(spec: AttentionSpec, position: int) -> torch.Tensor:
     ])  # fmt: skip
 
 
+def _alibi(spec: AttentionSpec, slopes: torch.Tensor, visible: slice, position: int) -> torch.Tensor:
+    """What ALiBi adds to the scores of the visible keys: [Hq, keys]."""
+    keys = torch.arange(visible.start, visible.stop)
+    if spec.rounds_alibi:
+        return spec.scale * (slopes[:, None].bfloat16() * keys).float()
+    return slopes[:, None] * (keys - position)
+
+
 def _attend_one(
     spec: AttentionSpec,
     query: torch.Tensor,  # [Hq, D]
     keys: torch.Tensor,  # [n, Hkv, D]
     values: torch.Tensor,  # [n, Hkv, D]
-    alibi_slopes: torch.Tensor | None,
+    bias: torch.Tensor | None,  # [Hq, n]
     sink_logits: torch.Tensor | None,
     gaps: torch.Tensor | None,  # [Hq, n] bool: keys that a head does not see
 ) -> torch.Tensor:
@@ -157,9 +166,8 @@ def _attend_one(
     scores = torch.einsum("hd,nhd->hn", query, keys) * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
-    if alibi_slopes is not None:
-        distance = torch.arange(-(keys.shape[0] - 1), 1, dtype=torch.float32)
-        scores = scores + alibi_slopes[:, None] * distance
+    if bias is not None:
+        scores = scores + bias
     if gaps is not None:
         scores = scores.masked_fill(gaps, float("-inf"))
     if sink_logits is not None:

@@ -83,8 +83,8 @@ GPT_LINE: dict[str, dict[str, dict[str, Any]]] = {
         "one_norm_grouped": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True,
                              "num_ln_in_parallel_attn": 1, "tie_word_embeddings": False, "ffn_hidden_size": 40},
         "sequential_alibi": {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True,
-                             "num_attention_heads": 6, "hidden_size": 48},
-        "one_kv_head_alibi": {**_FALCON, "alibi": True},
+                             "num_attention_heads": 12, "hidden_size": 48},
+        "one_kv_head_alibi": {**_FALCON, "alibi": True, "num_attention_heads": 6, "hidden_size": 48},
     },
     "RWForCausalLM": {
         "refined_web": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},

@@ -28,6 +28,7 @@ class Case:
     sinks: int = 0
     softcap: float = 0.0
     alibi: bool = False
+    rounds_alibi: bool = False
     sink_logits: bool = False
     value_dim: int = 0  # of a latent cache: values are the last so many numbers of keys
     prefixes: tuple | None = None  # tokens of each sequence that see each other
@@ -53,7 +54,8 @@ class Batch:
             "is_chunked": case.chunked,
             "num_sinks": case.sinks,
             "softcap": case.softcap,
-            "alibi_slopes": torch.rand(case.q_heads, generator=g) if case.alibi else None,
+            "alibi_slopes": torch.rand(case.q_heads, generator=g).bfloat16().float() if case.alibi else None,
+            "rounds_alibi": case.rounds_alibi,
             "sink_logits": torch.randn(case.q_heads, generator=g) if case.sink_logits else None,
             "sparsity": case.sparsity,
         }
@@ -104,7 +106,10 @@ class Batch:
             scores = case.softcap * torch.tanh(scores / case.softcap)
         positions = torch.arange(len(self.q[s])) + len(k) - len(self.q[s])
         distance = positions[:, None] - torch.arange(len(k))[None]
-        if case.alibi:
+        if case.rounds_alibi:
+            keys = _to_8_bits(torch.arange(len(k)).double())
+            scores = scores + o["scale"] * _to_8_bits(o["alibi_slopes"].double()[:, None, None] * keys)
+        elif case.alibi:
             scores = scores - o["alibi_slopes"].double()[:, None, None] * distance
         seen = distance >= 0
         if case.window:
@@ -122,6 +127,12 @@ class Batch:
         if case.sink_logits:
             scores = torch.cat([scores, o["sink_logits"].double()[:, None, None].expand(*scores.shape[:2], 1)], -1)
         return torch.einsum("hqk,khd->qhd", torch.softmax(scores, -1)[..., : len(k)], v)
+
+
+def _to_8_bits(x):
+    """Nearest numbers of 8 significant bits, ties to even: those of bfloat16."""
+    fraction, exponent = torch.frexp(x)
+    return torch.ldexp((fraction * 256).round(), exponent - 8)
 
 
 def _is_in_pattern(sparsity, head, position, key):
@@ -149,6 +160,8 @@ CASES = {
     "small_chunks": Case(window=5, chunked=True, block_size=4, query_lens=(5, 1, 70), context_lens=(50, 333, 170)),
     "softcap": Case(softcap=3.0),
     "alibi": Case(alibi=True),
+    "rounded_alibi": Case(alibi=True, rounds_alibi=True, query_lens=(5, 1, 70), context_lens=(50, 533, 300)),
+    "rounded_alibi_window": Case(alibi=True, rounds_alibi=True, window=33, head_dim=80, context_lens=(50, 533, 300)),
     "sink_logits": Case(sink_logits=True),
     "latent": Case(head_dim=52, value_dim=37, q_heads=20, kv_heads=1, block_size=8),
     "latent_grouped": Case(head_dim=96, value_dim=64, q_heads=40, kv_heads=2, window=33),
@@ -184,6 +197,7 @@ def test_equals_float64_attention(case, dtype, function):
         "sinks",
         "softcap",
         "alibi",
+        "rounded_alibi",
         "sink_logits",
         "latent",
         "latent_grouped",

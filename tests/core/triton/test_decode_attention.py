@@ -67,6 +67,13 @@ def test_options(device, name):
     case.check(run(case, split=PARTS))
 
 
+def test_rounded_alibi_beyond_what_bfloat16_counts(device):
+    case = BASE.but(device=device, lengths=(300, 521), queries=(1, 1), options=OPTIONS["rounded alibi"])
+    case.check(run(case, split=PARTS))
+    case = case.but(cache=FLOAT8, kv_scales=(0.5, 2.0))
+    case.check(run(case, split=PARTS))
+
+
 def test_all_at_once_in_float8(device):
     case = BASE.but(device=device, dtype=torch.bfloat16, cache=FLOAT8, kv_scales=(2.0, 0.5), options=every_option(8))
     case.check(run(case, split=PARTS))

@@ -59,6 +59,13 @@ def test_options(device, name):
     case.check(run(case, tile=Tile(64, 64, 4, 1)))
 
 
+def test_rounded_alibi_beyond_what_bfloat16_counts(device):
+    case = BASE.but(device=device, lengths=(300, 521), queries=(7, 2), options=OPTIONS["rounded alibi"])
+    case.check(run(case, tile=Tile(64, 64, 4, 1)))
+    case = case.but(cache=FLOAT8, kv_scales=(0.5, 2.0))
+    case.check(run(case, tile=Tile(64, 64, 4, 1)))
+
+
 @pytest.mark.parametrize("tile", [Tile(16, 16, 4, 1), Tile(64, 32, 4, 1)], ids=str)
 @pytest.mark.parametrize("prefixes", [(5, 0, 40), (3, 97, 70)], ids=str)
 def test_prefixes(device, prefixes, tile):
@@ -125,7 +132,7 @@ def test_nothing(device):
     assert run(BASE.but(device=device, lengths=(), queries=())).shape == (0, 8, 64)
 
 
-@pytest.mark.parametrize("name", [None, "window and sinks", "all", "sparse", "prefixes"])
+@pytest.mark.parametrize("name", [None, "window and sinks", "all", "sparse", "rounded alibi", "prefixes"])
 def test_sequences_over_themselves(device, name):
     """Without a cache: the same as over one that holds the same keys, also for a part of the rows."""
     options = OPTIONS.get(name, {})

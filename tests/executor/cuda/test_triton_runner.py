@@ -86,3 +86,14 @@ def test_prompts_that_begin_in_a_step_read_no_float8(queries):
         torch.testing.assert_close(result, theirs.prefill(q, call), atol=2e-2, rtol=2e-2)
     if step.num_whole:
         assert not torch.equal(theirs.prefill(q, layer), theirs.prefill(q, replace(layer, own=own)))
+
+
+def test_rounded_alibi():
+    """Beyond the positions that bfloat16 counts."""
+    step = make_step("cpu", [300, 270], [1, 4])
+    slopes = torch.linspace(0.02, 0.8, 8).bfloat16().float()
+    layer = make_layer("cpu", dtype=torch.float32, alibi_slopes=slopes, rounds_alibi=True)
+    q = make_queries(step, layer, torch.float32)
+    ours, theirs = TritonAttention().begin(step), TorchAttention().begin(step)
+    torch.testing.assert_close(ours.decode(q[:1], layer), theirs.decode(q[:1], layer), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.prefill(q[1:], layer), theirs.prefill(q[1:], layer), atol=1e-4, rtol=1e-4)

@@ -35,6 +35,9 @@ class AttentionSpec:
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     value_dim: int | None = None  # of a latent cache: values are the last value_dim numbers of keys, and not stored
     sparsity: BlockSparsity | None = None  # the keys that each head sees; None: all that the rest lets it see
+    # ALiBi is added to q.k before ``scale``, as bfloat16(slope * bfloat16(key's position)): as it depends on no query,
+    # rounding makes it other than by distance. False: slope * (key's position less the query's), after ``scale``
+    rounds_alibi: bool = False
 
     @property
     def is_latent(self) -> bool:

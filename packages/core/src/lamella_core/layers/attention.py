@@ -40,6 +40,7 @@ class Attention(TokenMixer):
         k_norm: of the keys, likewise.
         use_rope: False for a layer without positions in a model that rotates in others.
         alibi_slopes: of all heads [Hq of all ranks] float32, see `alibi_slopes`; None: no ALiBi.
+        rounds_alibi: see `AttentionSpec`.
         clip_qkv: queries, keys and values are clamped to +-clip_qkv as they are projected; None: they stay.
         has_gate: each head's result is multiplied by the sigmoid of as many numbers, projected beside its query.
         has_sinks: each head's softmax has one more column, of a learned score and without a value (see `sinks`).
@@ -62,6 +63,7 @@ class Attention(TokenMixer):
         k_norm: HeadNorm | None = None,
         use_rope: bool = True,
         alibi_slopes: torch.Tensor | None = None,
+        rounds_alibi: bool = False,
         clip_qkv: float | None = None,
         has_sinks: bool = False,
         has_gate: bool = False,
@@ -79,6 +81,7 @@ class Attention(TokenMixer):
             is_chunked=is_chunked,
             softcap=softcap,
             sparsity=sparsity and dataclasses.replace(sparsity, first_head=first_head),
+            rounds_alibi=rounds_alibi,
         )
         self.q_norm, self.k_norm = q_norm, k_norm
         self.use_rope = use_rope

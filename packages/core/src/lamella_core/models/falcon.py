@@ -121,9 +121,9 @@ class FalconForCausalLM(CausalLM):
 
     def make_layer(self, index: int) -> nn.Module:
         config, name = self.config, f"layers.{index}"
-        slopes = None
-        if config.alibi:  # transformers rounds slopes to bfloat16 and scales them with the scores
-            slopes = alibi_slopes(config.num_attention_heads).bfloat16().float() * config.head_dim**-0.5
+        # transformers' sdpa, its default, computes ALiBi in bfloat16 and scales it with the products; its eager
+        # attention adds it a second time, with the mask.
+        slopes = alibi_slopes(config.num_attention_heads).bfloat16().float() if config.alibi else None
         attention = Attention(
             config,
             index,
@@ -131,6 +131,7 @@ class FalconForCausalLM(CausalLM):
             qkv_bias=config.bias,
             out_bias=config.bias,
             alibi_slopes=slopes,
+            rounds_alibi=config.alibi,
         )
         mlp = MLP(config, name=f"{name}.mlp", bias=config.bias)
         if not config.parallel_attn:

@@ -225,7 +225,7 @@ class PagedAttentionContext:
             q, keys, values, batch.block_tables, batch.query_start, batch.context_lens, spec.scale,
             sliding_window=window.length, num_sinks=window.num_sinks, softcap=spec.softcap or 0.0,
             alibi_slopes=alibi_slopes, sink_logits=sink_logits, is_chunked=window.is_chunked,
-            prefix_lens=batch.prefix_lens, sparsity=spec.sparsity,
+            prefix_lens=batch.prefix_lens, sparsity=spec.sparsity, rounds_alibi=spec.rounds_alibi,
         )  # fmt: skip
 
     def kv_place(self, spec: AttentionSpec, kv_scales: Tensor | None) -> None:

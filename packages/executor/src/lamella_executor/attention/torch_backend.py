@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lamella_core.kernels.cpu.reference import alibi_bias
 from lamella_executor.attention.backend import AttentionStep, LayerCall
 
 _QUERY_TILE = 256  # queries whose scores are held at a time
@@ -88,7 +89,8 @@ def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, offset: int, prefix: i
         oldest = positions // window.length * window.length if window.is_chunked else positions + 1 - window.length
         seen &= (places >= oldest) | (places < window.num_sinks)
     if layer.alibi_slopes is not None:
-        scores = scores - layer.alibi_slopes.float().view(kv_heads, -1, 1, 1) * distance
+        bias = alibi_bias(layer.alibi_slopes, positions[:, 0], places[0], spec.scale if spec.rounds_alibi else None)
+        scores = scores + bias.unflatten(0, (kv_heads, num_heads // kv_heads))
     if spec.sparsity is not None:
         seen = seen & spec.sparsity.seen(positions[:, 0], places[0], num_heads)
         seen = seen.unflatten(0, (kv_heads, num_heads // kv_heads))

@@ -72,7 +72,7 @@ class _TritonStep:
             scale=spec.scale, max_context_len=self._step.max_context_len,
             sliding_window=window.length, is_chunked=window.is_chunked, num_sinks=window.num_sinks,
             softcap=spec.softcap or 0.0, sparsity=spec.sparsity,
-            alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits,
+            alibi_slopes=layer.alibi_slopes, rounds_alibi=spec.rounds_alibi, sink_logits=layer.sink_logits,
             kv_scales=layer.kv_scales, out_scale=layer.out_scale,
             workspace=self._backend.workspace(layer, q.device), out=out,
         )  # fmt: skip
@@ -89,7 +89,8 @@ class _TritonStep:
             scale=spec.scale, max_query_len=self._longest[1],
             sliding_window=window.length, is_chunked=window.is_chunked, num_sinks=window.num_sinks,
             softcap=spec.softcap or 0.0, sparsity=spec.sparsity, prefix_lens=self._prefixes(begun, self._num_prompts),
-            alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits, out_scale=layer.out_scale, out=out,
+            alibi_slopes=layer.alibi_slopes, rounds_alibi=spec.rounds_alibi, sink_logits=layer.sink_logits,
+            out_scale=layer.out_scale, out=out,
         )  # fmt: skip
 
     def _over_cache(self, q: Tensor, layer: LayerCall, out: Tensor | None, count: int) -> Tensor:
@@ -107,7 +108,7 @@ class _TritonStep:
             scale=spec.scale, max_query_len=step.max_query_len, max_context_len=self._longest[0],
             sliding_window=window.length, is_chunked=window.is_chunked, num_sinks=window.num_sinks,
             softcap=spec.softcap or 0.0, sparsity=spec.sparsity, prefix_lens=self._prefixes(0, count),
-            alibi_slopes=layer.alibi_slopes, sink_logits=layer.sink_logits,
+            alibi_slopes=layer.alibi_slopes, rounds_alibi=spec.rounds_alibi, sink_logits=layer.sink_logits,
             kv_scales=layer.kv_scales, out_scale=layer.out_scale, out=out,
         )  # fmt: skip
 

@@ -36,8 +36,9 @@ SIGNATURES: dict[str, list[type]] = {
     "lamella_write_kv": [P, P, P, P, P, I64, I64, I64, I64, I64, I64, I64, I64],
     # q, k_cache, v_cache, out, block_tables, query_start, context_lens, prefix_lens, alibi_slopes, sink_logits, tokens,
     # q_heads, kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size, window, chunked, num_sinks,
-    # sparse_block, local_blocks, vert_stride, first_offset, head_step, value_dim, scale, softcap, dtype, threads
-    "lamella_paged_attention": [P] * 10 + [I64] * 18 + [F32, F32, I32, I32],
+    # sparse_block, local_blocks, vert_stride, first_offset, head_step, value_dim, rounds_alibi, scale, softcap, dtype,
+    # threads
+    "lamella_paged_attention": [P] * 10 + [I64] * 19 + [F32, F32, I32, I32],
     # x, dt, a, b, c, d, states, slots, starts, is_first, y, sequences, num_slots, heads, head_dim, size, groups,
     # a_size, x_stride, dt_stride, bc_stride, threads
     "lamella_state_scan": [P] * 11 + [I64] * 10 + [I32],

@@ -146,7 +146,7 @@ def _run_native(
     v_cache: Tensor,
     lengths: tuple[Tensor, Tensor, Tensor],  # block tables, query starts, context lengths
     extras: list[Tensor | None],  # prefix lengths int32, ALiBi slopes and sink logits float32
-    masks: tuple[int, ...],  # window, chunked, sinks, sparsity, and the value size of a latent cache
+    masks: tuple[int, ...],  # window, chunked, sinks, sparsity, value size of a latent cache, rounded ALiBi
     factors: tuple[float, float],  # scale, softcap
 ) -> Tensor:
     q = q if _heads_adjoin(q) else q.contiguous()
@@ -179,6 +179,7 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     is_chunked: bool = False,
     prefix_lens: Tensor | None = None,
     sparsity: BlockSparsity | None = None,
+    rounds_alibi: bool = False,
 ) -> Tensor:
     """Causal attention of packed queries over paged caches that hold this step's keys and values already.
 
@@ -196,11 +197,12 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
         sliding_window: keys a query sees, its own included; 0 for all.
         num_sinks: first keys that stay visible outside the window.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
-        alibi_slopes: [Hq]; adds slope * (key - query position) to the scores.
+        alibi_slopes: [Hq]; adds slope * (key - query position) to the scores; see ``rounds_alibi``.
         sink_logits: [Hq]; one more softmax column per head that has no value.
         is_chunked: keys are cut into chunks of ``sliding_window``, and a query sees its own chunk instead.
         prefix_lens: [S] int32, at most the context's: first keys, which queries among them all see.
         sparsity: what heads see of all this.
+        rounds_alibi: adds scale * bfloat16(slope * bfloat16(key position)) instead.
 
     Returns:
         [T, Hq, D] in q's dtype, [T, Hq, Dv] over a latent cache; rows that see no key are zero.
@@ -215,8 +217,10 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
         return reference.paged_attention(
             q, k_cache, v_cache, block_tables, query_start, context_lens, scale,
             sliding_window, num_sinks, softcap, alibi_slopes, sink_logits, is_chunked, prefix_lens, sparsity,
+            rounds_alibi,
         )  # fmt: skip
     extras = [None if prefix_lens is None else prefix_lens.int().contiguous(), *extras]
-    masks = (sliding_window, is_chunked, num_sinks, *_pattern(sparsity), v_cache.shape[3] if is_latent else 0)
+    value_dim = v_cache.shape[3] if is_latent else 0
+    masks = (sliding_window, is_chunked, num_sinks, *_pattern(sparsity), value_dim, rounds_alibi)
     lengths = (block_tables, query_start, context_lens)
     return _run_native(library, q, k_cache, v_cache, lengths, extras, masks, (scale, softcap))

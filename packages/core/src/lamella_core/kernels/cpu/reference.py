@@ -187,6 +187,17 @@ def _gather(cache: Tensor, table: Tensor, length: int) -> Tensor:
     return blocks.transpose(1, 2).flatten(0, 1)[:length].float()
 
 
+def alibi_bias(slopes: Tensor, positions: Tensor, keys: Tensor, rounded_scale: float | None) -> Tensor:
+    """What ALiBi adds to the scores of queries at ``positions`` [n] for ``keys`` [K]: [Hq, n or 1, K] float32.
+
+    With a ``rounded_scale`` it is that times bfloat16(slope * bfloat16(key)), see `AttentionSpec.rounds_alibi`.
+    """
+    slopes = slopes.float()[:, None, None]
+    if rounded_scale is None:
+        return slopes * (keys[None, :] - positions[:, None])
+    return (slopes * keys.bfloat16().float()).bfloat16().float() * rounded_scale
+
+
 def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     q: Tensor,
     k_cache: Tensor,
@@ -203,6 +214,7 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     is_chunked: bool = False,
     prefix_lens: Tensor | None = None,
     sparsity: BlockSparsity | None = None,
+    rounds_alibi: bool = False,
 ) -> Tensor:
     """Causal attention over a paged cache; see `ops.paged_attention`. float32 goes query by query (see the module)."""
     num_heads = q.shape[1]
@@ -226,8 +238,8 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
             bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
             bias = bias.expand(num_heads, *seen.shape[-2:]).unflatten(0, (kv_heads, chunk.shape[2]))
             if alibi_slopes is not None:
-                offset = torch.arange(limit)[None, :] - positions[:, None]
-                bias = bias + alibi_slopes.float().view(kv_heads, -1, 1, 1) * offset
+                alibi = alibi_bias(alibi_slopes, positions, torch.arange(limit), scale if rounds_alibi else None)
+                bias = bias + alibi.unflatten(0, (kv_heads, chunk.shape[2]))
             sinks = None if sink_logits is None else sink_logits.float()
             part = _attend(chunk, keys[:limit], values[:limit], bias, scale, softcap, sinks)
             out[first : first + step] = part.flatten(1, 2).to(q.dtype)

@@ -30,6 +30,7 @@ struct Problem {
   i64 window, chunked, num_sinks;
   i64 sparse_block, local_blocks, vert_stride, first_offset, head_step;  // BlockSparsity; sparse_block 0: none
   i64 value_dim;  // of a latent cache: values are the last value_dim numbers of keys; 0: they have a cache of their own
+  i64 rounds_alibi;  // AttentionSpec's
   float scale, softcap;
   i64 group() const { return q_heads / kv_heads; }
   bool latent() const { return value_dim > 0; }
@@ -121,6 +122,14 @@ std::uint32_t visible_keys(const Problem& p, i64 start, const Row& row, std::uin
   return seen & present;
 }
 
+// ALiBi of a row for the VW keys from `key` on.
+LAMELLA_INLINE vf alibi(const Problem& p, const Row& row, i64 key) {
+  vf keys;
+  for (int j = 0; j < VW; ++j) keys[j] = float(p.rounds_alibi ? key + j : key + j - row.position);
+  const vf slope = splat(p.alibi_slopes[row.head]);
+  return p.rounds_alibi ? splat(p.scale) * round_bf16(slope * round_bf16(keys)) : slope * keys;
+}
+
 // Dot products of one query with VW keys. DV: registers per head (0: known only at run time).
 template <int DV>
 LAMELLA_INLINE vf score_keys(const float* q, const float* k, i64 padded) {
@@ -161,8 +170,7 @@ void attend(const Problem& p, Row& row, const Tile& tile, i64 start, i64 padded)
   for (i64 i = 0; i < KT; i += VW) {
     vf s = score_keys<DV>(row.q, tile.k + i * padded, padded) * splat(p.scale);
     if (p.softcap > 0.0f) s = splat(p.softcap) * vtanh(s / splat(p.softcap));
-    if (p.alibi_slopes)
-      for (int j = 0; j < VW; ++j) s[j] += p.alibi_slopes[row.head] * float(start + i + j - row.position);
+    if (p.alibi_slopes) s += alibi(p, row, start + i);
     if (seen != ~0u)
       for (int j = 0; j < VW; ++j)
         if (!(seen >> (i + j) & 1)) s[j] = NEG_INF;
@@ -291,18 +299,19 @@ using namespace lamella;
 // its chunk of `window` keys rather than the last ones; prefix_lens null: none; sparse_block 0: not sparse, else a head
 // sees what `BlockSparsity` says, first_offset being that of this call's first head; softcap 0: none. value_dim above 0:
 // v_cache is not read, values are the last value_dim numbers of keys, and out is [tokens, q_heads, value_dim].
+// rounds_alibi: see `AttentionSpec`.
 LAMELLA_API std::int32_t lamella_paged_attention(
     const void* q, const void* k_cache, const void* v_cache, void* out, const std::int32_t* block_tables,
     const std::int32_t* query_start, const std::int32_t* context_lens, const std::int32_t* prefix_lens,
     const float* alibi_slopes, const float* sink_logits, i64 tokens, i64 q_heads, i64 kv_heads, i64 head_dim,
     i64 q_stride, i64 num_seqs, i64 max_blocks, i64 num_blocks, i64 block_size, i64 window, i64 chunked, i64 num_sinks,
-    i64 sparse_block, i64 local_blocks, i64 vert_stride, i64 first_offset, i64 head_step, i64 value_dim, float scale,
-    float softcap, std::int32_t dtype, std::int32_t threads) {
+    i64 sparse_block, i64 local_blocks, i64 vert_stride, i64 first_offset, i64 head_step, i64 value_dim,
+    i64 rounds_alibi, float scale, float softcap, std::int32_t dtype, std::int32_t threads) {
   const Problem p{q, k_cache, v_cache, out, block_tables, query_start, context_lens, prefix_lens, alibi_slopes,
                   sink_logits,
                   tokens, q_heads, kv_heads, head_dim, q_stride, num_seqs, max_blocks, num_blocks, block_size,
                   window, chunked, num_sinks, sparse_block, local_blocks, vert_stride, first_offset, head_step,
-                  value_dim, scale, softcap};
+                  value_dim, rounds_alibi, scale, softcap};
   if (value_dim < 0 || value_dim > head_dim || (sparse_block > 0 && vert_stride <= 0)) return kBadShape;
   if (kv_heads <= 0 || q_heads % kv_heads != 0 || block_size <= 0 || head_dim <= 0) return kBadShape;
   switch (dtype) {

@@ -18,5 +18,5 @@ LAMELLA_API std::int32_t lamella_write_kv(const char*, const char*, char*, char*
 LAMELLA_API std::int32_t lamella_paged_attention(const void*, const void*, const void*, void*, const std::int32_t*,
                                                  const std::int32_t*, const std::int32_t*, const std::int32_t*,
                                                  const float*, const float*, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64,
-                                                 i64, i64, i64, i64, i64, i64, i64, i64,
+                                                 i64, i64, i64, i64, i64, i64, i64, i64, i64,
                                                  float, float, std::int32_t, std::int32_t);

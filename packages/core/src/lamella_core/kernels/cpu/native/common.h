@@ -156,6 +156,12 @@ LAMELLA_INLINE void store(f16* p, vf v) {
 #endif
 }
 
+// Finite numbers as bfloat16 holds them: rounded to nearest, ties to even.
+LAMELLA_INLINE vf round_bf16(vf v) {
+  const vu32 u = reinterpret_cast<vu32>(v);
+  return reinterpret_cast<vf>((u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u);
+}
+
 // ---- scratch memory ------------------------------------------------------------------------------------------------
 
 // A growing buffer owned by one thread; reused between calls and freed when the thread ends.

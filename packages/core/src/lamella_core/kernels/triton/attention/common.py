@@ -19,6 +19,7 @@ Both functions compute what `reference.paged_attention` does, and take
 * sparsity: which of these keys each head sees, see `BlockSparsity`;
 * softcap: scores become softcap * tanh(scores / softcap); 0: they stay;
 * alibi_slopes [Hq] float32: times the key's position less the query's added to scores;
+* rounds_alibi: scale * bfloat16(slope * bfloat16(key's position)) is added instead;
 * sink_logits [Hq]: one more softmax column per head, without a value;
 * kv_scales [2] float32: what cached keys and values are multiplied by;
 * out_scale [] float32: the result is then float8_e4m3fn, divided by it;
@@ -82,9 +83,11 @@ class Layout:
     vert_stride: int
     first_offset: int  # by how many blocks the pattern of this rank's first head is moved
     head_step: int
+    alibi_scale: float  # of rounded ALiBi, see `AttentionSpec.rounds_alibi`; 0: ALiBi goes by distance
 
 
-Mask = tuple[int, int, float, bool, BlockSparsity | None]  # window, sinks, softcap, chunked, sparsity
+# window, sinks, softcap, chunked, sparsity, rounded ALiBi
+Mask = tuple[int, int, float, bool, BlockSparsity | None, bool]
 _DENSE = BlockSparsity(0, 0, 1, 0)
 
 
@@ -120,12 +123,13 @@ def _layout(
         sinks=mask[1] if mask[0] else 0, softcap=mask[2], sparse_block=sparsity.block_size,
         local_blocks=sparsity.num_local_blocks, vert_stride=sparsity.vert_stride,
         first_offset=sparsity.first_head * sparsity.head_step, head_step=sparsity.head_step,
+        alibi_scale=scale if mask[5] else 0.0,
     )  # fmt: skip
 
 
 def layout_of(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, sliding_window: int, num_sinks: int, softcap: float,
-    is_chunked: bool = False, sparsity: BlockSparsity | None = None,
+    is_chunked: bool = False, sparsity: BlockSparsity | None = None, rounds_alibi: bool = False,
 ) -> Layout:  # fmt: skip
     """Returns what a kernel is compiled for.
 
@@ -135,7 +139,7 @@ def layout_of(
     strides = k_cache.stride()
     same = k_cache.shape == v_cache.shape and strides == v_cache.stride()
     dtypes = (q.dtype, k_cache.dtype, v_cache.dtype)
-    mask = (sliding_window, num_sinks, softcap, is_chunked, sparsity)
+    mask = (sliding_window, num_sinks, softcap, is_chunked, sparsity, rounds_alibi)
     return _layout(tuple(q.shape[1:]), q.stride(), tuple(k_cache.shape), strides, dtypes, same, scale, mask)
 
 
@@ -146,7 +150,7 @@ def are_alike(k: Tensor, v: Tensor) -> bool:
 
 def ragged_layout_of(
     q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int, num_sinks: int, softcap: float,
-    is_chunked: bool = False, sparsity: BlockSparsity | None = None,
+    is_chunked: bool = False, sparsity: BlockSparsity | None = None, rounds_alibi: bool = False,
 ) -> Layout:  # fmt: skip
     """Returns what a kernel is compiled for whose keys and values are [T, Hkv, D], of the queries' tokens.
 
@@ -155,7 +159,7 @@ def ragged_layout_of(
     """
     shapes, strides = ((1, k.shape[1], 0, k.shape[2]), (0, k.stride(1), k.stride(0), k.stride(2)))
     same = are_alike(k, v) and k.shape[0] == q.shape[0] and k.dtype == q.dtype
-    mask = (sliding_window, num_sinks, softcap, is_chunked, sparsity)
+    mask = (sliding_window, num_sinks, softcap, is_chunked, sparsity, rounds_alibi)
     return _layout(tuple(q.shape[1:]), q.stride(), shapes, strides, (q.dtype, k.dtype, v.dtype), same, scale, mask)
 
 
@@ -317,21 +321,32 @@ def narrow_query(q, L: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _rounded(x):  # type: ignore[no-untyped-def]
+    """Returns float32 numbers as bfloat16 holds them."""
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
 def shape_scores(  # type: ignore[no-untyped-def]
     dots,  # [M, K] products of queries and keys
     factor,  # what they are multiplied by
+    keys,  # [K] positions
     distances,  # [M, K] or [1, K]: key's position less the query's
     slopes,  # [M] float32 ALiBi slopes, or None
     L: tl.constexpr,
 ):
-    """Returns scores, soft-capped and biased by distance, and the factor that still has to be applied for base 2."""
+    """Returns scores, soft-capped and biased by ALiBi, and the factor that still has to be applied for base 2."""
     rest = factor * LOG2E
     if L.softcap > 0.0:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         power = tl.exp2(dots * (rest * (2.0 / L.softcap)))
         dots = (L.softcap * LOG2E) * (1.0 - 2.0 / (power + 1.0))
         rest = rest * 0.0 + 1.0
     if slopes is not None:
-        dots = dots * rest + slopes[:, None] * LOG2E * distances.to(tl.float32)
+        if L.alibi_scale > 0.0:
+            bias = _rounded(slopes[:, None] * _rounded(keys.to(tl.float32))[None, :]) * (L.alibi_scale * LOG2E)
+        else:
+            bias = slopes[:, None] * LOG2E * distances.to(tl.float32)
+        dots = dots * rest + bias
         rest = rest * 0.0 + 1.0
     return dots, rest
 

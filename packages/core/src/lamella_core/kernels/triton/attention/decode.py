@@ -142,7 +142,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
         k = tl.load(k_ptr + offsets, mask, other=0)
         v = tl.load(v_ptr + offsets, mask, other=0)
         distances = (keys - (length - 1))[None, :]
-        scores, rest = shape_scores(_scores(q_even, q_odd, k, L), factor, distances, slopes, L)
+        scores, rest = shape_scores(_scores(q_even, q_odd, k, L), factor, keys, distances, slopes, L)
         scores = tl.where(seen[None, :], scores, float("-inf"))
         if L.sparse_block > 0:
             scores = tl.where(in_pattern(length - 1, heads, keys, L), scores, float("-inf"))
@@ -328,6 +328,7 @@ def decode_attention(
     softcap: float = 0.0,
     sparsity: BlockSparsity | None = None,
     alibi_slopes: Tensor | None = None,
+    rounds_alibi: bool = False,
     sink_logits: Tensor | None = None,
     kv_scales: Tensor | None = None,
     out_scale: Tensor | None = None,
@@ -347,7 +348,8 @@ def decode_attention(
     * tile: other than the one for this layer.
     * split: other than the one for this batch; needs a workspace large enough.
     """
-    layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap, is_chunked, sparsity)
+    mask = (sliding_window, num_sinks, softcap, is_chunked, sparsity, rounds_alibi)
+    layout = layout_of(q, k_cache, v_cache, scale, *mask)
     out, num_seqs = result_like(q, out_scale, out), q.shape[0]
     if num_seqs == 0:
         return out

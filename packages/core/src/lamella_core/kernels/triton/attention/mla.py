@@ -94,7 +94,7 @@ def _attend_keys(  # type: ignore[no-untyped-def]
         scores = tl.dot(q_rotated, tl.trans(rotated), input_precision="ieee")
         scores = tl.dot(q_latent, tl.trans(latent), scores, input_precision="ieee")
         distances = keys[None, :] - positions[:, None]
-        scores, rest = shape_scores(scores, factor, distances, None, L)
+        scores, rest = shape_scores(scores, factor, keys, distances, None, L)
         seen = distances <= 0
         if L.window > 0:
             seen = seen & ((distances > -L.window) | (keys < L.sinks)[None, :])

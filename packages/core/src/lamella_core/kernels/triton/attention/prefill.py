@@ -182,7 +182,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
             v = tl.load(v_ptr + offsets)
         distances = keys[None, :] - positions[:, None]
         scores = tl.dot(q, tl.trans(_widened(k, L)), input_precision="ieee")
-        scores, rest = shape_scores(scores, factor, distances, slopes, L)
+        scores, rest = shape_scores(scores, factor, keys, distances, slopes, L)
         if MASKED:
             scores = tl.where(_seen(distances, positions, keys, pages, heads, prefix, L), scores, float("-inf"))
         weights, highest, fade = softmax_step(scores, rest, highest)
@@ -315,6 +315,7 @@ def prefill_attention(
     sparsity: BlockSparsity | None = None,
     prefix_lens: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    rounds_alibi: bool = False,
     sink_logits: Tensor | None = None,
     kv_scales: Tensor | None = None,
     out_scale: Tensor | None = None,
@@ -334,7 +335,8 @@ def prefill_attention(
     * prefix_lens [S] int32, at most the contexts': the first keys of a sequence, which its queries among them all see.
     * tile: other than the one for this layer and chunk length.
     """
-    layout = layout_of(q, k_cache, v_cache, scale, sliding_window, num_sinks, softcap, is_chunked, sparsity)
+    mask = (sliding_window, num_sinks, softcap, is_chunked, sparsity, rounds_alibi)
+    layout = layout_of(q, k_cache, v_cache, scale, *mask)
     out = result_like(q, out_scale, out)
     keys = max_context_len or max_query_len
     if table_rows.shape[0]:
@@ -360,6 +362,7 @@ def ragged_attention(
     sparsity: BlockSparsity | None = None,
     prefix_lens: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    rounds_alibi: bool = False,
     sink_logits: Tensor | None = None,
     out_scale: Tensor | None = None,
     out: Tensor | None = None,
@@ -376,7 +379,8 @@ def ragged_attention(
     """
     if not are_alike(k, v):  # one of them is not a part of the fused projection any more
         k, v = k.contiguous(), v.contiguous()
-    layout = ragged_layout_of(q, k, v, scale, sliding_window, num_sinks, softcap, is_chunked, sparsity)
+    mask = (sliding_window, num_sinks, softcap, is_chunked, sparsity, rounds_alibi)
+    layout = ragged_layout_of(q, k, v, scale, *mask)
     out = result_like(q, out_scale, out)
     tile = tile or _tile_for(layout, q, k, max_query_len, max_query_len)
     options = (alibi_slopes, sink_logits, None, out_scale)
