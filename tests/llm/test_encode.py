@@ -162,5 +162,17 @@ def test_check_compares_scores(bert, capsys):
     assert run_check(directory, text="w5 w6 w7", tolerance=1e-4, **options)
     assert "labels equal" in capsys.readouterr().out
     assert not run_check(directory, text="w5 w6 w7", tolerance=0.0, **options)
-    with pytest.raises(ConfigError, match="nothing to compare with"):
-        run_check(scoring_model(*STEPS)[0], text=None, tolerance=1e-4, **options)
+
+
+@pytest.mark.parametrize("case", [STEPS, ("Qwen2ForRewardModel", "grouped")], ids=lambda case: case[0])
+def test_check_compares_rewards_with_the_own_computation(case, capsys):
+    from lamella.cli.check import run_check
+
+    directory = scoring_model(*case)[0]
+    write_tokenizer(directory, is_pair=False)
+    options = {"text": "w5 w6 w7 w6", "max_tokens": 4, "device": "cpu", "tolerance": 1e-4}
+    assert run_check(directory, dtype="float32", **options)
+    out = capsys.readouterr().out
+    assert f"labels equal {2 if case is STEPS else 1} of" in " ".join(out.replace("│", " ").split())
+    assert "Lamella's own float32 computation" in out and case[0] in out
+    assert not run_check(directory, dtype="bfloat16", **options)

@@ -1,13 +1,15 @@
 """``lamella check``: does this model give the same numbers here as in transformers?
 
 Three comparisons over a few prompts and one text: the logits at every generated position (both sides fed the same
-tokens), the greedy tokens, and the perplexity of the text. Quantized models are compared with transformers' computation
-in full precision, of weights that are widened where they are float8; then the perplexity decides.
+tokens), the greedy tokens, and the perplexity of the text. Quantized models are compared with a computation in full
+precision, of weights that are widened where they are float8; then the perplexity decides. What transformers cannot
+compute is compared with Lamella's own plain computation, and the output says so: see `lamella.cli.oracles`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lamella.cli.check_scores import run_score_check
+from lamella.cli.oracles import Check, Oracle, load_oracle
 from lamella.llm import LLM
 from lamella.tokenizer import TokenizerBase
 from lamella_core.auto import AutoConfig, AutoModelForCausalLM
-from lamella_core.checkpoint.block_scales import open_source
 from lamella_core.checkpoint.formats import detect_format
-from lamella_core.checkpoint.mxfp4 import PACKED, Mxfp4Source
-from lamella_core.checkpoint.rules import is_runtime_scale, scale_name, weight_of_scale
-from lamella_core.checkpoint.source import WeightSource
-from lamella_core.config import DTYPES, resolve_dtype
 from lamella_core.errors import ConfigError
 from lamella_core.quantization.config import QuantConfig
 from lamella_executor import SamplingParams
@@ -41,14 +39,15 @@ TEXT = (
 PERPLEXITY_TOLERANCE = 1e-3  # relative
 QUANTIZED_PERPLEXITY_TOLERANCE = 0.03
 _WINDOW = 512  # tokens of text scored at once
-_EAGER_IS_WRONG = ("falcon",)  # model types; transformers' eager attention adds ALiBi twice there
 
 
 @dataclass
 class Report:
-    """What was measured. ``tolerance`` is relative to the largest logit."""
+    """What was measured. ``tolerance`` is relative to the largest logit, ``found`` what loading the oracle showed."""
 
     tolerance: float
+    oracle: str = "transformers"  # its name
+    found: Sequence[Check] = ()
     is_quantized: bool = False
     logit_error: float = 0.0
     largest_logit: float = 0.0
@@ -59,19 +58,20 @@ class Report:
     differences: list[str] = field(default_factory=list)
 
     @property
-    def checks(self) -> list[tuple[str, str, bool | None]]:
-        """Name, measured value, passed; None: nothing is asked of it."""
+    def checks(self) -> list[Check]:
         relative = abs(self.perplexity / self.reference_perplexity - 1)
-        perplexity = f"{self.perplexity:.4f}, transformers {self.reference_perplexity:.4f}"
+        perplexity = f"{self.perplexity:.4f}, {self.oracle} {self.reference_perplexity:.4f}"
         tokens = f"{self.tokens_equal} of {self.tokens_total}"
         if self.is_quantized:
             return [
+                *self.found,
                 ("largest error of a logit", f"{self.logit_error:.2e}, of {self.largest_logit:.2e}", None),
                 ("greedy tokens equal", tokens, None),
                 ("perplexity", perplexity, relative <= QUANTIZED_PERPLEXITY_TOLERANCE),
             ]
         bound = self.tolerance * max(1.0, self.largest_logit)
         return [
+            *self.found,
             ("largest error of a logit", f"{self.logit_error:.2e} (allowed {bound:.2e})", self.logit_error <= bound),
             ("greedy tokens equal", tokens, not self.differences),
             ("perplexity", perplexity, relative <= PERPLEXITY_TOLERANCE),
@@ -115,16 +115,16 @@ def run_check(
     ``sizes`` are arguments of `LLM` that spread the model over ranks.
     """
     if detect_format(hf_dir) != "hugging_face":
-        raise ConfigError(f"{hf_dir} is not a Hugging Face directory; check compares with what transformers can load")
+        raise ConfigError(f"{hf_dir} is not a Hugging Face directory; check compares with such a directory")
     if AutoModelForCausalLM.get_model_class(hf_dir).task == "score":
         return run_score_check(hf_dir, text=text, dtype=dtype, tolerance=tolerance, device=device)
     err = Console(stderr=True, highlight=False)
     with err.status("loading both implementations"):
-        reference = _load_reference(hf_dir, dtype)
         sizes = _short_enough(hf_dir, sizes)
+        oracle = load_oracle(hf_dir, dtype, sizes.get("max_seq_len"))
         llm = LLM(hf_dir, dtype=dtype, device=device, quant_config=quant_config, **sizes)
     with llm, err.status("comparing"):
-        report = compare(llm, reference, text or TEXT, max_tokens, tolerance)
+        report = compare(llm, oracle, text or TEXT, max_tokens, tolerance)
     out = Console(highlight=False)
     table = Table("check", "measured", "")
     for name, value, ok in report.checks:
@@ -135,6 +135,7 @@ def run_check(
     described = ", ".join([model.architecture, model.dtype, *kinds, *ranks])
     out.print(f"{hf_dir}: {described}", markup=False, soft_wrap=True)
     out.print(table)
+    out.print(oracle.note, markup=False, soft_wrap=True)
     for line in report.differences:
         out.print(line, markup=False, soft_wrap=True)
     return report.passed
@@ -152,71 +153,16 @@ def _short_enough(hf_dir: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     return {"max_seq_len": int(rope.scaling["original_max_position_embeddings"]), **sizes}
 
 
-def _load_reference(hf_dir: Path, dtype: str) -> Any:
-    import transformers
-
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
-    torch_dtype = "auto" if dtype == "auto" else DTYPES[dtype]
-    config = AutoConfig.from_hugging_face(hf_dir)
-    source = open_source(hf_dir)
-    if config.quantization.is_quantized or type(source) is not WeightSource:
-        return _load_widened(hf_dir, dtype, source)
-    kernel = "sdpa" if config.model_type in _EAGER_IS_WRONG else "eager"
-    try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            str(hf_dir), dtype=torch_dtype, trust_remote_code=False, attn_implementation=kernel,
-            output_loading_info=True,
-        )  # fmt: skip
-    except Exception as error:  # its checks of a configuration raise anything
-        raise ConfigError(f"transformers cannot load {hf_dir}, so there is nothing to compare with: {error}") from error
-    if report["missing_keys"]:
-        names = ", ".join(sorted(report["missing_keys"])[:5])
-        raise ConfigError(
-            f"transformers takes {hf_dir} for a {type(model).__name__}, whose weights are others ({names}): there is "
-            "nothing to compare with"
-        )
-    return model.eval()
-
-
-def _load_widened(hf_dir: Path, dtype: str, source: WeightSource) -> Any:
-    """Returns transformers' model of a directory of narrow weights, each as the numbers that it stands for."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(str(hf_dir), trust_remote_code=False)
-    config.__dict__.pop("quantization_config", None)
-    torch_dtype = DTYPES[resolve_dtype(dtype, str(config.dtype or "float32"))]
-    tensors: dict[str, torch.Tensor] = {}
-    names = set(source.names())
-    for name in names:
-        if weight_of_scale(name) in names or is_runtime_scale(name):
-            continue
-        tensor = source.read(name)
-        if tensor.dtype == torch.float8_e4m3fn:
-            scale = source.read(scale_name(name, "weight_scale")).float()
-            scale = scale.view(-1, *[1] * (tensor.dim() - 1)) if scale.numel() > 1 else scale.view(())
-            tensor = tensor.float() * scale
-        if isinstance(source, Mxfp4Source) and name.endswith(
-            PACKED
-        ):  # experts [E, out, in]; transformers: [E, in, out]
-            name, tensor = name.removesuffix(PACKED), tensor.mT.contiguous()
-        tensors[name] = tensor.to(torch_dtype)
-    model_class = getattr(transformers, config.architectures[0])
-    model = model_class.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=torch_dtype, attn_implementation="eager"
-    )
-    return model.eval()
-
-
 @torch.inference_mode()
-def compare(llm: LLM, reference: Any, text: str, max_tokens: int, tolerance: float) -> Report:
-    """Returns the comparison of an LLM with a transformers model of the same weights."""
+def compare(llm: LLM, oracle: Oracle, text: str, max_tokens: int, tolerance: float) -> Report:
+    """Returns the comparison of an LLM with an oracle of the same weights."""
     tokenizer = llm.tokenizer
     if tokenizer is None:
         raise ConfigError("check needs the model's tokenizer")
-    report = Report(tolerance, is_quantized=llm.engine.spec.model.quantization.is_quantized)
+    is_quantized = llm.engine.spec.model.quantization.is_quantized
+    report = Report(tolerance, oracle.name, oracle.checks, is_quantized)
     for prompt in PROMPTS:
-        _compare_prompt(llm, reference, prompt, tokenizer, max_tokens, report)
+        _compare_prompt(llm, oracle, prompt, tokenizer, max_tokens, report)
     limit = min(_WINDOW, int(llm.engine.spec.build.max_seq_len or _WINDOW) - 1)
     ids = tokenizer.encode(text)
     windows = [ids[i : i + limit] for i in range(0, len(ids), limit)]
@@ -225,12 +171,12 @@ def compare(llm: LLM, reference: Any, text: str, max_tokens: int, tolerance: flo
     if not scored:
         raise ConfigError("the text for the perplexity has fewer than two tokens")
     report.perplexity = math.exp(-sum(_our_logprob(llm, w) for w in windows) / scored)
-    report.reference_perplexity = math.exp(-sum(_reference_logprob(reference, w) for w in windows) / scored)
+    report.reference_perplexity = math.exp(-sum(_reference_logprob(oracle, w) for w in windows) / scored)
     return report
 
 
 def _compare_prompt(
-    llm: LLM, reference: Any, prompt: str, tokenizer: TokenizerBase, max_tokens: int, report: Report
+    llm: LLM, oracle: Oracle, prompt: str, tokenizer: TokenizerBase, max_tokens: int, report: Report
 ) -> None:
     ids = tokenizer.encode(prompt)
     if not ids:
@@ -238,7 +184,7 @@ def _compare_prompt(
     capture = _Capture()
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, logits_processor=capture)
     ours = llm.generate(ids, params).outputs[0].token_ids
-    logits = reference(torch.tensor([ids + ours])).logits[0, len(ids) - 1 : -1].float()  # [len(ours), vocab]
+    logits = oracle.logits(ids + ours, len(ids))[len(ids) - 1 : -1]  # [len(ours), vocab]
     captured = torch.stack(capture.logits[: len(ours)]).float()
     report.logit_error = max(report.logit_error, float((captured - logits).abs().max()))
     report.largest_logit = max(report.largest_logit, float(logits.abs().max()))
@@ -248,7 +194,9 @@ def _compare_prompt(
     report.tokens_total += len(ours)
     if equal < len(ours):
         at = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
-        report.differences.append(f"{prompt!r}: token {at} is {ours[at]} here and {theirs[at]} in transformers")
+        report.differences.append(
+            f"{prompt!r}: token {at} is {ours[at]} here and {theirs[at]} in {oracle.name.removeprefix('Lamella in ')}"
+        )
 
 
 def _our_logprob(llm: LLM, ids: list[int]) -> float:
@@ -258,6 +206,6 @@ def _our_logprob(llm: LLM, ids: list[int]) -> float:
     return sum(entry[token].logprob for token, entry in zip(ids[1:], entries[1:]) if entry is not None)
 
 
-def _reference_logprob(reference: Any, ids: list[int]) -> float:
-    logits = reference(torch.tensor([ids])).logits[0, :-1].float()
+def _reference_logprob(oracle: Oracle, ids: list[int]) -> float:
+    logits = oracle.logits(ids, len(ids))[:-1]
     return float(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).sum())
