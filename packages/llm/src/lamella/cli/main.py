@@ -154,7 +154,7 @@ def check(  # noqa: PLR0913 - one parameter per option
 ) -> None:
     """Compare logits, greedy tokens and perplexity with transformers; exit code 1 if they differ.
 
-    What transformers has no class for is compared with Lamella's own plain computation in float32, and the output says so.
+    Where transformers has no class, the comparison is with a plain float32 computation, and the output says so.
 
     Of quantized models only the perplexity decides, compared with that of the weights in their own precision.
     """
