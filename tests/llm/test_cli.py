@@ -175,14 +175,14 @@ def test_check_compares_with_an_attention_that_is_right(model_dir: Path, tmp_pat
 def test_check_fails_on_a_difference(model_dir: Path, monkeypatch):
     from lamella.cli import check
 
-    original = check._load_reference
+    original = check.load_oracle
 
-    def disturbed(hf_dir, dtype):
-        model = original(hf_dir, dtype)
-        model.model.layers[0].mlp.down_proj.weight.data.mul_(3.0)
-        return model
+    def disturbed(*arguments):
+        oracle = original(*arguments)
+        oracle._model.model.layers[0].mlp.down_proj.weight.data.mul_(3.0)
+        return oracle
 
-    monkeypatch.setattr(check, "_load_reference", disturbed)
+    monkeypatch.setattr(check, "load_oracle", disturbed)
     done = invoke("check", model_dir, "--max-tokens", 6)
     assert done.exit_code == 1
     assert "FAILED" in done.stdout and "in transformers" in done.stdout
