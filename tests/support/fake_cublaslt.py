@@ -133,9 +133,5 @@ def install(monkeypatch: pytest.MonkeyPatch, version: int = 130100) -> FakeCubla
         monkeypatch.setattr(module, "library", lambda: loaded)
     monkeypatch.setattr(gpu_matmul, "capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: _FakeStream())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     return fake
-
-
-class _FakeStream:
-    cuda_stream = 0

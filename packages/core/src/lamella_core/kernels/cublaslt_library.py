@@ -34,6 +34,7 @@ _PREFERRED_WORKSPACE, _PREFERRED_REDUCTIONS = 1, 3  # of cublasLtMatmulPreferenc
 # Of cublasLtReductionScheme_t: partial sums over K are added in float32, in a fixed order, or there are none.
 _REDUCTIONS = 2
 _ONE, _ZERO = c_float(1), c_float(0)
+_POINTER_BYTES = ctypes.sizeof(c_void_p)
 
 
 class _Result(Structure):
@@ -200,10 +201,11 @@ class Prepared:
         algorithm: bytes,
         workspace_bytes: int,
     ) -> None:
-        self._matmul, self._handle, self._described = functions.cublasLtMatmul, handle, described
+        self._matmul, self._set_attribute = functions.cublasLtMatmul, functions.cublasLtMatmulDescSetAttribute
+        self._handle, self._described = handle, described
         self._shape, self._out_dtype = (product.m, product.n), product.out_dtype
         self._algorithm, self._workspace_bytes = algorithm, workspace_bytes
-        self._scales = (c_void_p(), c_void_p())
+        self._w_scale, self._x_scale = c_void_p(), c_void_p()
         self._lock = threading.Lock()  # the operation holds the scales' addresses from when they are set to the launch
 
     def run(self, x: Tensor, w: Tensor, scales: Scales | None) -> Tensor:
@@ -211,19 +213,19 @@ class Prepared:
         out = torch.empty(self._shape, dtype=self._out_dtype, device=x.device)
         size = self._workspace_bytes
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
+        stream = torch._C._cuda_getCurrentRawStream(x.device.index)  # a tenth of the time of `current_stream`
         operation, w_layout, x_layout, out_layout, _ = self._described.parts
+        out_at = out.data_ptr()
         with self._lock:
             if scales is not None:
-                for attribute, held, scale in zip(
-                    (_SCALE_A, _SCALE_B), self._scales, (scales.w, scales.x), strict=True
-                ):
-                    held.value = scale.data_ptr()
-                    self._described.set_attribute(attribute, held)
+                self._w_scale.value, self._x_scale.value = scales.w.data_ptr(), scales.x.data_ptr()
+                status = self._set_attribute(operation, _SCALE_A, byref(self._w_scale), _POINTER_BYTES)
+                status = status or self._set_attribute(operation, _SCALE_B, byref(self._x_scale), _POINTER_BYTES)
+                _check("cublasLtMatmulDescSetAttribute", status)
             status = self._matmul(
                 self._handle, operation, byref(_ONE), w.data_ptr(), w_layout, x.data_ptr(), x_layout, byref(_ZERO),
-                out.data_ptr(), out_layout, out.data_ptr(), out_layout, self._algorithm,
-                None if workspace is None else workspace.data_ptr(), size,
-                torch.cuda.current_stream(x.device).cuda_stream,
+                out_at, out_layout, out_at, out_layout, self._algorithm,
+                None if workspace is None else workspace.data_ptr(), size, stream,
             )  # fmt: skip
         _check("cublasLtMatmul", status)
         return out

@@ -215,9 +215,8 @@ def paged_attention(  # noqa: PLR0913 - mirrors the native kernel
     library, is_latent = kernels(), _is_latent(k_cache, v_cache)
     if library is None or not _native_serves(q, k_cache, v_cache, is_latent):
         return reference.paged_attention(
-            q, k_cache, v_cache, block_tables, query_start, context_lens, scale,
-            sliding_window, num_sinks, softcap, alibi_slopes, sink_logits, is_chunked, prefix_lens, sparsity,
-            rounds_alibi,
+            q, k_cache, v_cache, block_tables, query_start, context_lens, scale, sliding_window, num_sinks, softcap,
+            alibi_slopes, sink_logits, is_chunked, prefix_lens, sparsity, rounds_alibi,
         )  # fmt: skip
     extras = [None if prefix_lens is None else prefix_lens.int().contiguous(), *extras]
     value_dim = v_cache.shape[3] if is_latent else 0

@@ -255,7 +255,7 @@ def default_tile(m: int, n: int, k: int, itemsize: int) -> VectorTile | MatrixTi
     deep = k > 8192
     if itemsize == 1:
         if m == 1:
-            return VectorTile(block_n=4, num_warps=4) if deep else VectorTile(block_n=2, num_warps=8)
+            return _float8_row_tile(n, deep=deep)
         if m == 2 and not deep:
             return VectorTile(block_n=4, num_warps=4)
     elif m <= 2:
@@ -263,6 +263,16 @@ def default_tile(m: int, n: int, k: int, itemsize: int) -> VectorTile | MatrixTi
     elif m <= MOST_VECTOR_ROWS:
         return VectorTile(block_n=4, num_warps=2) if n > 16384 else VectorTile(block_n=2, num_warps=4)
     return MatrixTile(block_n=16, block_k=256 // itemsize, num_warps=2, num_stages=4)
+
+
+def _float8_row_tile(n: int, *, deep: bool) -> VectorTile:
+    """Returns the tile for one row by a float8 weight, as measured in whole layers with attention.
+
+    A layer of Llama-3.1-8B takes 86.25 us on an H100; 87.9 with (2, 8) everywhere but down (4, 4), and nothing ahead.
+    """
+    if deep:
+        return VectorTile(block_n=4, num_warps=4, ahead=2048)
+    return VectorTile(block_n=2, num_warps=8, ahead=2048) if n > 16384 else VectorTile(block_n=2, num_warps=4)
 
 
 @functools.lru_cache(maxsize=1024)
