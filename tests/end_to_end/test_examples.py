@@ -91,7 +91,8 @@ def test_tasks_of_the_older_api(tmp_path: Path):
         "run_llm_from_huggingface_model", "run_llm_from_tllm_engine", "run_llm_generate",
         "run_llm_generate_async_example", "run_llm_with_async_future",
     }  # fmt: skip
-    assert re.search(r"^3\d updates: ", out, re.M) and re.search(r"^1 updates: ", out, re.M)
+    updates = sorted(map(int, re.findall(r"^(\d+) updates: ", out, re.M)))
+    assert updates[0] == 1 and updates[-1] > 1, "one at the end, or as they come (a busy machine joins some)"
     stories = re.findall(r", a little pig .*$", out, re.M)
     assert len(set(stories)) == 1 and len(stories) == 5  # HF directory and engine, streamed or not: the same text
 
