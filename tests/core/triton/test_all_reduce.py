@@ -1,5 +1,6 @@
 """Kernels that sum and gather over ranks: two and three processes write into memory that they share."""
 
+import fcntl
 import itertools
 import os
 import subprocess
@@ -21,8 +22,22 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module", params=[2, 3])
 def results(request, tmp_path_factory):
-    """By rank, what it computed; ending at all proves that the abort word ended rank 0's last calls."""
-    size, folder = request.param, tmp_path_factory.mktemp("ranks")
+    """By rank, what it computed; ending at all proves that the abort word ended rank 0's last calls.
+
+    Computed once, also where the tests are divided among processes.
+    """
+    size, common = request.param, tmp_path_factory.getbasetemp()
+    folder = (common.parent if "PYTEST_XDIST_WORKER" in os.environ else common) / f"all-reduce-{size}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            compute(size, folder)
+            (folder / "done").touch()
+    return [load_file(folder / f"results{rank}") for rank in range(size)]
+
+
+def compute(size, folder):
     environment = dict(os.environ, OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
     command = [sys.executable, "-m", "tests.support.all_reduce_rank"]
     processes = [
@@ -35,7 +50,6 @@ def results(request, tmp_path_factory):
         for process in processes:
             process.kill()
             process.wait()
-    return [load_file(folder / f"results{rank}") for rank in range(size)]
 
 
 def same_bits(a, b):

@@ -34,7 +34,7 @@ def product_scales(weight: torch.dtype, dtype: torch.dtype, device: str) -> Scal
 def test_gate_has_the_bits_of_the_separate_kernels(
     m: int, dtype: torch.dtype, tile: gemv.VectorTile, device: str
 ) -> None:
-    inner, k = 19, 528  # fill neither the outputs of a program nor one turn over K
+    inner, k = 7, 528  # fill neither the outputs of a program nor one turn over K
     wide = BF16 if dtype == FP8 else dtype
     x, w = numbers(m, k, dtype=dtype, device=device), numbers(2 * inner, k, dtype=dtype, device=device, seed=1)
     bias = numbers(2 * inner, dtype=wide, device=device, seed=2)
