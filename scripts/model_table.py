@@ -36,7 +36,7 @@ INTRODUCTION = """# Models
 
 Made by `scripts/model_table.py` from a run of the conformance suite (`tests/conformance`); do not edit.
 
-Each architecture runs in several tiny random configurations, in float32 (in "half precision" bfloat16 and float16),
+Each architecture runs in several tiny random configurations, in float32 (in "half precision" bfloat16 or float16),
 against `transformers`, or against an independent reference in `tests/references` where transformers has none. "served"
 is through the executor: batched, in chunks, paused and resumed, prefixes reused. A cell counts the passed runs of all
 runs; "-" means that the test does not apply.
