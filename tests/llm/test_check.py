@@ -95,6 +95,7 @@ def test_the_class_that_config_json_names_is_taken_where_transformers_chooses_no
 @pytest.mark.parametrize("case", [
     ("Gemma2ForCausalLM", "low_caps"), ("Llama4ForCausalLM", "chunks_and_unrotated"), ("GptOssForCausalLM", None),
     ("DeepseekV2ForCausalLM", None), ("Mamba2ForCausalLM", None), ("BloomForCausalLM", None),
+    ("FalconForCausalLM", "sequential_alibi"),
 ], ids=lambda case: case[0])  # fmt: skip
 def test_the_own_computation_is_that_of_transformers(case: tuple[str, str | None]):
     """Soft-caps, chunks, sinks, latents, states and ALiBi, where both oracles can be had."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lamella_core.context import AttentionSpec, RecurrentStep, SingleRank, StateSpec
+from lamella_core.kernels.cpu.reference import alibi_bias
 from lamella_core.layers.rotary import Rotation
 from lamella_core.models.base import CausalLM
 from lamella_core.prefix import Prefix, PrefixTokens
@@ -64,7 +65,7 @@ class WholeText:
         place = torch.arange(self._num_tokens)
         distance = place[:, None] - place[None, :]
         if alibi_slopes is not None:
-            scores = scores - alibi_slopes.float()[:, None, None] * distance
+            scores = scores + alibi_bias(alibi_slopes, place, place, spec.scale if spec.rounds_alibi else None)
         scores = scores.masked_fill(~self._seen(spec, place, distance), float("-inf"))
         if sink_logits is not None:
             scores = torch.cat([scores, sink_logits.float()[:, None, None].expand(-1, self._num_tokens, 1)], dim=-1)

@@ -28,7 +28,7 @@ from lamella_core.kernels.triton.launch import (
     next_power_of_2,
     use_pdl,
 )
-from lamella_core.kernels.triton.moe_align import Blocks, make_blocks, needs_sorting
+from lamella_core.kernels.triton.moe_align import Blocks, Rows, make_blocks, needs_sorting
 from lamella_core.kernels.triton.moe_kernels import product_kernel, quantize_kernel, sum_kernel
 from lamella_core.kernels.triton.moe_sorted import SortedTile, sorted_experts, takes
 from lamella_core.kernels.triton.quantize import quantize_fp8_per_token
@@ -163,21 +163,6 @@ def gated_experts(
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """Inputs of a product.
-
-    Attributes:
-        values: [A / share, K].
-        scale: of float8 values: float32 of each row, or of each expert; None: of no float8.
-        per_row: which of them.
-    """
-
-    values: Tensor
-    scale: Tensor | None = None
-    per_row: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class _Call:
     """What the kernels of one call share."""
 
@@ -187,15 +172,15 @@ class _Call:
     held: int  # experts of this rank
     dtype: torch.dtype  # of inputs, results and, where nothing is quantized, everything between
 
-    def inputs(self, rows: Tensor, projection: ExpertProjection) -> _Rows:
+    def inputs(self, rows: Tensor, projection: ExpertProjection) -> Rows:
         """Returns rows [A, K] or [A / top_k, K] as the projection's weight takes them."""
         if projection.weight.dtype != FLOAT8:
-            return _Rows(rows)
+            return Rows(rows)
         if projection.input_scale is None:
             values, scales = quantize_fp8_per_token(rows)
-            return _Rows(values, scales, per_row=True)
+            return Rows(values, scales, per_row=True)
         values = rows if rows.dtype == FLOAT8 else self._quantized(rows, projection.input_scale)
-        return _Rows(values, projection.input_scale)
+        return Rows(values, projection.input_scale)
 
     def _quantized(self, rows: Tensor, scales: Tensor) -> Tensor:
         """Returns the inputs [A, K] of all assignments, each divided by its expert's scale."""
@@ -210,7 +195,7 @@ class _Call:
 
     def product(
         self,
-        x: _Rows,
+        x: Rows,
         projection: ExpertProjection,
         gate: Swiglu | None = None,
         out_scale: Tensor | None = None,

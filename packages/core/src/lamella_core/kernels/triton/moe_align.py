@@ -39,6 +39,21 @@ class Blocks:
     places: Tensor | None = None  # [assignments] int32: where rows has each; nothing for other ranks' experts
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Inputs of a product.
+
+    Attributes:
+        values: one row per assignment, per token, or per place in blocks, each [K].
+        scale: of float8 values: float32 of each row, or of each expert; None: of no float8.
+        per_row: which of them.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+    per_row: bool = False
+
+
 def most_blocks(assignments: int, held: int, block_m: int) -> int:
     """Returns how many blocks of ``block_m`` rows assignments to ``held`` experts can need at most."""
     hit = min(assignments, held)

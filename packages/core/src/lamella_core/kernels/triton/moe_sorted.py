@@ -29,7 +29,7 @@ from lamella_core.kernels.triton.launch import (
     next_power_of_2,
     use_pdl,
 )
-from lamella_core.kernels.triton.moe_align import Blocks, make_blocks
+from lamella_core.kernels.triton.moe_align import Blocks, Rows, make_blocks
 from lamella_core.kernels.triton.moe_sorted_kernels import sorted_product_kernel, sorted_sum_kernel, spread_kernel
 from lamella_core.kernels.triton.quantize import quantize_fp8_per_token
 
@@ -116,21 +116,6 @@ def sorted_experts(x: Tensor, experts: Tensor, weights: Tensor, stack: ExpertSta
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """Sorted inputs of a product.
-
-    Attributes:
-        values: [R, K].
-        scale: of float8 values: float32 of each row, or of each expert; None: of no float8.
-        per_row: which of them.
-    """
-
-    values: Tensor
-    scale: Tensor | None = None
-    per_row: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class SortedCall:
     """What the kernels of one call share."""
 
@@ -145,24 +130,24 @@ class SortedCall:
         """R."""
         return self.blocks.count * self.tile.block_m
 
-    def inputs(self, rows: Tensor, projection: ExpertProjection) -> _Rows:
+    def inputs(self, rows: Tensor, projection: ExpertProjection) -> Rows:
         """Returns rows [A, K] or [A / top_k, K] sorted, as the projection's weight takes them."""
         if projection.weight.dtype != FLOAT8:
-            return _Rows(self.spread(rows))
+            return Rows(self.spread(rows))
         if projection.input_scale is not None:
-            return _Rows(self.spread(rows, by_expert=projection.input_scale), projection.input_scale)
+            return Rows(self.spread(rows, by_expert=projection.input_scale), projection.input_scale)
         values, scales = quantize_fp8_per_token(rows)
         sorted_scales = torch.empty(self.num_rows, dtype=torch.float32, device=rows.device)
-        return _Rows(self.spread(values, moved=(scales, sorted_scales)), sorted_scales, per_row=True)
+        return Rows(self.spread(values, moved=(scales, sorted_scales)), sorted_scales, per_row=True)
 
-    def sorted_inputs(self, rows: Tensor, projection: ExpertProjection) -> _Rows:
+    def sorted_inputs(self, rows: Tensor, projection: ExpertProjection) -> Rows:
         """Returns sorted rows [R, K] as the projection's weight takes them."""
         if projection.weight.dtype != FLOAT8:
-            return _Rows(rows)
+            return Rows(rows)
         if projection.input_scale is None:
             values, scales = quantize_fp8_per_token(rows)
-            return _Rows(values, scales, per_row=True)
-        return _Rows(rows, projection.input_scale)
+            return Rows(values, scales, per_row=True)
+        return Rows(rows, projection.input_scale)
 
     def spread(
         self, rows: Tensor, *, by_expert: Tensor | None = None, moved: tuple[Tensor, Tensor] | None = None
@@ -189,7 +174,7 @@ class SortedCall:
         return out
 
     def product(
-        self, x: _Rows, projection: ExpertProjection, gate: Swiglu | None = None, out_scale: Tensor | None = None
+        self, x: Rows, projection: ExpertProjection, gate: Swiglu | None = None, out_scale: Tensor | None = None
     ) -> Tensor:
         """Returns the result of each row [R, N], or [R, N / 2] of the gate; in float8 by ``out_scale`` [E]."""
         held, n, k = projection.weight.shape
