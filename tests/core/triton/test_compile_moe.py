@@ -12,7 +12,7 @@ KERNELS = {
     "quantize_kernel",
     "_quantize_per_token_kernel",
 }
-SORTED = {"spread_kernel", "sorted_product_kernel", "sorted_sum_kernel"}
+SORTED = {"spread_kernel", "sorted_product_kernel"}
 
 
 @pytest.mark.slow

@@ -231,7 +231,7 @@ class _Call:
         out = torch.empty((tokens, width), dtype=parts.dtype, device=parts.device)
         block = min(COLUMNS, next_power_of_2(width))
         sum_kernel[(tokens, -(-width // block))](
-            parts, self.blocks.experts, out, self.first, HELD=self.held, TOP_K=top_k, WIDTH=width, BLOCK=block,
-            USE_PDL=use_pdl(), num_warps=4, **launch_options(),
+            parts, self.blocks.experts, None, None, out, self.first,
+            HELD=self.held, TOP_K=top_k, WIDTH=width, BLOCK=block, USE_PDL=use_pdl(), num_warps=4, **launch_options(),
         )  # fmt: skip
         return out

@@ -196,8 +196,10 @@ def product_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sum_kernel(  # type: ignore[no-untyped-def]
-    parts_ptr,  # [T * TOP_K, WIDTH]; rows of other ranks' experts hold anything
+    parts_ptr,  # [T * TOP_K, WIDTH], or as places say; rows of other ranks' experts hold anything
     experts_ptr,  # [T * TOP_K] int64
+    places_ptr,  # [T * TOP_K] int32: rows of assignments; None: in their order
+    weight_ptr,  # [T * TOP_K] float32: multiplies results, or None
     out_ptr,  # [T, WIDTH]
     first_expert,
     HELD: tl.constexpr,
@@ -206,7 +208,7 @@ def sum_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """The sum of a token's results from this rank's experts, in order of its choices, in float32."""
+    """The weighted sum of a token's results from this rank's experts, in order of its choices, in float32."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < WIDTH
@@ -218,7 +220,10 @@ def sum_kernel(  # type: ignore[no-untyped-def]
         row = token * TOP_K + choice
         expert = tl.load(experts_ptr + row) - first_expert
         held = (expert >= 0) & (expert < HELD)
-        acc += tl.load(parts_ptr + row * WIDTH + cols, mask=mask & held, other=0.0).to(tl.float32)
+        weight = 1.0 if weight_ptr is None else tl.load(weight_ptr + row)
+        if places_ptr is not None:
+            row = tl.load(places_ptr + row, mask=held, other=0).to(tl.int64)
+        acc += weight * tl.load(parts_ptr + row * WIDTH + cols, mask=mask & held, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * WIDTH + cols, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 

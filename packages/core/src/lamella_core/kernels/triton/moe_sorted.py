@@ -30,7 +30,8 @@ from lamella_core.kernels.triton.launch import (
     use_pdl,
 )
 from lamella_core.kernels.triton.moe_align import Blocks, Rows, make_blocks
-from lamella_core.kernels.triton.moe_sorted_kernels import sorted_product_kernel, sorted_sum_kernel, spread_kernel
+from lamella_core.kernels.triton.moe_kernels import sum_kernel
+from lamella_core.kernels.triton.moe_sorted_kernels import sorted_product_kernel, spread_kernel
 from lamella_core.kernels.triton.quantize import quantize_fp8_per_token
 
 FLOAT8 = torch.float8_e4m3fn
@@ -213,7 +214,7 @@ class SortedCall:
         (tokens, top_k), width = self.blocks.experts.shape, parts.shape[1]
         out = torch.empty((tokens, width), dtype=parts.dtype, device=parts.device)
         block = min(COLUMNS, next_power_of_2(width))
-        sorted_sum_kernel[(tokens, -(-width // block))](
+        sum_kernel[(tokens, -(-width // block))](
             parts, self.blocks.experts, self.blocks.places, weights, out, self.first,
             HELD=self.held, TOP_K=top_k, WIDTH=width, BLOCK=block,
             USE_PDL=use_pdl(), num_warps=4, **launch_options(),

@@ -179,36 +179,3 @@ def sorted_product_kernel(  # type: ignore[no-untyped-def]
             if out_scale_ptr is not None:
                 result = to_float8(tl.div_rn(result.to(tl.float32), tl.load(out_scale_ptr + expert)), NATIVE_FLOAT8)
             out_desc.store([row, col], result)
-
-
-@triton.jit
-def sorted_sum_kernel(  # type: ignore[no-untyped-def]
-    parts_ptr,  # [R, WIDTH]
-    experts_ptr,  # [T * TOP_K] int64
-    places_ptr,  # [T * TOP_K] int32
-    weight_ptr,  # [T * TOP_K] float32: multiplies results, or None
-    out_ptr,  # [T, WIDTH]
-    first_expert,
-    HELD: tl.constexpr,
-    TOP_K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    USE_PDL: tl.constexpr,
-):
-    """The weighted sum of a token's results from this rank's experts, in order of its choices, in float32."""
-    token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < WIDTH
-    if USE_PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    acc = tl.zeros([BLOCK], tl.float32)
-    for choice in tl.static_range(TOP_K):
-        expert = tl.load(experts_ptr + token * TOP_K + choice) - first_expert
-        held = (expert >= 0) & (expert < HELD)
-        row = tl.load(places_ptr + token * TOP_K + choice, mask=held, other=0).to(tl.int64)
-        part = tl.load(parts_ptr + row * WIDTH + cols, mask=mask & held, other=0.0).to(tl.float32)
-        if weight_ptr is not None:
-            part *= tl.load(weight_ptr + token * TOP_K + choice)
-        acc += part
-    tl.store(out_ptr + token * WIDTH + cols, acc.to(out_ptr.dtype.element_ty), mask=mask)
