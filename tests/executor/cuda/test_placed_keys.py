@@ -16,6 +16,7 @@ from tests.support.triton_interpreter import repair_interpreter
 
 from lamella_core import QuantConfig
 from lamella_core.context import SingleRank
+from lamella_core.kernels import gpu_matmul
 from lamella_core.kernels.matmul import MatmulPlan
 from lamella_core.kernels.triton import gemv
 from lamella_core.layers.attention import Attention
@@ -102,6 +103,7 @@ def tile_of(m: int, n: int, k: int, itemsize: int) -> gemv.VectorTile | gemv.Mat
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemv, "default_tile", tile_of)
+    monkeypatch.setattr(gpu_matmul, "MOST_STORED_ROWS", gpu_matmul.MOST_GEMV_ROWS)
 
 
 @pytest.mark.parametrize("quantization", [None, QUANTIZED], ids=["bf16", "float8"])
@@ -115,6 +117,11 @@ def test_the_projection_stores(rows, has_rotation, quantization, monkeypatch):
     assert (placed.rotated, separate.rotated) == (0, 1)
     assert placed.results[1].any() and placed.results[2].any()
     assert all(map(torch.equal, placed.results, separate.results))
+
+
+def test_more_rows_stay_separate_as_long_as_their_bits_may_differ(monkeypatch):
+    monkeypatch.undo()
+    assert [Run(attention(), rows, rotation_of(rows)).rotated for rows in (1, 2, 4)] == [0, 1, 1]
 
 
 def test_what_comes_between_keeps_it_separate():
