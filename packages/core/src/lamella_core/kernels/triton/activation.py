@@ -38,6 +38,7 @@ def _silu_and_mul_kernel(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < WIDTH
+    out_scale = tl.load(out_scale_ptr).to(tl.float32) if QUANTIZE else 1.0
     if USE_PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -45,7 +46,7 @@ def _silu_and_mul_kernel(
     gate = tl.load(source, mask, other=0.0)
     y = gated_silu(gate, tl.load(source + WIDTH, mask, other=0.0))
     if QUANTIZE:
-        scaled = tl.div_rn(y.to(tl.float32), tl.load(out_scale_ptr).to(tl.float32))
+        scaled = tl.div_rn(y.to(tl.float32), out_scale)
         tl.store(out_ptr + row * WIDTH + cols, to_float8(scaled, NATIVE_FLOAT8), mask)
     else:
         tl.store(out_ptr + row * WIDTH + cols, y, mask)

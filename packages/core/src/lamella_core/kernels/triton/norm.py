@@ -56,6 +56,7 @@ def _rms_norm_kernel(
     in_row = cols < H
     mask = in_row if ROWS == 1 else in_row & (rows < num_rows)
     weight = tl.load(weight_ptr + cols, in_row, other=0.0)
+    out_scale = tl.load(out_scale_ptr).to(tl.float32) if QUANTIZE else 1.0
     if USE_PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -75,7 +76,7 @@ def _rms_norm_kernel(
         normed = (wide * factor).to(x.dtype).to(tl.float32)
         normed = (normed * weight.to(tl.float32)).to(x.dtype)
     if QUANTIZE:
-        scaled = tl.div_rn(normed.to(tl.float32), tl.load(out_scale_ptr).to(tl.float32))
+        scaled = tl.div_rn(normed.to(tl.float32), out_scale)
         tl.store(out_ptr + rows * H + cols, to_float8(scaled, NATIVE_FLOAT8), mask)
     else:
         tl.store(out_ptr + rows * H + cols, normed, mask)

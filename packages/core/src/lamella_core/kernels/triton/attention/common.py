@@ -369,7 +369,7 @@ def finish(  # type: ignore[no-untyped-def]
     total,  # [M]
     sink_ptrs,  # [M] where the rows' sink logits are, or None
     v_scale,
-    out_scale_ptr,  # [] float32, or None
+    out_scale,  # [] float32, or None
     L: tl.constexpr,
 ):
     """Ends a softmax; returns its results [M, D], as float8 divided by a scale if there is one. Blind rows are zero."""
@@ -380,6 +380,6 @@ def finish(  # type: ignore[no-untyped-def]
         total = total * fade + tl.exp2(sinks - now)
         acc = acc * fade[:, None]
     out = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
-    if out_scale_ptr is not None:
-        out = to_float8(out / tl.load(out_scale_ptr), L.native)
+    if out_scale is not None:
+        out = to_float8(out / out_scale, L.native)
     return out

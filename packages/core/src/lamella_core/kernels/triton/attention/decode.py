@@ -5,7 +5,8 @@ part of the keys, if these are split at all. Which keys is found on the device f
 depends only on the number of sequences and the greatest length, and a captured launch serves all lengths. Parts are
 joined by the program of a sequence and head that ends last (a counter in the workspace tells), without a second kernel.
 
-The block table is read one tile ahead of the keys; these are on their way ``num_stages`` tiles ahead. Float8 keys are
+The block table is read one tile ahead of the keys; these are on their way ``num_stages`` tiles ahead. Lengths, rows and
+tables are written before a step's first kernel, so they are read before the kernel before has ended. Float8 keys are
 read as words of two, because matrix units take 16-bit words transposed from shared memory and no others; even and odd
 columns are multiplied on their own.
 
@@ -107,6 +108,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
     k_ptr,  # [N, P, D] of this key/value head; as words of two if float8
     v_ptr,
     table_ptr,  # [B] of this sequence
+    pages,  # of its first tile
     length,
     first,  # tile in which the window begins
     sink_tiles,  # tiles of sinks before that one
@@ -129,7 +131,6 @@ def _attend_part(  # type: ignore[no-untyped-def]
     acc_even = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     acc_odd = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     last_page = tl.maximum(length - 1, 0) // L.page
-    pages = load_pages(table_ptr, _tile_at(begin, first, sink_tiles), last_page, L, BLOCK_N)
     for step in range(begin, end):
         tile = _tile_at(step, first, sink_tiles)
         next_pages = load_pages(table_ptr, _tile_at(step + 1, first, sink_tiles), last_page, L, BLOCK_N)
@@ -192,14 +193,14 @@ def _write(  # type: ignore[no-untyped-def]
     out_ptr,  # [G, D] of this sequence and group
     sinks_ptr,  # [G] of this group, or None
     v_scale,
-    out_scale_ptr,
+    out_scale,  # or None
     L: tl.constexpr,
 ):
     """Ends the softmax and stores the results of the group's heads."""
     members = first_member + tl.arange(0, acc.shape[0])
     valid = members < L.group
     sink_ptrs = None if sinks_ptr is None else sinks_ptr + tl.minimum(members, L.group - 1)
-    out = finish(acc, highest, total, sink_ptrs, v_scale, out_scale_ptr, L)
+    out = finish(acc, highest, total, sink_ptrs, v_scale, out_scale, L)
     cols = tl.arange(0, L.padded_dim)
     mask = valid[:, None] & (cols < L.head_dim)[None, :]
     tl.store(out_ptr + members[:, None] * L.head_dim + cols[None, :], out.to(out_ptr.dtype.element_ty), mask)
@@ -264,35 +265,38 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     CHUNKS: tl.constexpr = (L.group + ROWS - 1) // ROWS  # programs per group
     STEP: tl.constexpr = 2 if L.float8 else 1
     part, chunk, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if USE_PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     length, row = tl.load(lengths_ptr + seq), tl.load(rows_ptr + seq).to(tl.int64)
     first, sink_tiles, steps, per_part = _divide(length, parts, least_steps, L, BLOCK_N)
     used = tl.maximum((steps + per_part - 1) // per_part, 1)
     if part >= used:
         return
+    table_ptr = tables_ptr + row * table_stride
+    begin, last_page = part * per_part, tl.maximum(length - 1, 0) // L.page
+    pages = load_pages(table_ptr, _tile_at(begin, first, sink_tiles), last_page, L, BLOCK_N)
+    factor, v_scale = scales_of(kv_scales_ptr, scale)
+    out_scale = None if out_scale_ptr is None else tl.load(out_scale_ptr)
+    if USE_PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     kv_head, first_member = chunk // CHUNKS, (chunk % CHUNKS) * ROWS
     first_head = kv_head * L.group
     heads = first_head + first_member + tl.arange(0, BLOCK_M)
     valid = heads < first_head + L.group
-    factor, v_scale = scales_of(kv_scales_ptr, scale)
     slopes = None if alibi_ptr is None else tl.load(alibi_ptr + heads, valid, other=0.0).to(tl.float32)
     q_ptr += seq * L.q_token_stride
     acc, odd, highest, total = _attend_part(
         _load_query(q_ptr, heads, valid, 0, STEP, L), _load_query(q_ptr, heads, valid, STEP - 1, STEP, L),
-        head_cache(k_ptr, kv_head, STEP, L), head_cache(v_ptr, kv_head, STEP, L), tables_ptr + row * table_stride,
-        length, first, sink_tiles, part * per_part, tl.minimum((part + 1) * per_part, steps), factor, slopes,
-        heads, L, BLOCK_N,
+        head_cache(k_ptr, kv_head, STEP, L), head_cache(v_ptr, kv_head, STEP, L), table_ptr, pages,
+        length, first, sink_tiles, begin, tl.minimum(begin + per_part, steps), factor, slopes, heads, L, BLOCK_N,
     )
     if L.float8:
         acc = tl.interleave(acc, odd)
     out_ptr += seq * (L.heads * L.head_dim) + first_head * L.head_dim
     sinks_ptr = None if sinks_ptr is None else sinks_ptr + first_head
     if partial_ptr is None:
-        _write(acc, highest, total, first_member, out_ptr, sinks_ptr, v_scale, out_scale_ptr, L)
+        _write(acc, highest, total, first_member, out_ptr, sinks_ptr, v_scale, out_scale, L)
     elif used == 1:
-        _write(acc, highest, total, first_member, out_ptr, sinks_ptr, v_scale, out_scale_ptr, L)
+        _write(acc, highest, total, first_member, out_ptr, sinks_ptr, v_scale, out_scale, L)
     else:
         index = seq * tl.num_programs(1) + chunk
         partial_ptr += index * parts * (ROWS * L.padded_dim)
@@ -300,7 +304,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         if _park(acc, highest, total, part, partial_ptr, stats_ptr, counters_ptr + index, ROWS) == used - 1:
             tl.store(counters_ptr + index, 0)
             joined, most, whole = _join_parts(partial_ptr, stats_ptr, used, ROWS, L.padded_dim)
-            _write(joined, most, whole, first_member, out_ptr, sinks_ptr, v_scale, out_scale_ptr, L)
+            _write(joined, most, whole, first_member, out_ptr, sinks_ptr, v_scale, out_scale, L)
 # fmt: on
 
 

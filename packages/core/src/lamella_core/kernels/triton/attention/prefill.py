@@ -289,7 +289,8 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         k_ptr, v_ptr, table_ptr, last_page, factor, slopes, heads, prefix, L, BLOCK_N,
     )
     sink_ptrs = None if sinks_ptr is None else sinks_ptr + heads
-    out = finish(acc, highest, total, sink_ptrs, v_scale, out_scale_ptr, L)
+    out_scale = None if out_scale_ptr is None else tl.load(out_scale_ptr)
+    out = finish(acc, highest, total, sink_ptrs, v_scale, out_scale, L)
     out_at = out_ptr + ((tokens * L.heads + heads) * L.head_dim)[:, None] + cols
     valid = first_row + tl.arange(0, BLOCK_M) < num_rows
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask & valid[:, None])
