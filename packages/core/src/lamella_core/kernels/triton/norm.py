@@ -19,6 +19,7 @@ from lamella_core.kernels.triton.launch import (
 from lamella_core.kernels.triton.quantize import to_float8
 
 VALUES_PER_WARP = 512  # 16 a thread: two 16-byte loads of each operand
+FEW_ROWS = 16  # up to which there are twice as many warps: 0.4 us less for one row
 MOST_WARPS = 16
 SMALL_TILE = 2048  # values per program where rows are shorter: several rows share a program
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -146,6 +147,7 @@ def _launch(
         return
     block = next_power_of_2(width)
     rows = max(1, SMALL_TILE // block)
+    per_warp = VALUES_PER_WARP // 2 if num_rows <= FEW_ROWS else VALUES_PER_WARP
     _rms_norm_kernel[(-(-num_rows // rows),)](
         x,
         x if residual is None else residual,
@@ -167,6 +169,6 @@ def _launch(
         QUANTIZE=out_scale is not None,
         NATIVE_FLOAT8=has_float8(),
         USE_PDL=use_pdl(),
-        num_warps=min(MOST_WARPS, max(1, block * rows // VALUES_PER_WARP)),
+        num_warps=min(MOST_WARPS, max(1, block * rows // per_warp)),
         **launch_options(),
     )

@@ -95,9 +95,11 @@ def choose_tile(padded_dim: int, itemsize: int, programs: int, max_context_len: 
 
     Measured on an H100 (heads of 128, 8 groups; sequences x keys, microseconds):
 
-    * float8: (128, 4, 3) where each processor has one program at most (16 x 1024: 17.2, with 64 keys 19.9), (64, 4, 3)
-      where they have several (32 x 1024: 28.4 to 32.0; 256 x 128: 32.1 to 36.1) or sequences are short (16 x 256: 6.8
-      to 7.6), (32, 1, 4) for very many short ones (2048 x 128: 204.7, with 64 keys 215.3; but 256 x 1024: 201.0 to
+    * float8: where each processor has one program at most, the most keys at once. A decoding step of Llama-3.1-8B takes
+      2701 with (256, 8, 1) and 2764 with (64, 4, 3) (1 x 192); 3666 with (256, 8, 2) and 3812 with (128, 4, 3)
+      (16 x 1000), 4856 and 5517 (16 x 4000); but where long sequences are split, 2816 and 2771 (1 x 1000), 3054 and
+      2950 (1 x 4000). (64, 4, 3) where processors have several (32 x 1024: 28.4, with 128 keys 32.0; 256 x 128: 32.1
+      to 36.1), (32, 1, 4) for very many short ones (2048 x 128: 204.7, with 64 keys 215.3; but 256 x 1024: 201.0 to
       187.0);
     * bf16: (64, 4, 3), but (32, 4, 4) where a processor has two to four programs (32 x 1024: 50.7 to 53.7; 64 x 4096:
       362.0 to 381.7; but 256 x 1024: 363.7 to 358.6).
@@ -116,9 +118,12 @@ def choose_tile(padded_dim: int, itemsize: int, programs: int, max_context_len: 
         return Tile(32, 4, 3)
     if row_bytes > 128:
         return Tile(32, 4, 4) if processors < programs <= 4 * processors else Tile(64, 4, 3)
-    if max_context_len <= SHORT_CONTEXT:
-        return Tile(32, 1, 4) if programs >= 32 * processors else Tile(64, 4, 3)
-    return Tile(128, 4, 3) if programs <= processors else Tile(64, 4, 3)
+    if programs > processors:
+        is_short = max_context_len <= SHORT_CONTEXT and programs >= 32 * processors
+        return Tile(32, 1, 4) if is_short else Tile(64, 4, 3)
+    if max_context_len < WORTH_SPLITTING * SHORT_PART:
+        return Tile(256, 8, 1)
+    return Tile(128, 4, 3) if 2 * programs <= processors else Tile(256, 8, 2)
 
 
 def decode_workspace(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str) -> Workspace:
