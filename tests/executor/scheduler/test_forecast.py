@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.fake_device import VOCAB
@@ -10,6 +11,7 @@ from tests.support.fake_loop import FakeLoop
 
 from lamella_executor.config import CapacitySchedulerPolicy
 from lamella_executor.sampling_params import SamplingParams
+from lamella_executor.scheduler import policy
 from lamella_executor.scheduler.forecast import BlockForecast
 from lamella_executor.sequence import RequestState, Sequence
 
@@ -108,9 +110,9 @@ def submit(loop: FakeLoop, count: int, length: int, max_tokens: int) -> None:
         loop.submit(ids, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
 
 
-def steps(policy: CapacitySchedulerPolicy, *, max_num_tokens: int, is_overlapped: bool = True) -> FakeLoop:
+def steps(chosen: CapacitySchedulerPolicy, *, max_num_tokens: int, is_overlapped: bool = True) -> FakeLoop:
     """64 requests of 8 + 32 tokens in the blocks of 10 of them."""
-    shape = Shape(100, 4, max_batch_size=64, max_num_tokens=max_num_tokens, policy=policy, is_reused=False)
+    shape = Shape(100, 4, max_batch_size=64, max_num_tokens=max_num_tokens, policy=chosen, is_reused=False)
     loop = FakeLoop(shape, is_overlapped=is_overlapped)
     submit(loop, 64, 8, 32)
     loop.run()
@@ -118,9 +120,40 @@ def steps(policy: CapacitySchedulerPolicy, *, max_num_tokens: int, is_overlapped
 
 
 def test_more_run_side_by_side_than_at_their_longest_and_none_is_paused() -> None:
-    peak, guaranteed = (steps(policy, max_num_tokens=64) for policy in (PEAK, NO_EVICT))
+    peak, guaranteed = (steps(chosen, max_num_tokens=64) for chosen in (PEAK, NO_EVICT))
     assert sum(request.num_pauses for request in peak.requests.values()) == 0
     assert peak.device.num_steps < 0.8 * guaranteed.device.num_steps
+
+
+def starts_and_live(loop: FakeLoop) -> list[tuple[int, int]]:
+    """Runs the loop while more wait than the cache holds; returns how many started in each step, and blocks then."""
+    seen = []
+    while loop.kv.num_blocks < 18 * len(loop.scheduler.waiting):
+        before = len(loop.scheduler.waiting)
+        loop.step()
+        seen.append((before - len(loop.scheduler.waiting), loop.kv.stats().num_live))
+    return seen
+
+
+def test_requests_of_known_length_start_apart_and_keep_the_cache_full() -> None:
+    loop = FakeLoop(Shape(400, 4, max_batch_size=128, max_num_tokens=512, policy=PEAK, is_reused=False))
+    submit(loop, 200, 8, 64)  # 18 blocks each at last, and 700 blocks times steps: one in less than two steps
+    seen = starts_and_live(loop)
+    assert max(starts for starts, _ in seen) <= 2
+    full = [live for _, live in seen[80:]]
+    assert len(full) > 100 and min(full) > 330
+    loop.run()
+    assert sum(request.num_pauses for request in loop.requests.values()) == 0
+
+
+def test_short_prompts_start_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "GROUP_TOKENS", 24)
+    monkeypatch.setattr(policy, "GROUP_FRACTION", 2)
+    loop = FakeLoop(Shape(400, 4, max_batch_size=128, max_num_tokens=512, policy=PEAK, is_reused=False))
+    submit(loop, 100, 8, 64)
+    seen = [starts for starts, _ in starts_and_live(loop)]
+    assert seen[0] == 1  # nothing runs: it need not wait for others
+    assert set(seen[1:]) == {0, 3}
 
 
 def test_requests_of_all_lengths_are_hardly_ever_paused() -> None:

@@ -5,7 +5,6 @@ Each is one strategy object behind `CapacityPolicy`; the scheduler knows nothing
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 
@@ -17,7 +16,8 @@ from lamella_executor.sequence import RequestState
 
 MAX_OPTIMISTIC_PAUSES = 2  # paused this often, a request resumes only once it can no longer run out of blocks
 SHORT_FRACTION = 8  # of the running: how many may sit a step out for want of blocks before one is paused
-BURST_FRACTION = 10  # of the requests that run side by side on average: how many of known length start together
+GROUP_TOKENS = 2048  # prompt tokens of requests of known length that start together at most
+GROUP_FRACTION = 40  # of the requests that run side by side on average: how many of those there are at most
 
 Running = dict[RequestState, None]  # oldest first
 
@@ -191,7 +191,8 @@ class PredictedPeak(MaxUtilization):
         if self._forecast.peak_with(levels) + unforeseen > kv.num_blocks:
             return False
         is_crowded = self._num_waiting * int(levels[-1]) > kv.num_blocks
-        return not (self._running and is_crowded and _has_known_length(request)) or self._pace.allows(levels)
+        is_paced = self._running and is_crowded and _has_known_length(request)
+        return not is_paced or self._pace.allows(levels, request.sequences[0].num_tokens)
 
     def admitted(self, request: RequestState) -> None:
         if self._levels is not None:
@@ -221,25 +222,32 @@ class PredictedPeak(MaxUtilization):
 
 
 class _Pace:
-    """Spreads starts in time: a request costs its blocks times its steps, of which each step brings `num_blocks`.
+    """Spreads starts in time: a request costs its blocks times its steps, of which each step brings ``num_blocks``.
 
-    What is saved up is limited to a `BURST_FRACTION` of what the cache brings during the request.
+    Nothing is saved up at first, so that the first requests start as far apart as all others: what starts together ends
+    together, and leaves the cache half empty again and again. Only so much is saved as requests of `GROUP_TOKENS` cost:
+    a step with few prompt tokens may take the host longer to launch than the device to compute.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
-        self._saved = math.inf  # blocks times steps
+        self._saved = 0  # blocks times steps
+        self._is_open = False  # a group is starting
 
     def tick(self) -> None:
         self._saved += self._num_blocks
 
-    def allows(self, levels: Levels) -> bool:
+    def allows(self, levels: Levels, num_tokens: int) -> bool:
+        """May a request with these levels, which computes ``num_tokens`` first, start now?"""
         cost = int(levels.sum())
-        self._saved = min(self._saved, max(cost, self._num_blocks * len(levels) / BURST_FRACTION))
-        return cost <= self._saved
+        most = self._num_blocks * len(levels) // GROUP_FRACTION
+        group = max(cost, min(cost * (GROUP_TOKENS // num_tokens), most))
+        self._saved = min(self._saved, group + self._num_blocks)
+        self._is_open = self._saved >= (cost if self._is_open else group)
+        return self._is_open
 
     def spend(self, levels: Levels) -> None:
-        self._saved = max(0.0, self._saved - int(levels.sum()))
+        self._saved = max(0, self._saved - int(levels.sum()))
 
 
 def _has_known_length(request: RequestState) -> bool:
