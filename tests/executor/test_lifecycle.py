@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import subprocess
 import sys
@@ -11,9 +10,11 @@ import textwrap
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator
 
 import pytest
 from tests.support.echo_loop import EchoLoop, echo_executor
+from tests.support.warm_python import WarmProcess, WarmPython
 
 from lamella_core.errors import EngineDeadError
 from lamella_executor import SamplingParams
@@ -146,16 +147,19 @@ def test_an_idle_engine_uses_no_processor_time():
         assert time.process_time() - before < 0.05
 
 
-def run_script(body: str) -> subprocess.Popen[str]:
-    script = "from tests.support.echo_loop import *\nfrom lamella_executor import SamplingParams\n" + textwrap.dedent(
-        body
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=os.getcwd()
-    )
+RunScript = Callable[[str], WarmProcess]
 
 
-def test_the_interpreter_exits_without_close():
+@pytest.fixture(scope="module")
+def run_script() -> Iterator[RunScript]:
+    """Starts processes that run a script with echo executors at hand."""
+    python = WarmPython("tests.support.echo_loop")
+    prelude = "from tests.support.echo_loop import *\nfrom lamella_executor import SamplingParams\n"
+    yield lambda body: python.start(prelude + textwrap.dedent(body))
+    python.close()
+
+
+def test_the_interpreter_exits_without_close(run_script: RunScript):
     process = run_script(
         """
         executor = echo_executor()
@@ -169,7 +173,7 @@ def test_the_interpreter_exits_without_close():
     assert (process.returncode, errors) == (0, "")
 
 
-def test_the_interpreter_exits_while_a_model_computes():
+def test_the_interpreter_exits_while_a_model_computes(run_script: RunScript):
     process = run_script(
         """
         from tests.support.executors import bench, greedy
@@ -192,7 +196,7 @@ def test_the_interpreter_exits_while_a_model_computes():
 @pytest.mark.parametrize(
     "wait", ["future.result()", "list(future)", "executor.generate([1])", "asyncio.run(future.aresult())"]
 )
-def test_ctrl_c_while_waiting(wait):
+def test_ctrl_c_while_waiting(wait, run_script: RunScript):
     process = run_script(
         f"""
         import asyncio
@@ -217,7 +221,7 @@ def test_ctrl_c_while_waiting(wait):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_ctrl_c_at_the_end_of_the_interpreter_does_not_cut_a_step_short():
+def test_ctrl_c_at_the_end_of_the_interpreter_does_not_cut_a_step_short(run_script: RunScript):
     process = run_script(
         """
         import atexit

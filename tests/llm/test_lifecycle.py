@@ -1,19 +1,20 @@
-"""Clean life and death: in fresh processes, so that nothing of this one is counted."""
+"""Clean life and death: in processes of their own, so that nothing of this one is counted."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.warm_python import WarmProcess, WarmPython
 
 EXIT_LIMIT_S = 5
 HEADER = """
-import gc, sys, threading, time
+import gc, sys, threading, time, warnings
+warnings.simplefilter("error", ResourceWarning)
 from lamella import LLM, SamplingParams
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 def slow(*args): time.sleep(0.02)
@@ -101,22 +102,24 @@ SCENARIOS = {
 }
 
 
-def start(code: str, model_dir: Path) -> subprocess.Popen[str]:
-    script = f"model = {str(model_dir)!r}\n{HEADER}\n{code}\nprint('end', flush=True)\n"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-W", "error::ResourceWarning", "-c", script],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def python() -> Iterator[WarmPython]:
+    python = WarmPython("lamella.llm")
+    yield python
+    python.close()
 
 
-def wait_for_line(process: subprocess.Popen[str], line: str) -> None:
+def start(python: WarmPython, code: str, model_dir: Path) -> WarmProcess:
+    return python.start(f"model = {str(model_dir)!r}\n{HEADER}\n{code}\nprint('end', flush=True)\n")
+
+
+def wait_for_line(process: WarmProcess, line: str) -> None:
     assert process.stdout is not None and process.stderr is not None
     found = process.stdout.readline().strip()
     assert found == line, process.stderr.read()
 
 
-def exit_time(process: subprocess.Popen[str]) -> float:
+def exit_time(process: WarmProcess) -> float:
     begin = time.monotonic()
     try:
         process.wait(EXIT_LIMIT_S)
@@ -127,8 +130,8 @@ def exit_time(process: subprocess.Popen[str]) -> float:
 
 
 @pytest.mark.parametrize("code", SCENARIOS.values(), ids=SCENARIOS)
-def test_process_ends(model_dir: Path, code: str):
-    with start(code, model_dir) as process:
+def test_process_ends(python: WarmPython, model_dir: Path, code: str):
+    with start(python, code, model_dir) as process:
         wait_for_line(process, "end")
         exit_time(process)
         assert process.stderr is not None
@@ -149,8 +152,8 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_in_generate_aborts_and_raises(model_dir: Path):
-    with start(CTRL_C, model_dir) as process:
+def test_ctrl_c_in_generate_aborts_and_raises(python: WarmPython, model_dir: Path):
+    with start(python, CTRL_C, model_dir) as process:
         wait_for_line(process, "ready")
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
@@ -162,9 +165,9 @@ def test_ctrl_c_in_generate_aborts_and_raises(model_dir: Path):
         assert process.returncode == 0
 
 
-def test_uncaught_ctrl_c_ends_the_process(model_dir: Path):
+def test_uncaught_ctrl_c_ends_the_process(python: WarmPython, model_dir: Path):
     code = "with LLM(model) as llm:\n    print('ready', flush=True)\n    llm.generate('The fox', SLOW)"
-    with start(code, model_dir) as process:
+    with start(python, code, model_dir) as process:
         wait_for_line(process, "ready")
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)

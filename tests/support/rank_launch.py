@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.support.warm_python import WarmProcess, WarmPython
 from torch.distributed import TCPStore
 
 from lamella_executor.distributed.store import host_store
@@ -18,17 +19,28 @@ from lamella_executor.distributed.store import host_store
 ROOT = Path(__file__).resolve().parents[2]
 
 
+Process = subprocess.Popen[str] | WarmProcess
+
+
 @contextlib.contextmanager
 def ranks(
-    task: str, world: int, tp: int, first: int = 0, module: str = "rank_process"
-) -> Iterator[tuple[TCPStore, list[subprocess.Popen[str]]]]:
-    """Starts processes for ranks first.. and yields (store, processes); kills them all in the end."""
+    task: str, world: int, tp: int, first: int = 0, module: str = "rank_process", python: WarmPython | None = None
+) -> Iterator[tuple[TCPStore, list[Process]]]:
+    """Starts processes for ranks first.. and yields (store, processes); kills them all in the end.
+
+    With ``python``, it starts them.
+    """
     store = host_store()
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[Process] = []
     try:
         for rank in range(first, world):
-            command = [sys.executable, "-m", f"tests.support.{module}", task, *map(str, (world, tp, rank, store.port))]
+            arguments = [task, *map(str, (world, tp, rank, store.port))]
+            if python is not None:
+                code = f"from tests.support.{module} import main\nmain()"
+                processes.append(python.start(code, *arguments, cwd=ROOT, stderr=2))
+                continue
+            command = [sys.executable, "-m", f"tests.support.{module}", *arguments]
             processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment))
         yield store, processes
     finally:
@@ -39,8 +51,15 @@ def ranks(
                 process.stdout.close()
 
 
-def answers(task: str, world: int, tp: int, module: str = "rank_process", timeout_s: float = 120.0) -> list[Any]:
+def answers(
+    task: str,
+    world: int,
+    tp: int,
+    module: str = "rank_process",
+    timeout_s: float = 120.0,
+    python: WarmPython | None = None,
+) -> list[Any]:
     """Returns what each rank's task returned; None of a rank that did not end by itself."""
-    with ranks(task, world, tp, module=module) as (_, processes):
+    with ranks(task, world, tp, module=module, python=python) as (_, processes):
         outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
         return [json.loads(output) if output else None for output in outputs]
