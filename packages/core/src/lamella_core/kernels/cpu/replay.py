@@ -119,6 +119,11 @@ class _Watcher(TorchDispatchMode):
         self.computed: set[str] = set()
         self.made: list[Tensor] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else PyTorch would import its compiler, seconds long, to keep it from a mode that is never compiled."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.name().split(".")[0]
