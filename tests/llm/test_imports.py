@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from tests.support.warm_python import WarmPython
 
 import lamella
 
@@ -28,8 +30,20 @@ def test_import_leaves_the_heavy_libraries_alone(code: str):
     assert not {"torch", "transformers", "numpy", "tokenizers"} & modules_after(code)
 
 
-def test_using_a_model_needs_no_transformers():
-    assert "transformers" not in modules_after("from lamella import LLM, SamplingParams")
+def test_using_a_model_needs_no_transformers_and_no_compiler(model_dir: Path, warm_python: WarmPython):
+    """Each takes seconds to import."""
+    code = f"""if True:
+        import sys
+        from lamella import LLM, SamplingParams
+        with LLM({str(model_dir)!r}) as llm:
+            assert llm.generate("The fox", SamplingParams(max_tokens=6)).text
+        print(*sys.modules)
+    """
+    done = warm_python.run(code, timeout=60)
+    assert done.returncode == 0, done.stderr
+    modules = set(done.stdout.split())
+    assert "lamella_executor.loop" in modules
+    assert not {"transformers", "torch._dynamo", "torch._inductor", "sympy"} & modules
 
 
 def test_public_names():
