@@ -6,10 +6,12 @@ The interpreter must be chosen before triton is first imported.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tests.support.triton_compiler import Compiler
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
@@ -35,3 +37,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> str:
     """Where the tensors that kernels take live: "cuda", or "cpu" for the interpreter."""
     return "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture(scope="session")
+def compiler() -> Iterator[Compiler]:
+    """Compiles kernels for GPUs that need not be there."""
+    compiler = Compiler()
+    yield compiler
+    compiler.close()

@@ -3,21 +3,27 @@
 import fcntl
 import itertools
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.support import all_reduce_rank
-from tests.support.triton_compiler import compile_in_subprocess
+from tests.support.warm_python import WarmPython
 
 from lamella_core.kernels.cpu import reference
 from lamella_core.kernels.fp8 import quantize
 from lamella_core.kernels.triton import all_gather
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def python():
+    """Starts the ranks."""
+    python = WarmPython("tests.support.all_reduce_rank")
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -32,16 +38,15 @@ def results(request, tmp_path_factory):
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
-            compute(size, folder)
+            compute(request.getfixturevalue("python"), size, folder)
             (folder / "done").touch()
     return [load_file(folder / f"results{rank}") for rank in range(size)]
 
 
-def compute(size, folder):
-    environment = dict(os.environ, OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
-    command = [sys.executable, "-m", "tests.support.all_reduce_rank"]
+def compute(python, size, folder):
+    code = "from tests.support.all_reduce_rank import main\nmain()"
     processes = [
-        subprocess.Popen([*command, str(rank), str(size), str(folder)], cwd=ROOT, env=environment)
+        python.start(code, str(rank), str(size), str(folder), cwd=ROOT, env={"TRITON_INTERPRET": "1"}, stderr=2)
         for rank in range(size)
     ]
     try:
@@ -50,6 +55,7 @@ def compute(size, folder):
         for process in processes:
             process.kill()
             process.wait()
+            process.stdout.close()
 
 
 def same_bits(a, b):
@@ -114,6 +120,6 @@ def test_norm_as_float8(results):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90], ids=["no_float8_no_pdl", "hopper"])
-def test_kernels_compile(capability, tmp_path):
-    found = set(compile_in_subprocess(capability, "tests.support.all_reduce_calls", tmp_path))
+def test_kernels_compile(compiler, capability, tmp_path):
+    found = set(compiler.compile(capability, "tests.support.all_reduce_calls", tmp_path))
     assert found == {"_one_shot_kernel", "_two_shot_kernel", "_sum_norm_kernel", "_gather_kernel"}

@@ -1,7 +1,6 @@
 """Glue and attention kernels compile to machine code of the GPUs they are for, also where there is none."""
 
 import pytest
-from tests.support.triton_compiler import compile_in_subprocess
 
 KERNELS = {
     "_rms_norm_kernel",
@@ -22,17 +21,17 @@ ATTENTION = {"_decode_kernel", "_prefill_kernel", "_latent_kernel", "_join_kerne
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90], ids=["no_float8_no_pdl", "hopper"])
-def test_glue_compiles(capability, tmp_path):
-    assert set(compile_in_subprocess(capability, "tests.support.glue_calls", tmp_path)) == KERNELS
+def test_glue_compiles(compiler, capability, tmp_path):
+    assert set(compiler.compile(capability, "tests.support.glue_calls", tmp_path)) == KERNELS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90], ids=["no_float8_no_pdl", "hopper"])
-def test_attention_compiles(capability, tmp_path):
-    assert set(compile_in_subprocess(capability, "tests.support.attention_calls", tmp_path)) == ATTENTION
+def test_attention_compiles(compiler, capability, tmp_path):
+    assert set(compiler.compile(capability, "tests.support.attention_calls", tmp_path)) == ATTENTION
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90], ids=["no_pdl", "hopper"])
-def test_state_space_compiles(capability, tmp_path):
-    assert set(compile_in_subprocess(capability, "tests.support.state_space_calls", tmp_path)) == STATE_SPACE
+def test_state_space_compiles(compiler, capability, tmp_path):
+    assert set(compiler.compile(capability, "tests.support.state_space_calls", tmp_path)) == STATE_SPACE

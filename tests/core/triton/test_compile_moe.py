@@ -1,7 +1,6 @@
 """Kernels of mixtures of experts compile to machine code of the GPUs they are for, also where there is none."""
 
 import pytest
-from tests.support.triton_compiler import compile_in_subprocess
 
 KERNELS = {
     "_count_kernel",
@@ -17,6 +16,6 @@ SORTED = {"spread_kernel", "sorted_product_kernel"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90], ids=["no_float8_no_pdl", "hopper"])
-def test_experts_compile(capability, tmp_path):
-    compiled = set(compile_in_subprocess(capability, "tests.support.moe_calls", tmp_path))
+def test_experts_compile(compiler, capability, tmp_path):
+    compiled = set(compiler.compile(capability, "tests.support.moe_calls", tmp_path))
     assert compiled == (KERNELS | SORTED if capability >= 90 else KERNELS)
