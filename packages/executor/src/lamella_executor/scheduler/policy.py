@@ -16,7 +16,7 @@ from lamella_executor.sequence import RequestState
 
 MAX_OPTIMISTIC_PAUSES = 2  # paused this often, a request resumes only once it can no longer run out of blocks
 SHORT_FRACTION = 8  # of the running: how many may sit a step out for want of blocks before one is paused
-GROUP_TOKENS = 2048  # prompt tokens of requests of known length that start together at most
+GROUP_TOKENS = 1024  # prompt tokens of requests of known length that start together at most
 GROUP_FRACTION = 40  # of the requests that run side by side on average: how many of those there are at most
 
 Running = dict[RequestState, None]  # oldest first
