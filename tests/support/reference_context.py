@@ -163,7 +163,7 @@ def _attend_one(
 ) -> torch.Tensor:
     group = spec.num_heads // spec.num_kv_heads
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = torch.einsum("hd,nhd->hn", query, keys) * spec.scale
+    scores = torch.bmm(query[:, None], keys.permute(1, 2, 0))[:, 0] * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     if bias is not None:
@@ -173,7 +173,7 @@ def _attend_one(
     if sink_logits is not None:
         scores = torch.cat((scores, sink_logits.float()[:, None]), dim=1)
     weights = torch.softmax(scores, dim=-1)[:, : keys.shape[0]]
-    return torch.einsum("hn,nhd->hd", weights, values)
+    return torch.bmm(weights[:, None], values.transpose(0, 1))[:, 0]
 
 
 @torch.no_grad()
