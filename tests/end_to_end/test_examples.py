@@ -120,6 +120,6 @@ def test_tasks_of_the_older_api(tmp_path: Path, run_warm: Run):
 
 @pytest.mark.slow
 def test_tasks_of_the_older_api_on_two_ranks(tmp_path: Path, run_warm: Run):
-    out = run_warm("run_examples.py", "run_multi_gpu", cwd=tmp_path)
+    out = run_warm("run_examples.py", "run_multi_gpu", cwd=tmp_path, same_process=True)
     assert re.findall(r"^== (\w+)", out, re.M) == ["run_llm_on_tensor_parallel", "run_llm_with_auto_parallel"]
     assert len(re.findall(r", a little pig .*$", out, re.M)) == 2

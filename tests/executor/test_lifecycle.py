@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from tests.support.echo_loop import EchoLoop, echo_executor
+from tests.support.sharded import sharded_engine
 from tests.support.warm_python import WarmProcess, WarmPython
 
 from lamella_core.errors import EngineDeadError
@@ -174,13 +175,14 @@ def test_the_interpreter_exits_without_close(run_script: RunScript):
 
 
 def test_the_interpreter_exits_while_a_model_computes(run_script: RunScript):
+    directory = sharded_engine("LlamaForCausalLM", "grouped", 1)
     process = run_script(
-        """
-        from tests.support.executors import bench, greedy
-        made = bench(max_seq_len=64, max_batch_size=64)
-        it = made.__enter__()
-        futures = [it.executor.generate_async([5], greedy(60)) for _ in range(64)]
-        next(iter(it.executor.generate_async([6], greedy(60), streaming=True)))
+        f"""
+        from lamella_executor import GenerationExecutor, KvCacheConfig
+        executor = GenerationExecutor.create({str(directory)!r}, KvCacheConfig(max_tokens=1024))
+        params = SamplingParams(max_tokens=60, ignore_eos=True)
+        futures = [executor.generate_async([5], params) for _ in range(64)]
+        next(iter(executor.generate_async([6], params, streaming=True)))
         print("end", flush=True)
         """
     )

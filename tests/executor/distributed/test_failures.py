@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.support.executors import greedy, hf_greedy, prompt
 from tests.support.sharded import open_engine, sharded_engine, threaded
+from tests.support.warm_python import WarmPython
 from tests.support.worker_crews import belongings, children, is_alive, wait_for
 
 from lamella_core.errors import ConfigError, EngineDeadError, EngineFormatError, StepError, WorkerError
@@ -107,22 +106,24 @@ def test_killed_while_loading_though_rank_0_still_loads(tmp_path: Path):
 
 LOADING = """
 import sys
-from tests.support.sharded import open_engine
-from tests.executor.distributed.test_failures import recipe
-open_engine(recipe("sleepy", marks=sys.argv[1], seconds=120.0))
+from lamella_core.mapping import Mapping
+from lamella_executor import GenerationExecutor
+from lamella_executor.worker.recipe import EngineRecipe
+arguments = {"directory": sys.argv[1], "marks": sys.argv[2], "seconds": 120.0}
+mapping = Mapping(world_size=2, tp_size=2)
+GenerationExecutor.create(EngineRecipe("tests.support.rank_targets:sleepy", arguments, mapping, "cpu"))
 """
 
 
-def test_ctrl_c_while_loading_ends_everything(tmp_path: Path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([sys.executable, "-c", LOADING, str(tmp_path)], env=environment, stderr=subprocess.PIPE)
+def test_ctrl_c_while_loading_ends_everything(tmp_path: Path, warm_python: WarmPython):
+    process = warm_python.start(LOADING, str(sharded_engine(*MODEL, 2)), str(tmp_path))
     marks = [tmp_path / "loading0", tmp_path / "loading1"]
     assert wait_for(lambda: all(mark.exists() and mark.read_text() for mark in marks), 90)
     process.send_signal(signal.SIGINT)
     started = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - started < LIMIT_S
-    assert process.returncode == -signal.SIGINT and errors.rstrip().endswith(b"KeyboardInterrupt")
+    assert process.returncode == -signal.SIGINT and errors.rstrip().endswith("KeyboardInterrupt")
     assert wait_for(lambda: not is_alive(int(marks[1].read_text())))
 
 
