@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.support.warm_python import WarmPython
 
 from lamella_core.auto import AutoConfig
 from lamella_core.checkpoint.safetensors_file import write_safetensors
@@ -81,11 +80,12 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("kind", "tp", "dtype"),
     [("safetensors", 1, "auto"), ("bin", 1, "auto"), ("safetensors", 2, "auto"), ("bin", 1, "float32")],
 )
-def test_peak_is_below_1_15_of_the_weights(directories: dict[str, Path], kind: str, tp: int, dtype: str) -> None:
+def test_peak_is_below_1_15_of_the_weights(
+    directories: dict[str, Path], warm_python: WarmPython, kind: str, tp: int, dtype: str
+) -> None:
     arguments = [str(directories[kind]), str(directories["small"]), str(tp), dtype]
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True, timeout=120
-    )
+    child = warm_python.run(CHILD, *arguments, timeout=120)
+    assert child.returncode == 0, child.stderr
     weights, growth = json.loads(child.stdout)
     assert weights > 100e6
     assert growth < 1.15 * weights, f"{growth / weights:.3f} of the weights"

@@ -1,7 +1,6 @@
 """Compiling on first use: the cache, its safety, what happens without a compiler, and the shared OpenMP runtime."""
 
 import logging
-import os
 import subprocess
 import sys
 import textwrap
@@ -20,16 +19,6 @@ def outcome():
     return build._outcome.__wrapped__()[0]
 
 
-def run_python(code, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.fixture
 def tiny_sources(tmp_path, monkeypatch):
     """One function instead of all kernels, and an empty cache."""
@@ -46,8 +35,8 @@ def test_importing_the_registry_compiles_nothing():
     code = "import sys, lamella_core.kernels; assert 'torch' not in sys.modules\n"
     code += "import lamella_core.kernels.matmul; from lamella_core.kernels.cpu import build\n"
     code += "assert build._outcome.cache_info().misses == 0"
-    process = run_python(code)
-    assert process.wait(60) == 0, process.stderr.read()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
 
 
 @needs_native
@@ -68,7 +57,7 @@ def test_changed_sources_compile_anew(tiny_sources):
 
 
 @needs_native
-def test_two_processes_may_compile_at_once(tiny_sources):
+def test_two_processes_may_compile_at_once(tiny_sources, warm_python):
     code = f"""
         import ctypes
         from pathlib import Path
@@ -79,7 +68,7 @@ def test_two_processes_may_compile_at_once(tiny_sources):
         assert build.native_library().answer() == 42
         print(status.path)
     """
-    processes = [run_python(code) for _ in range(2)]
+    processes = [warm_python.start(textwrap.dedent(code)) for _ in range(2)]
     paths = []
     for process in processes:
         out, err = process.communicate(timeout=120)
@@ -137,7 +126,7 @@ def test_unexpected_error_is_one_warning(tiny_sources, monkeypatch, caplog):
     check_fallback(caplog, "ZeroDivisionError")
 
 
-def test_disabled_kernels_fall_back_quietly_and_correctly():
+def test_disabled_kernels_fall_back_quietly_and_correctly(warm_python):
     code = """
         import logging, torch
         from lamella_core.kernels import matmul
@@ -165,14 +154,13 @@ def test_disabled_kernels_fall_back_quietly_and_correctly():
         assert out.shape == q.shape and out.isfinite().all()
         assert ops.silu_and_mul(x[:, :32]).shape == (20, 16) and ops.rms_norm(x, x[0], 1e-5)[0].shape == x.shape
     """
-    process = run_python(code, LAMELLA_DISABLE_NATIVE="1")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    process = warm_python.run(textwrap.dedent(code), env={"LAMELLA_DISABLE_NATIVE": "1"}, timeout=120)
+    assert process.returncode == 0, process.stderr
 
 
 @needs_native
 @needs_proc
-def test_kernels_share_torchs_openmp_runtime():
+def test_kernels_share_torchs_openmp_runtime(warm_python):
     if build.native_status().openmp == "own":
         pytest.skip("this compiler cannot use torch's OpenMP runtime")
     assert [abi.kernels().lamella_team_size(n) for n in (1, 2)] == [1, 2]
@@ -185,8 +173,8 @@ def test_kernels_share_torchs_openmp_runtime():
         paths = {line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
         print(sum(Path(path).name.startswith(("libgomp", "libomp", "libiomp")) for path in paths))
     """  # a process of its own: other libraries bring runtimes of theirs
-    out, err = run_python(code).communicate(timeout=120)
-    assert out.split() == ["1"], err
+    process = warm_python.run(textwrap.dedent(code), timeout=120)
+    assert process.stdout.split() == ["1"], process.stderr
 
 
 ARM = """processor : 0
