@@ -24,7 +24,7 @@ class Compiler:
     """Compiles in processes of their own, which begin with triton and the kernels imported."""
 
     def __init__(self) -> None:
-        self._environment = {"TRITON_INTERPRET": "0"}
+        self._environment = {"TRITON_INTERPRET": "0", "TRITON_DISABLE_LINE_INFO": "1"}  # nobody reads lines of code
         names = ("attention", "state_space", "matmul", "moe", "glue", "all_reduce")
         with mock.patch.dict(os.environ, self._environment):
             self._python = WarmPython("triton", *(f"tests.support.{name}_calls" for name in names))
