@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.support.warm_python import WarmPython
 from typer.testing import CliRunner
 
 from lamella import LLM, SamplingParams
@@ -188,11 +189,12 @@ def test_check_fails_on_a_difference(model_dir: Path, monkeypatch):
     assert "FAILED" in done.stdout and "in transformers" in done.stdout
 
 
-def test_a_closed_pipe_is_no_traceback(model_dir: Path):
-    command = f"{sys.executable} -c 'from lamella.cli.main import main; main()' doctor --json | head -c 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, env={**os.environ})
-    assert done.stdout == "["
-    assert "Traceback" not in done.stderr
+def test_a_closed_pipe_is_no_traceback(warm_python: WarmPython):
+    process = warm_python.start("from lamella.cli.main import main; main()", "doctor", "--json")
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    assert (process.wait(60), errors) == (1, "")
 
 
 def test_brackets_in_prompts_and_paths_are_plain_text(model_dir: Path, tmp_path: Path, monkeypatch, capsys):

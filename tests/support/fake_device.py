@@ -57,6 +57,7 @@ class FakeCache:
         self._size = kv.tokens_per_block
         self._contents: list[list[tuple[int, ...] | None]] = [[None] * self._size for _ in range(kv.num_blocks)]
         self._states: list[tuple[int, ...]] = [SPOILED] * kv.num_state_slots
+        self._digests: dict[tuple[int, ...], bytes] = {(): kv._index.root()}  # whole blocks' tokens -> the last's name
 
     def compute(self, plan: StepPlan, tokens: dict[Sequence, tuple[int, ...]]) -> torch.Tensor:
         """Carries out copies and writes, checks all reads; returns logits [plan.num_logits, VOCAB] float32."""
@@ -91,8 +92,7 @@ class FakeCache:
 
     def check_findable(self) -> None:
         """Every block that can be found holds the tokens under which it is found."""
-        index = self._kv._index
-        for block, entry in index._entries.items():
+        for block, entry in self._kv._index._entries.items():
             whole = self._contents[block][-1]
             require(whole is not None and whole != SPOILED, f"findable block {block} was never filled")
             require(pack(list(whole[-self._size :])) == entry.tokens, f"findable block {block} was overwritten")
@@ -101,10 +101,13 @@ class FakeCache:
                 self._contents[block] == [whole[: first + 1 + i] for i in range(self._size)],
                 "a findable block is inconsistent",
             )
-            digest = index.root()
-            for start in range(0, len(whole), self._size):
-                digest = index.extend(digest, pack(list(whole[start : start + self._size])))
-            require(digest == entry.digest, f"findable block {block} is found under other tokens")
+            require(self._digest(whole) == entry.digest, f"findable block {block} is found under other tokens")
+
+    def _digest(self, tokens: tuple[int, ...]) -> bytes:
+        if tokens not in self._digests:
+            last = pack(list(tokens[-self._size :]))
+            self._digests[tokens] = self._kv._index.extend(self._digest(tokens[: -self._size]), last)
+        return self._digests[tokens]
 
     def _advance_states(self, plan: StepPlan, tokens: dict[Sequence, tuple[int, ...]]) -> None:
         """Carries out copies, then lets each sequence's state take in its tokens of this step."""

@@ -93,10 +93,11 @@ class WarmPython:
         """Imports modules before the first process begins."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with theirs:
+        reading, writing = os.pipe()  # the streams of the forks are made for pipes, which take its place
+        with theirs, open(reading, "rb"), open(writing, "wb"):
             subprocess.run(
                 [sys.executable, __file__, str(theirs.fileno()), *modules], pass_fds=[theirs.fileno()],
-                env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True,
+                env=environment, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, check=True,
             )  # fmt: skip
 
     def start(
