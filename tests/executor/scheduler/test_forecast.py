@@ -126,9 +126,9 @@ def test_more_run_side_by_side_than_at_their_longest_and_none_is_paused() -> Non
 
 
 def starts_and_live(loop: FakeLoop) -> list[tuple[int, int]]:
-    """Runs the loop while more wait than the cache holds; returns how many started in each step, and blocks then."""
+    """Runs the loop while starts are spread; returns how many requests started in each step, and blocks live then."""
     seen = []
-    while loop.kv.num_blocks < 18 * len(loop.scheduler.waiting):
+    while policy.CROWD * loop.kv.num_blocks < 18 * len(loop.scheduler.waiting):
         before = len(loop.scheduler.waiting)
         loop.step()
         seen.append((before - len(loop.scheduler.waiting), loop.kv.stats().num_live))

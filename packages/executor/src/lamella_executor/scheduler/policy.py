@@ -16,6 +16,7 @@ from lamella_executor.sequence import RequestState
 
 MAX_OPTIMISTIC_PAUSES = 2  # paused this often, a request resumes only once it can no longer run out of blocks
 SHORT_FRACTION = 8  # of the running: how many may sit a step out for want of blocks before one is paused
+CROWD = 1.5  # times what the cache holds of requests at their longest: how many wait while starts are spread
 GROUP_TOKENS = 1024  # prompt tokens of requests of known length that start together at most
 GROUP_FRACTION = 40  # of the requests that run side by side on average: how many of those there are at most
 
@@ -160,7 +161,7 @@ class PredictedPeak(MaxUtilization):
     the next request that ends, so those short of blocks sit the step out; when more than one in `SHORT_FRACTION` are,
     or the oldest is, the newest gives way as in MAX_UTILIZATION.
 
-    Requests that start together are at their longest together, and few then fit. So while more wait than the cache
+    Requests that start together are at their longest together, and few then fit. So while many more wait than the cache
     could hold, requests whose length is known start at the rate at which the cache can take them on average
     (`_Pace`), beside others that are half done.
     """
@@ -190,7 +191,7 @@ class PredictedPeak(MaxUtilization):
         unforeseen = max(0, kv.num_live - self._forecast.present)
         if self._forecast.peak_with(levels) + unforeseen > kv.num_blocks:
             return False
-        is_crowded = self._num_waiting * int(levels[-1]) > kv.num_blocks
+        is_crowded = self._num_waiting * int(levels[-1]) > CROWD * kv.num_blocks
         is_paced = self._running and is_crowded and _has_known_length(request)
         return not is_paced or self._pace.allows(levels, request.sequences[0].num_tokens)
 
