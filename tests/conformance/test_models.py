@@ -157,7 +157,7 @@ def test_two_tensor_ranks_equal_one(
 
 
 @pytest.mark.parametrize("case", [c for c in tiny_cases() if has_experts(*c)], ids="-".join, indirect=True)
-@pytest.mark.parametrize(("tp_size", "moe_ep_size"), [(4, 2), (4, 4)])
+@pytest.mark.parametrize(("tp_size", "moe_ep_size"), [(2, 2), (4, 2), (4, 4)])
 def test_expert_ranks_equal_one(
     hf_dir: Path,
     model: Any,

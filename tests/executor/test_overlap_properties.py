@@ -123,7 +123,7 @@ def agree(one: GenerationResult, other: GenerationResult) -> None:
         assert a.token_ids[:length] == b.token_ids[:length]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(shape=shapes, traffic=st.lists(arrivals, min_size=1, max_size=12))
 def test_overlapped_is_synchronous(shape: Shape, traffic: list[Arrival]) -> None:
     overlapped, mine = drive(shape, traffic, is_overlapped=True)
@@ -135,7 +135,7 @@ def test_overlapped_is_synchronous(shape: Shape, traffic: list[Arrival]) -> None
 
 
 @pytest.mark.parametrize("policy", list(CapacitySchedulerPolicy))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(traffic=st.lists(arrivals, min_size=4, max_size=12), num_blocks=st.integers(9, 14), reused=st.booleans())
 def test_a_tiny_pool_changes_nothing(
     policy: CapacitySchedulerPolicy, traffic: list[Arrival], num_blocks: int, reused: bool
@@ -153,7 +153,7 @@ def test_a_tiny_pool_changes_nothing(
 forking = st.builds(lambda arrival, kind: replace(arrival, kind=kind), arrivals, st.sampled_from(["samples", "beams"]))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     traffic=st.lists(forking | arrivals, min_size=2, max_size=8),
     num_blocks=st.integers(20, 60),

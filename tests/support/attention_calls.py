@@ -20,13 +20,16 @@ def calls() -> None:
     for cache in (BF16, FLOAT8):
         decoded(cache, 1, 8192)
         prompts(cache, 2048, 8192)
+    decoded(FLOAT8, 1, 256)  # one program at most per processor: the longest tiles
+    decoded(FLOAT8, 16, 8192)
     whole(8192)
     whole(128, sliding_window=64, softcap=30.0, out_scale=torch.ones(()))
     whole(128, prefix_lens=torch.ones(1, dtype=torch.int32), sparsity=SPARSITY)
     alibi = {"alibi_slopes": torch.ones(32), "rounds_alibi": True}
     decoded(BF16, 64, 8192, sparsity=SPARSITY)
     decoded(BF16, 1024, 256, **alibi)
-    prompts(BF16, 128, 128, prefix_lens=torch.ones(1, dtype=torch.int32), **alibi)
+    prompts(BF16, 128, 128, **alibi)
+    prompts(BF16, 128, 128, prefix_lens=torch.ones(1, dtype=torch.int32))
     for cache in (BF16, FLOAT8):
         latent(cache, 16 if cache is BF16 else 128)
 

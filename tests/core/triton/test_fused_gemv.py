@@ -28,11 +28,12 @@ def product_scales(weight: torch.dtype, dtype: torch.dtype, device: str) -> Scal
     return Scales(scale(0.02, device), scale(0.25, device), dtype) if weight == FP8 else None
 
 
+@pytest.mark.parametrize("tile", [gemv.VectorTile(2, 1), gemv.VectorTile(8, 2, ahead=512)], ids=str)
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP8])
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
-def test_gate_has_the_bits_of_the_separate_kernels(m: int, dtype: torch.dtype, device: str) -> None:
-    """Every number of rows, and every dtype, meets both tiles."""
-    tile = (gemv.VectorTile(2, 1), gemv.VectorTile(8, 2, ahead=512))[(m + (dtype == FP16)) % 2]
+def test_gate_has_the_bits_of_the_separate_kernels(
+    m: int, dtype: torch.dtype, tile: gemv.VectorTile, device: str
+) -> None:
     inner, k = 7, 528  # fill neither the outputs of a program nor one turn over K
     wide = BF16 if dtype == FP8 else dtype
     x, w = numbers(m, k, dtype=dtype, device=device), numbers(2 * inner, k, dtype=dtype, device=device, seed=1)
