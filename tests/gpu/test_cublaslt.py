@@ -15,7 +15,8 @@ from lamella_core.engine import Engine
 from lamella_core.kernels import gpu_matmul
 from lamella_core.kernels.cublaslt import kernel_name
 from lamella_core.kernels.cublaslt_library import Library, Product, library
-from lamella_core.kernels.matmul import MatmulKernel, Scales, find_kernel
+from lamella_core.kernels.fused import LEAST_ADDED_ROWS, AddAfter
+from lamella_core.kernels.matmul import MatmulKernel, MatmulPlan, Scales, find_kernel
 from lamella_core.models.llama import LlamaForCausalLM
 from lamella_executor import SamplingParams
 
@@ -108,6 +109,85 @@ def test_a_graph_computes_the_same_bits(dtype: torch.dtype, loaded: Library) -> 
         again = [kernel(x, w, N, None, scales) for kernel in kernels]
         assert all(torch.equal(one, two) for one, two in zip(recorded, again, strict=True))
     assert not torch.equal(recorded[0], eager[0])
+
+
+def summing(loaded: Library, dtype: torch.dtype) -> list[MatmulPlan]:
+    """Plans of torch's default and of the library's proposals for as many rows as sums need."""
+    names = [kernel_name(loaded.version, algorithm) for algorithm in proposed(loaded, LEAST_ADDED_ROWS, dtype)]
+    default = "cublas_fp8" if dtype == torch.float8_e4m3fn else "cublas"
+    return [MatmulPlan("rows", ((None, name),)) for name in (default, *names)]
+
+
+def summed(
+    plan: MatmulPlan, x: torch.Tensor, w: torch.Tensor, scales: Scales | None, summand: torch.Tensor
+) -> torch.Tensor:
+    fused = plan.fused(len(x))
+    assert fused is not None
+    found = fused(x, w, None, scales, AddAfter(summand))
+    assert found is not None and found.data_ptr() != summand.data_ptr()
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [LEAST_ADDED_ROWS, 5003])
+def test_a_sum_is_the_product_and_the_summand(rows: int, dtype: torch.dtype, loaded: Library) -> None:
+    x, w, scales = operands(rows, dtype)
+    factor = 1.0 if scales is None else float(scales.x * scales.w)
+    exact = x.float() @ w.float().t() * factor
+    out_dtype = dtype if scales is None else scales.out_dtype
+    summand = (torch.randn_like(exact) * exact.std()).to(out_dtype)
+    held, expected = summand.clone(), exact + summand.float()
+    for plan in summing(loaded, dtype):
+        found = summed(plan, x, w, scales, summand)
+        assert_near(found, expected.to(out_dtype))
+        assert torch.equal(found, summed(plan, x, w, scales, summand)) and torch.equal(summand, held)
+        separate = plan.run(x, w, N, None, scales) + summand
+        assert (found.float() - expected).norm() <= 1.01 * (separate.float() - expected).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_graph_sums_the_same_bits(dtype: torch.dtype, loaded: Library) -> None:
+    x, w, scales = operands(LEAST_ADDED_ROWS, dtype)
+    summand = torch.randn(len(x), N, device="cuda").bfloat16()
+    plans = summing(loaded, dtype)
+    eager = [summed(plan, x, w, scales, summand) for plan in plans]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        recorded = [summed(plan, x, w, scales, summand) for plan in plans]
+    graph.replay()
+    assert all(map(torch.equal, recorded, eager))
+    summand.neg_()
+    graph.replay()
+    assert all(map(torch.equal, recorded, [summed(plan, x, w, scales, summand) for plan in plans]))
+    assert not torch.equal(recorded[0], eager[0])
+
+
+def test_sums_that_are_left_to_others(loaded: Library) -> None:
+    rows = LEAST_ADDED_ROWS
+    x, w, _ = operands(rows, torch.bfloat16)
+    summand, bias = torch.zeros(rows, N, device="cuda").bfloat16(), torch.zeros(N, device="cuda").bfloat16()
+    for plan in summing(loaded, torch.bfloat16):
+        fused = plan.fused(rows)
+        assert fused is not None
+        assert fused(x[1:], w, None, None, AddAfter(summand[1:].contiguous())) is None
+        assert fused(x, w, bias, None, AddAfter(summand)) is None
+        assert fused(x, w, None, None, AddAfter(summand.float())) is None
+        assert fused(x, w, None, None, AddAfter(summand.t().contiguous().t())) is None
+        assert fused(x.float(), w.float(), None, None, AddAfter(summand.float())) is None
+
+
+@pytest.mark.parametrize("per", ["row", "output"])
+def test_sums_have_scales_of_whole_tensors(per: str, loaded: Library) -> None:
+    x, w, scales = operands(LEAST_ADDED_ROWS, torch.float8_e4m3fn)
+    assert scales is not None
+    x_scale = torch.ones(len(x), 1, device="cuda") if per == "row" else scales.x
+    w_scale = torch.ones(N, device="cuda") if per == "output" else scales.w
+    summand = torch.zeros(len(x), N, device="cuda").bfloat16()
+    for plan in summing(loaded, torch.float8_e4m3fn):
+        fused = plan.fused(len(x))
+        assert fused is not None
+        assert fused(x, w, None, Scales(x_scale, w_scale, torch.bfloat16), AddAfter(summand)) is None
 
 
 def test_streams_do_not_disturb_each_other(loaded: Library) -> None:

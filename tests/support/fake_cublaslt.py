@@ -119,6 +119,10 @@ class FakeCublasLt:
         if dtype == torch.float8_e4m3fn:
             assert attributes[25] == 1
             product *= tensor_at(attributes[17], (), torch.float32) * tensor_at(attributes[18], (), torch.float32)
+        factor = ctypes.c_float.from_address(beta).value
+        assert (factor, c_layout) == ((0.0 if c == out else 1.0), out_layout)
+        if factor:
+            product += tensor_at(c, (m, n), out_dtype)
         tensor_at(out, (m, n), out_dtype).copy_(product)
         self.launched.append((chosen[0], m))
         return 0

@@ -18,6 +18,7 @@ from lamella_core.errors import ConfigError
 from lamella_core.kernels import cublaslt, cublaslt_library, gpu_matmul
 from lamella_core.kernels.cublaslt import kernel_name
 from lamella_core.kernels.cublaslt_library import Product
+from lamella_core.kernels.fused import LEAST_ADDED_ROWS, AddAfter, FusedFunction, SiluGateAfter
 from lamella_core.kernels.matmul import MatmulPlan, Scales, find_kernel
 from lamella_core.models.llama import LlamaConfig, LlamaForCausalLM
 
@@ -37,7 +38,7 @@ def test_a_name_holds_the_version_and_the_algorithm() -> None:
     assert (kernel.version, kernel.algorithm) == (130100, algorithm(1, workspace_bytes=4096))
     plan = MatmulPlan("rows", ((16, "triton_gemv"), (512, NAME), (None, "cublas")))
     assert MatmulPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    assert plan.device == "cuda" and plan.kernel_name(17) == NAME and plan.fused(17) is None
+    assert plan.device == "cuda" and plan.kernel_name(17) == NAME and plan.fused(17) == kernel.fused
 
 
 @pytest.mark.parametrize("name", ["cublaslt:", "cublaslt:1:AAAA", "cublaslt:x:" + "A" * 86 + "==", NAME + "!"])
@@ -109,6 +110,55 @@ def test_what_is_left_to_torch(case: str, library: FakeCublasLt, monkeypatch: py
     found = kernel(x, w, 32, bias, scales)
     torch_product = gpu_matmul.cublas_fp8 if case == "scales" else gpu_matmul.cublas
     assert torch.equal(found, torch_product(x, w, bias, scales)) and not library.launched
+
+
+def fused_of(name: str) -> FusedFunction:
+    fused = MatmulPlan("rows", ((None, name),)).fused(LEAST_ADDED_ROWS)
+    assert fused is not None
+    return fused
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP8])
+def test_sums_by_the_plan_s_algorithm_or_the_first_proposal(dtype: torch.dtype, library: FakeCublasLt) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, 48, generator=generator).to(dtype) for rows in (LEAST_ADDED_ROWS, 32))
+    scales = Scales(torch.tensor(0.5), torch.tensor([2.0]), torch.bfloat16) if dtype == FP8 else None
+    out_dtype = dtype if scales is None else scales.out_dtype
+    default = "cublas" if scales is None else "cublas_fp8"
+    for seed in range(2):
+        summand = torch.randn(len(x), 32, generator=generator.manual_seed(seed)).to(out_dtype)
+        held = summand.clone()
+        expected = (x.double() @ w.double().t() + summand.double()).to(out_dtype)
+        for name in (NAME, default):
+            found = fused_of(name)(x, w, None, scales, AddAfter(summand))
+            assert found is not None and found.data_ptr() != summand.data_ptr()
+            assert torch.equal(found, expected) and torch.equal(summand, held)
+    assert library.launched == [(1, len(x)), (0, len(x))] * 2 and library.checks == 2
+
+
+@pytest.mark.parametrize("name", [NAME, "cublas"])
+@pytest.mark.parametrize(
+    "case", ["few", "bias", "float32", "strided", "dtype", "shape", "scales", "refused", "gate", "library"]
+)
+def test_sums_that_are_left_to_others(
+    case: str, name: str, library: FakeCublasLt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = {"float32": torch.float32, "scales": FP8}.get(case, torch.bfloat16)
+    m, n = LEAST_ADDED_ROWS - (case == "few"), 32
+    x, w, summand = torch.ones(m, 48).to(dtype), torch.ones(n, 48).to(dtype), torch.ones(m, n)
+    if case == "strided":
+        summand = torch.ones(n, m).t()
+    if case == "shape":
+        summand = torch.ones(n)
+    summand = summand.to({"dtype": torch.float16, "float32": torch.float32}.get(case, torch.bfloat16))
+    bias = torch.ones(n, dtype=dtype) if case == "bias" else None
+    scales = Scales(torch.ones(m, 1), torch.ones(()), torch.bfloat16) if case == "scales" else None
+    if case == "refused":
+        name = kernel_name(130100, algorithm(2, most_rows=300))
+    if case == "library":
+        monkeypatch.setattr(cublaslt, "library", lambda: None)
+    after = SiluGateAfter(None) if case == "gate" else AddAfter(summand)
+    assert fused_of(name)(x, w, bias, scales, after) is None and not library.launched
 
 
 def test_products_that_are_kept_ready_are_bounded(library: FakeCublasLt, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from lamella_core.kernels.cublaslt_library import (
     Product,
     library,
 )
+from lamella_core.kernels.fused import LEAST_ADDED_ROWS, AddAfter, FusedStep
 
 if TYPE_CHECKING:
     import torch
@@ -35,9 +36,14 @@ MOST_PREPARED = 2048  # products, each for one number of rows, that are kept rea
 
 
 @functools.lru_cache(maxsize=MOST_PREPARED)
-def _prepared(loaded: Library, algorithm: bytes, product: Product, device: int | None) -> Prepared | None:
-    """Returns `Library.prepare`'s answer for the current GPU, ``device``; checked once while it is kept."""
-    return loaded.prepare(algorithm, product)
+def _prepared(loaded: Library, algorithm: bytes | None, product: Product, device: int | None) -> Prepared | None:
+    """Returns `Library.prepare`'s answer for the current GPU, ``device``; checked once while it is kept.
+
+    Without an algorithm it is of the library's first proposal.
+    """
+    for chosen in loaded.proposals(product, 1) if algorithm is None else [algorithm]:
+        return loaded.prepare(chosen, product)
+    return None
 
 
 @dataclass(frozen=True)
@@ -66,16 +72,61 @@ class CublasLtMatmul:
 
     def __call__(self, x: Tensor, w: Tensor, n: int, bias: Tensor | None, scales: Scales | None = None) -> Tensor:
         """Return x [M, K] times w [N, K] transposed plus bias: [M, N]; all on the current GPU."""
-        loaded, prepared = library(), None
-        if loaded is not None and bias is None and x.shape[0] and _fits(x, w, scales, loaded.alignment):
-            out_dtype = x.dtype if scales is None else scales.out_dtype
-            product = Product(x.shape[0], n, x.shape[1], x.dtype, out_dtype)
-            prepared = _prepared(loaded, self.algorithm, product, x.device.index)
-        if prepared is not None:
-            return prepared.run(x, w, scales)
+        product = _product(self.algorithm, x, w, bias, scales)
+        if product is not None:
+            return product
         if x.dtype in gpu_matmul.FP8:
             return gpu_matmul.cublas_fp8(x, w, bias, scales)
         return gpu_matmul.cublas(x, w, bias)
+
+    def fused(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None, after: FusedStep
+    ) -> Tensor | None:
+        """Sums by the same algorithm; see `lamella_core.kernels.fused.FusedFunction`."""
+        return added(x, w, bias, scales, after, self.algorithm) if isinstance(after, AddAfter) else None
+
+
+def added(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    scales: Scales | None,
+    after: AddAfter,
+    algorithm: bytes | None = None,
+) -> Tensor | None:
+    """Returns x [M, K] times w [N, K] transposed plus the summand, or None; see `AddAfter`.
+
+    Without an algorithm the library's first proposal computes it: `torch.addmm` would copy the summand before. The
+    first call on a GPU must not be in a graph that is recorded, see `Library.is_ready`.
+    """
+    loaded = library()
+    if x.shape[0] < LEAST_ADDED_ROWS or loaded is None or not loaded.is_ready():
+        return None
+    return _product(algorithm, x, w, bias, scales, after.summand)
+
+
+def _product(
+    algorithm: bytes | None,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    scales: Scales | None,
+    summand: Tensor | None = None,
+) -> Tensor | None:
+    """Returns x [M, K] times w [N, K] transposed plus a summand [M, N]; None where the library does not serve that."""
+    loaded = library()
+    if loaded is None or bias is not None or not x.shape[0] or not _fits(x, w, scales, loaded.alignment):
+        return None
+    product = Product(x.shape[0], w.shape[0], x.shape[1], x.dtype, x.dtype if scales is None else scales.out_dtype)
+    if summand is not None and not _is_like_result(summand, product, loaded.alignment):
+        return None
+    prepared = _prepared(loaded, algorithm, product, x.device.index)
+    return None if prepared is None else prepared.run(x, w, scales, summand)
+
+
+def _is_like_result(summand: Tensor, product: Product, alignment: int) -> bool:
+    is_same = summand.shape == (product.m, product.n) and summand.dtype == product.out_dtype
+    return is_same and summand.is_contiguous() and not summand.data_ptr() % alignment
 
 
 def _fits(x: Tensor, w: Tensor, scales: Scales | None, alignment: int) -> bool:

@@ -208,14 +208,18 @@ class Prepared:
         self._w_scale, self._x_scale = c_void_p(), c_void_p()
         self._lock = threading.Lock()  # the operation holds the scales' addresses from when they are set to the launch
 
-    def run(self, x: Tensor, w: Tensor, scales: Scales | None) -> Tensor:
-        """Returns x [m, k] times w [n, k] transposed: [m, n] on the current stream; float8 with scales []."""
+    def run(self, x: Tensor, w: Tensor, scales: Scales | None, summand: Tensor | None = None) -> Tensor:
+        """Returns x [m, k] times w [n, k] transposed: [m, n] on the current stream; float8 with scales [].
+
+        A summand [m, n] of the result's dtype is added before the result is rounded.
+        """
         out = torch.empty(self._shape, dtype=self._out_dtype, device=x.device)
         size = self._workspace_bytes
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
         stream = torch._C._cuda_getCurrentRawStream(x.device.index)  # a tenth of the time of `current_stream`
         operation, w_layout, x_layout, out_layout, _ = self._described.parts
         out_at = out.data_ptr()
+        summand_at, factor = (out_at, _ZERO) if summand is None else (summand.data_ptr(), _ONE)
         with self._lock:
             if scales is not None:
                 self._w_scale.value, self._x_scale.value = scales.w.data_ptr(), scales.x.data_ptr()
@@ -223,8 +227,8 @@ class Prepared:
                 status = status or self._set_attribute(operation, _SCALE_B, byref(self._x_scale), _POINTER_BYTES)
                 _check("cublasLtMatmulDescSetAttribute", status)
             status = self._matmul(
-                self._handle, operation, byref(_ONE), w.data_ptr(), w_layout, x.data_ptr(), x_layout, byref(_ZERO),
-                out_at, out_layout, out_at, out_layout, self._algorithm,
+                self._handle, operation, byref(_ONE), w.data_ptr(), w_layout, x.data_ptr(), x_layout, byref(factor),
+                summand_at, out_layout, out_at, out_layout, self._algorithm,
                 None if workspace is None else workspace.data_ptr(), size, stream,
             )  # fmt: skip
         _check("cublasLtMatmul", status)

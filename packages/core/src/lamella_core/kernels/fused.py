@@ -1,8 +1,9 @@
 """What a matmul kernel may compute besides its product, on what it holds before it would be stored.
 
-With few rows a product takes about as long as reading its weight, and a kernel boundary is a noticeable part of that.
-A kernel offers it through `lamella_core.kernels.gpu_matmul.GpuMatmul.fused`. The product is rounded to its dtype
-first, as if it were stored: results have the bits of separate kernels.
+With few rows a product takes about as long as reading its weight, and a kernel boundary is a noticeable part of that;
+with many, what is not stored need not be read again. A kernel offers it through `fused`, see
+`lamella_core.kernels.gpu_matmul.GpuMatmul`. The product is rounded to its dtype first, as if it were stored: results
+have the bits of separate kernels. Only `AddAfter` rounds once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from lamella_core.context import KvPlace
     from lamella_core.kernels.matmul import Scales
     from lamella_core.layers.rotary import Rotation
+
+# Rows from which a sum in the product saves time: 2 % of a layer of Llama-3.1-8B in float8 at 8,192 rows on an H100,
+# nothing at 1,536, where products and stream (25 MB) stay in the GPU's second-level cache (50 MB).
+LEAST_ADDED_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,13 @@ class RopeCacheAfter:
     rotation: Rotation | None  # of M tokens; None: nothing is rotated
 
 
-FusedStep: TypeAlias = SiluGateAfter | RopeCacheAfter
+@dataclass(frozen=True, slots=True)
+class AddAfter:
+    """The result is the product plus the summand, [M, N] in new memory, rounded once."""
+
+    summand: Tensor  # [M, N] of the product's dtype
+
+
+FusedStep: TypeAlias = SiluGateAfter | RopeCacheAfter | AddAfter
 # (x [M, K], weight [N, K], bias [N], scales, after) -> see there. None: not served, nothing was computed or written.
 FusedFunction = Callable[[Tensor, Tensor, "Tensor | None", "Scales | None", FusedStep], "Tensor | None"]

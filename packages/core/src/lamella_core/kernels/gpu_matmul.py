@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamella_core.kernels import triton as triton_kernels
-from lamella_core.kernels.fused import FusedFunction, FusedStep, RopeCacheAfter, SiluGateAfter
+from lamella_core.kernels.fused import AddAfter, FusedFunction, FusedStep, RopeCacheAfter, SiluGateAfter
 
 if TYPE_CHECKING:
     from lamella_core.kernels.matmul import Scales
@@ -183,6 +183,15 @@ def triton_fused_gemv(
     return gemv.few_rows_matmul(x, w, bias, scales, after=after)
 
 
+def many_rows_fused(
+    x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None, after: FusedStep
+) -> Tensor | None:
+    """What `cublas` and `cublas_fp8` compute, with what follows; see `lamella_core.kernels.fused.FusedFunction`."""
+    from lamella_core.kernels import cublaslt  # which falls back on this module's products
+
+    return cublaslt.added(x, w, bias, scales, after) if isinstance(after, AddAfter) else None
+
+
 def required(scales: Scales | None) -> Scales:
     """Returns the scales, which float8 products cannot do without.
 
@@ -197,8 +206,8 @@ def required(scales: Scales | None) -> Scales:
 def gpu_kernels() -> tuple[GpuMatmul, ...]:
     """Returns all CUDA kernels, for `lamella_core.kernels.matmul` to register."""
     return (
-        GpuMatmul("cublas", FLOATS, cublas),
-        GpuMatmul("cublas_fp8", FP8, cublas_fp8, multiple=(16, 16)),
+        GpuMatmul("cublas", FLOATS, cublas, fused=many_rows_fused),
+        GpuMatmul("cublas_fp8", FP8, cublas_fp8, multiple=(16, 16), fused=many_rows_fused),
         GpuMatmul("torch_fp8_upcast", FP8, upcast_fp8, fp8_capability=(8, 0)),
         GpuMatmul(
             "triton_gemv",

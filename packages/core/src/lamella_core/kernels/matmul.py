@@ -219,7 +219,7 @@ class MatmulPlan:
     def fused(self, rows: int) -> FusedFunction | None:
         """The same product with what follows it, where the kernel for so many rows offers that."""
         kernel = find_kernel(self.kernel_name(rows))
-        return kernel.fused if isinstance(kernel, GpuMatmul) else None
+        return kernel.fused if isinstance(kernel, (GpuMatmul, cublaslt.CublasLtMatmul)) else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: ``{"layout": str, "steps": [[max_m or null, kernel], ...]}``."""

@@ -13,7 +13,7 @@ from lamella_core.kernels.fused import RopeCacheAfter
 from lamella_core.kernels.sparsity import BlockSparsity
 from lamella_core.layers.activation import sigmoid
 from lamella_core.layers.head_norm import HeadNorm
-from lamella_core.layers.linear import QKVParallelLinear, RowParallelLinear
+from lamella_core.layers.linear import QKVParallelLinear, RowParallelLinear, Stream
 from lamella_core.layers.mixer import TokenMixer
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.rotary import Rotation
@@ -45,6 +45,8 @@ class Attention(TokenMixer):
         has_gate: each head's result is multiplied by the sigmoid of as many numbers, projected beside its query.
         has_sinks: each head's softmax has one more column, of a learned score and without a value (see `sinks`).
     """
+
+    takes_stream = True
 
     def __init__(  # noqa: PLR0913 - by keyword, most models leave most out
         self,
@@ -112,7 +114,12 @@ class Attention(TokenMixer):
         return True
 
     def forward(
-        self, x: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext, rows: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        rotation: Rotation | None,
+        ctx: ForwardContext,
+        rows: torch.Tensor | None = None,
+        stream: Stream | None = None,
     ) -> torch.Tensor:
         """Returns [T, H], or [R, H] of the tokens ``rows`` [R] alone.
 
@@ -128,7 +135,7 @@ class Attention(TokenMixer):
             out = ops.take_rows(out, rows)
             if not out.shape[0]:
                 return torch.empty(0, self.o_proj.out_features_local, dtype=self.o_proj.dtype, device=x.device)
-        return self.o_proj(out, ctx)
+        return self.o_proj(out, ctx, stream)
 
     def _attend_placed(self, x: torch.Tensor, rotation: Rotation | None, ctx: ForwardContext) -> torch.Tensor | None:
         """Does what `_attend` does, with rotation and the write to the cache in the projection's kernel.

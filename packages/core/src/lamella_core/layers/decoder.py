@@ -10,12 +10,15 @@ added by the next norm. With ``rows`` [R] only those tokens go on after the atte
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from lamella_core.context import ForwardContext
+from lamella_core.kernels.fused import LEAST_ADDED_ROWS
 from lamella_core.layers.attention import Attention
+from lamella_core.layers.linear import Stream
 from lamella_core.layers.mixer import TokenMixer
 from lamella_core.layers.mlp import FeedForward
 from lamella_core.layers.norm import Norm
@@ -56,6 +59,7 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
         self.mlp_out_norm = mlp_out_norm
         self.residual_scale = residual_scale
+        self.adds_unchanged = attention_out_norm is None and mlp_out_norm is None and residual_scale == 1.0
         self.sums_hidden = self.sums_attended = False  # whether these come as one rank's summands, see `share_sums`
 
     def forward(
@@ -65,23 +69,33 @@ class DecoderLayer(nn.Module):
         rotation: Rotation | None,
         ctx: ForwardContext,
         rows: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         scale = self.attention.input_scale
         if self.sums_hidden and residual is not None:
             normed, residual = self.input_norm.of_sum(hidden, residual, scale, ctx.tp)
         else:
             normed, residual = self.input_norm(hidden, residual, scale)
-        attended = self.attention(normed, rotation, ctx, rows)
         if rows is not None:
             residual = residual.index_select(0, rows)
-            if not residual.shape[0]:
-                return attended, residual
+        attended, residual = self._onto(residual, self.attention, normed, rotation, ctx, rows)
+        if rows is not None and not rows.shape[0]:
+            return attended, residual
         scale = self.mlp.input_scale
-        if self.sums_attended:
+        if self.sums_attended and residual is not None:
             normed, residual = self.mlp_norm.of_sum(attended, residual, scale, ctx.tp)
         else:
             normed, residual = self.mlp_norm(self._added(attended, self.attention_out_norm), residual, scale)
-        return self._added(self.mlp(normed, ctx), self.mlp_out_norm), residual
+        hidden, residual = self._onto(residual, self.mlp, normed, ctx)
+        return self._added(hidden, self.mlp_out_norm), residual
+
+    def _onto(
+        self, residual: torch.Tensor, half: TokenMixer | FeedForward, *arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns what the half makes of its arguments, and the stream; or their sum and None, where that is faster."""
+        if residual.shape[0] < LEAST_ADDED_ROWS or not half.takes_stream or not self.adds_unchanged:
+            return half(*arguments), residual
+        stream = Stream(residual)
+        return half(*arguments, stream), stream.left
 
     def _added(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if norm is not None:
@@ -112,7 +126,7 @@ class NormAfterLayer(DecoderLayer):
 
     selects_rows = False
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,

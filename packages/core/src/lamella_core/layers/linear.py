@@ -6,13 +6,14 @@ Column parallel splits the outputs and needs no communication; row parallel spli
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lamella_core.config import ModelConfig
 from lamella_core.context import ForwardContext
-from lamella_core.kernels.fused import RopeCacheAfter
+from lamella_core.kernels.fused import AddAfter, RopeCacheAfter
 from lamella_core.kernels.matmul import MatmulPlan
 from lamella_core.layers.activation import GatedActivation, fusible_gate
 from lamella_core.layers.parameter import Parameter, empty_parameter
@@ -144,10 +145,18 @@ class QKVParallelLinear(Linear):
         return self.method.apply_fused(self, x, self.bias, after)
 
 
+@dataclass(slots=True)
+class Stream:
+    """The residual stream, offered to half a layer: whoever adds it to the half's result takes it."""
+
+    left: torch.Tensor | None  # [T, H] until it is taken
+
+
 class RowParallelLinear(Linear):
     """Each rank multiplies its part of the inputs; the sum over the ranks is the result. Bias is added once.
 
-    Without ``reduce`` the result is this rank's summand: whoever calls it adds it to others and sums once.
+    Without ``reduce`` the result is this rank's summand: whoever calls it adds it to others and sums once. A stream
+    [T, out] is taken where the product's kernel adds it, and stays where that is not faster or not possible.
     """
 
     def __init__(
@@ -158,7 +167,13 @@ class RowParallelLinear(Linear):
         super().__init__(section, (whole(out_features),), bias, config=config, name=name)
         self.adds_bias = mapping.tp_rank == 0
         self.reduce = reduce
+        self.adds_stream = mapping.tp_size == 1 and not bias
 
-    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, ctx: ForwardContext, stream: Stream | None = None) -> torch.Tensor:
+        if stream is not None and stream.left is not None and self.adds_stream:
+            total = self.method.apply_fused(self, x, None, AddAfter(stream.left))
+            if total is not None:
+                stream.left = None
+                return total
         out = self.method.apply(self, x, self.bias if self.adds_bias else None)
         return ctx.tp.all_reduce(out) if self.reduce else out

@@ -12,6 +12,8 @@ from lamella_core.layers.rotary import Rotation
 class TokenMixer(nn.Module):
     """Base of what decoder layers take: [T, H] -> [T, H]."""
 
+    takes_stream = False  # whether `forward` may be given a `Stream` of as many rows as it returns
+
     @property
     def input_scale(self) -> torch.Tensor | None:
         """Scale with which x may also come as float8, see `Linear.input_scale`; None: only in the model's dtype."""

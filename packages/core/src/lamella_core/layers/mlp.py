@@ -8,11 +8,13 @@ from torch import nn
 from lamella_core.config import ModelConfig
 from lamella_core.context import ForwardContext
 from lamella_core.layers.activation import gated, get_activation
-from lamella_core.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+from lamella_core.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear, Stream
 
 
 class FeedForward(nn.Module):
     """The second half of a decoder layer: called with (x [T, H], ctx), returns [T, H]."""
+
+    takes_stream = False  # whether a `Stream` [T, H] may be the third argument
 
     @property
     def input_scale(self) -> torch.Tensor | None:
@@ -29,6 +31,8 @@ class GatedMLP(FeedForward):
 
     ``inner`` is by default the config's intermediate_size. For ``reduce`` see `RowParallelLinear`.
     """
+
+    takes_stream = True
 
     def __init__(
         self, config: ModelConfig, *, name: str, bias: bool = False, inner: int | None = None, reduce: bool = True
@@ -51,12 +55,15 @@ class GatedMLP(FeedForward):
         self.down_proj.reduce = False
         return True
 
-    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        return self.down_proj(self.gate_up_proj.gated(x, self.activation, self.down_proj.input_scale, ctx), ctx)
+    def forward(self, x: torch.Tensor, ctx: ForwardContext, stream: Stream | None = None) -> torch.Tensor:
+        inner = self.gate_up_proj.gated(x, self.activation, self.down_proj.input_scale, ctx)
+        return self.down_proj(inner, ctx, stream)
 
 
 class MLP(FeedForward):
     """down(activation(up(x))). Arguments are those of `GatedMLP`."""
+
+    takes_stream = True
 
     def __init__(
         self, config: ModelConfig, *, name: str, bias: bool = True, inner: int | None = None, reduce: bool = True
@@ -77,5 +84,5 @@ class MLP(FeedForward):
         self.down_proj.reduce = False
         return True
 
-    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        return self.down_proj(self.activation(self.up_proj(x, ctx)), ctx)
+    def forward(self, x: torch.Tensor, ctx: ForwardContext, stream: Stream | None = None) -> torch.Tensor:
+        return self.down_proj(self.activation(self.up_proj(x, ctx)), ctx, stream)

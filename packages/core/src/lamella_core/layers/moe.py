@@ -19,7 +19,7 @@ from lamella_core.kernels import ops
 from lamella_core.kernels import triton as triton_kernels
 from lamella_core.kernels.experts import ExpertStack
 from lamella_core.layers.activation import Activation, gated, sigmoid, swiglu_of
-from lamella_core.layers.linear import Linear, ReplicatedLinear
+from lamella_core.layers.linear import Linear, ReplicatedLinear, Stream
 from lamella_core.layers.mlp import FeedForward, GatedMLP
 from lamella_core.layers.sharding import Section, fused, split, whole
 from lamella_core.quantization.config import QuantConfig
@@ -215,11 +215,13 @@ class SharedExpert(GatedMLP):
     With ``is_gated`` its result is multiplied by the sigmoid of a learned score of the token.
     """
 
+    takes_stream = False  # `MoE` adds more to it
+
     def __init__(self, config: ModelConfig, *, inner: int, name: str, is_gated: bool = False) -> None:
         super().__init__(config, name=name, inner=inner, reduce=False)
         self.gate = _unquantized_gate(config, 1, name) if is_gated else None
 
-    def forward(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, ctx: ForwardContext, stream: Stream | None = None) -> torch.Tensor:
         out = super().forward(x, ctx)
         return out if self.gate is None else sigmoid(self.gate(x, ctx)) * out
 

@@ -91,7 +91,7 @@ class _Quarters(HeadNorm):
 class _WideResidualLayer(DecoderLayer):
     """Adds attention and MLP to ``residual_scale`` times what they read."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,

@@ -15,6 +15,7 @@ import torch
 
 from lamella_core.kernels.experts import ExpertProjection
 from lamella_core.kernels.fp8 import FLOAT8, quantize, quantize_per_token
+from lamella_core.kernels.fused import AddAfter
 from lamella_core.kernels.matmul import Scales, default_plan
 from lamella_core.layers.parameter import Parameter, empty_parameter
 from lamella_core.layers.sharding import ShardSpec
@@ -61,7 +62,7 @@ class Fp8PerTensor:
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, after: FusedStep
     ) -> torch.Tensor | None:
         fused = layer.plan.fused(x.shape[0])
-        if fused is None:
+        if fused is None or (isinstance(after, AddAfter) and not self.is_static):  # sums have one scale for all rows
             return None
         x, x_scale = self._quantized(layer, x, None)
         return fused(x, layer.weight, bias, Scales(x_scale, layer.weight_scale, layer.dtype), after)

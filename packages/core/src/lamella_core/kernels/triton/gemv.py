@@ -21,7 +21,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lamella_core.kernels.fused import FusedStep, RopeCacheAfter, SiluGateAfter
+from lamella_core.kernels.fused import AddAfter, FusedStep, RopeCacheAfter, SiluGateAfter
 from lamella_core.kernels.matmul import Scales
 from lamella_core.kernels.triton.gemv_epilogue import Heads
 from lamella_core.kernels.triton.gemv_kernels import matrix_kernel, vector_kernel
@@ -130,6 +130,8 @@ def why_not_fused(tile: VectorTile | MatrixTile, n: int, after: FusedStep) -> st
         if isinstance(tile, VectorTile) and tile.block_n > 1 and n % 2 == 0:
             return None
         return f"a gate needs a VectorTile of 2 outputs or more and an even N; they are {tile} and {n}"
+    if isinstance(after, AddAfter):
+        return "few rows' sums are the norm's, which reads them from the cache"
     head_dim = after.place.k_cache.shape[3]
     if tile.block_n > 1 and head_dim % tile.block_n == 0:
         return None
@@ -240,7 +242,7 @@ def _empty_output(m: int, n: int, dtype: torch.dtype, after: FusedStep | None, d
     if isinstance(after, SiluGateAfter):
         n //= 2
         dtype = dtype if after.out_scale is None else torch.float8_e4m3fn
-    elif after is not None:
+    elif isinstance(after, RopeCacheAfter):
         n = after.num_heads * after.place.k_cache.shape[3]
     return torch.empty((m, n), dtype=dtype, device=device)
 
