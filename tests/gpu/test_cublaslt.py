@@ -111,9 +111,9 @@ def test_a_graph_computes_the_same_bits(dtype: torch.dtype, loaded: Library) -> 
     assert not torch.equal(recorded[0], eager[0])
 
 
-def summing(loaded: Library, dtype: torch.dtype) -> list[MatmulPlan]:
-    """Plans of torch's default and of the library's proposals for as many rows as sums need."""
-    names = [kernel_name(loaded.version, algorithm) for algorithm in proposed(loaded, LEAST_ADDED_ROWS, dtype)]
+def summing(loaded: Library, rows: int, dtype: torch.dtype) -> list[MatmulPlan]:
+    """Plans of torch's default and of each proposal of the library."""
+    names = [kernel_name(loaded.version, algorithm) for algorithm in proposed(loaded, rows, dtype)]
     default = "cublas_fp8" if dtype == torch.float8_e4m3fn else "cublas"
     return [MatmulPlan("rows", ((None, name),)) for name in (default, *names)]
 
@@ -137,7 +137,7 @@ def test_a_sum_is_the_product_and_the_summand(rows: int, dtype: torch.dtype, loa
     out_dtype = dtype if scales is None else scales.out_dtype
     summand = (torch.randn_like(exact) * exact.std()).to(out_dtype)
     held, expected = summand.clone(), exact + summand.float()
-    for plan in summing(loaded, dtype):
+    for plan in summing(loaded, rows, dtype):
         found = summed(plan, x, w, scales, summand)
         assert_near(found, expected.to(out_dtype))
         assert torch.equal(found, summed(plan, x, w, scales, summand)) and torch.equal(summand, held)
@@ -149,7 +149,7 @@ def test_a_sum_is_the_product_and_the_summand(rows: int, dtype: torch.dtype, loa
 def test_a_graph_sums_the_same_bits(dtype: torch.dtype, loaded: Library) -> None:
     x, w, scales = operands(LEAST_ADDED_ROWS, dtype)
     summand = torch.randn(len(x), N, device="cuda").bfloat16()
-    plans = summing(loaded, dtype)
+    plans = summing(loaded, len(x), dtype)
     eager = [summed(plan, x, w, scales, summand) for plan in plans]
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -167,7 +167,7 @@ def test_sums_that_are_left_to_others(loaded: Library) -> None:
     rows = LEAST_ADDED_ROWS
     x, w, _ = operands(rows, torch.bfloat16)
     summand, bias = torch.zeros(rows, N, device="cuda").bfloat16(), torch.zeros(N, device="cuda").bfloat16()
-    for plan in summing(loaded, torch.bfloat16):
+    for plan in summing(loaded, rows, torch.bfloat16):
         fused = plan.fused(rows)
         assert fused is not None
         assert fused(x[1:], w, None, None, AddAfter(summand[1:].contiguous())) is None
@@ -184,7 +184,7 @@ def test_sums_have_scales_of_whole_tensors(per: str, loaded: Library) -> None:
     x_scale = torch.ones(len(x), 1, device="cuda") if per == "row" else scales.x
     w_scale = torch.ones(N, device="cuda") if per == "output" else scales.w
     summand = torch.zeros(len(x), N, device="cuda").bfloat16()
-    for plan in summing(loaded, torch.float8_e4m3fn):
+    for plan in summing(loaded, len(x), torch.float8_e4m3fn):
         fused = plan.fused(len(x))
         assert fused is not None
         assert fused(x, w, None, Scales(x_scale, w_scale, torch.bfloat16), AddAfter(summand)) is None
