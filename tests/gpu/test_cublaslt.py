@@ -121,7 +121,7 @@ def summing(loaded: Library, rows: int, dtype: torch.dtype) -> list[MatmulPlan]:
 def summed(
     plan: MatmulPlan, x: torch.Tensor, w: torch.Tensor, scales: Scales | None, summand: torch.Tensor
 ) -> torch.Tensor:
-    fused = plan.fused(len(x))
+    fused = plan.fused(len(x), N, AddAfter)
     assert fused is not None
     found = fused(x, w, None, scales, AddAfter(summand))
     assert found is not None and found.data_ptr() != summand.data_ptr()
@@ -168,7 +168,7 @@ def test_sums_that_are_left_to_others(loaded: Library) -> None:
     x, w, _ = operands(rows, torch.bfloat16)
     summand, bias = torch.zeros(rows, N, device="cuda").bfloat16(), torch.zeros(N, device="cuda").bfloat16()
     for plan in summing(loaded, rows, torch.bfloat16):
-        fused = plan.fused(rows)
+        fused = plan.fused(rows, N, AddAfter)
         assert fused is not None
         assert fused(x[1:], w, None, None, AddAfter(summand[1:].contiguous())) is None
         assert fused(x, w, bias, None, AddAfter(summand)) is None
@@ -185,7 +185,7 @@ def test_sums_have_scales_of_whole_tensors(per: str, loaded: Library) -> None:
     w_scale = torch.ones(N, device="cuda") if per == "output" else scales.w
     summand = torch.zeros(len(x), N, device="cuda").bfloat16()
     for plan in summing(loaded, len(x), torch.float8_e4m3fn):
-        fused = plan.fused(len(x))
+        fused = plan.fused(len(x), N, AddAfter)
         assert fused is not None
         assert fused(x, w, None, Scales(x_scale, w_scale, torch.bfloat16), AddAfter(summand)) is None
 

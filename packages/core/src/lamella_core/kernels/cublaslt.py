@@ -83,7 +83,13 @@ class CublasLtMatmul:
         self, x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None, after: FusedStep
     ) -> Tensor | None:
         """Sums by the same algorithm; see `lamella_core.kernels.fused.FusedFunction`."""
-        return added(x, w, bias, scales, after, self.algorithm) if isinstance(after, AddAfter) else None
+        if isinstance(after, AddAfter):
+            return added(x, w, bias, scales, after, self.algorithm)
+        return gpu_matmul.many_rows_fused(x, w, bias, scales, after)
+
+    def offers(self, rows: int, outputs: int, step: type) -> bool:
+        """See `lamella_core.kernels.fused.FusionOffer`."""
+        return gpu_matmul.many_rows_offer(rows, outputs, step)
 
 
 def added(

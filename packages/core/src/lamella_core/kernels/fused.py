@@ -57,3 +57,5 @@ class AddAfter:
 FusedStep: TypeAlias = SiluGateAfter | RopeCacheAfter | AddAfter
 # (x [M, K], weight [N, K], bias [N], scales, after) -> see there. None: not served, nothing was computed or written.
 FusedFunction = Callable[[Tensor, Tensor, "Tensor | None", "Scales | None", FusedStep], "Tensor | None"]
+# (rows M, outputs N, class of the step) -> whether the function is worth calling; quick, before anything is computed.
+FusionOffer = Callable[[int, int, type], bool]

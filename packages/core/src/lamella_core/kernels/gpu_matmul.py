@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamella_core.kernels import triton as triton_kernels
-from lamella_core.kernels.fused import AddAfter, FusedFunction, FusedStep, RopeCacheAfter, SiluGateAfter
+from lamella_core.kernels.fused import (
+    LEAST_ADDED_ROWS,
+    AddAfter,
+    FusedFunction,
+    FusedStep,
+    FusionOffer,
+    RopeCacheAfter,
+    SiluGateAfter,
+)
 
 if TYPE_CHECKING:
     from lamella_core.kernels.matmul import Scales
@@ -55,6 +63,7 @@ class GpuMatmul:
         most_rows: rows it takes; None: any number.
         needs_triton: whether triton must be installed.
         fused: computes what follows the product too, where that saves time.
+        offers: when ``fused`` may; None: always.
     """
 
     name: str
@@ -65,6 +74,7 @@ class GpuMatmul:
     most_rows: int | None = None
     needs_triton: bool = False
     fused: FusedFunction | None = None
+    offers: FusionOffer | None = None
     layout: str = "rows"
     batch_invariant: bool = False
     device: str = "cuda"
@@ -188,8 +198,20 @@ def many_rows_fused(
 ) -> Tensor | None:
     """What `cublas` and `cublas_fp8` compute, with what follows; see `lamella_core.kernels.fused.FusedFunction`."""
     from lamella_core.kernels import cublaslt  # which falls back on this module's products
+    from lamella_core.kernels.cuda import gated_product
 
-    return cublaslt.added(x, w, bias, scales, after) if isinstance(after, AddAfter) else None
+    if isinstance(after, AddAfter):
+        return cublaslt.added(x, w, bias, scales, after)
+    return gated_product.gated_product(x, w, bias, scales, after) if isinstance(after, SiluGateAfter) else None
+
+
+def many_rows_offer(rows: int, outputs: int, step: type) -> bool:
+    """When `many_rows_fused` saves time; see `lamella_core.kernels.fused.FusionOffer`."""
+    from lamella_core.kernels.cuda import gated_product
+
+    if step is AddAfter:
+        return rows >= LEAST_ADDED_ROWS
+    return step is SiluGateAfter and gated_product.offers(rows, outputs)
 
 
 def required(scales: Scales | None) -> Scales:
@@ -206,8 +228,8 @@ def required(scales: Scales | None) -> Scales:
 def gpu_kernels() -> tuple[GpuMatmul, ...]:
     """Returns all CUDA kernels, for `lamella_core.kernels.matmul` to register."""
     return (
-        GpuMatmul("cublas", FLOATS, cublas, fused=many_rows_fused),
-        GpuMatmul("cublas_fp8", FP8, cublas_fp8, multiple=(16, 16), fused=many_rows_fused),
+        GpuMatmul("cublas", FLOATS, cublas, fused=many_rows_fused, offers=many_rows_offer),
+        GpuMatmul("cublas_fp8", FP8, cublas_fp8, multiple=(16, 16), fused=many_rows_fused, offers=many_rows_offer),
         GpuMatmul("torch_fp8_upcast", FP8, upcast_fp8, fp8_capability=(8, 0)),
         GpuMatmul(
             "triton_gemv",

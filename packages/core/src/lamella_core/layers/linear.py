@@ -138,7 +138,7 @@ class QKVParallelLinear(Linear):
 
     def is_fused(self, rows: int) -> bool:
         """Whether `rotated` may be asked with so many rows."""
-        return self.plan.fused(rows) is not None
+        return self.plan.fused(rows, self.out_features_local, RopeCacheAfter) is not None
 
     def rotated(self, x: torch.Tensor, after: RopeCacheAfter) -> torch.Tensor | None:
         """Returns queries [T, Hq * D] and stores keys and values; None, with nothing done, where `forward` is right."""
