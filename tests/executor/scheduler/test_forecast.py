@@ -146,6 +146,15 @@ def test_requests_of_known_length_start_apart_and_keep_the_cache_full() -> None:
     assert sum(request.num_pauses for request in loop.requests.values()) == 0
 
 
+def test_a_batch_that_the_cache_holds_starts_at_once() -> None:
+    loop = FakeLoop(Shape(400, 4, max_batch_size=32, max_num_tokens=512, policy=PEAK, is_reused=False))
+    submit(loop, 200, 8, 64)  # 32 x 18 blocks are less than one and a half times the cache
+    loop.step()
+    assert len(loop.scheduler.running) > 20
+    loop.run()
+    assert sum(request.num_pauses for request in loop.requests.values()) == 0
+
+
 def test_short_prompts_start_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "GROUP_TOKENS", 24)
     monkeypatch.setattr(policy, "GROUP_FRACTION", 2)

@@ -21,12 +21,14 @@ class CapacityModel:
 
     Args:
         kv: the cache to fit into.
+        max_batch_size: sequences that run at a time at most.
         max_num_tokens: rows of a step.
         is_chunked: prompts may be split over steps.
     """
 
-    def __init__(self, kv: KvCacheManager, max_num_tokens: int, *, is_chunked: bool) -> None:
+    def __init__(self, kv: KvCacheManager, max_batch_size: int, max_num_tokens: int, *, is_chunked: bool) -> None:
         self.kv = kv
+        self.max_batch_size = max_batch_size
         self._max_num_tokens = max_num_tokens
         self._is_chunked = is_chunked
         self._shares = kv.window is None and not kv.num_state_slots  # forks share their prompt's blocks, always

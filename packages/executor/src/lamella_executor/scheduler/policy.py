@@ -16,8 +16,8 @@ from lamella_executor.sequence import RequestState
 
 MAX_OPTIMISTIC_PAUSES = 2  # paused this often, a request resumes only once it can no longer run out of blocks
 SHORT_FRACTION = 8  # of the running: how many may sit a step out for want of blocks before one is paused
-CROWD = 1.5  # times what the cache holds of requests at their longest: how many wait while starts are spread
-GROUP_TOKENS = 1024  # prompt tokens of requests of known length that start together at most
+CROWD = 1.5  # times what the cache holds of requests at their longest: how many could run while starts are spread
+GROUP_TOKENS = 2048  # prompt tokens of requests of known length that start together at most
 GROUP_FRACTION = 40  # of the requests that run side by side on average: how many of those there are at most
 
 Running = dict[RequestState, None]  # oldest first
@@ -161,9 +161,9 @@ class PredictedPeak(MaxUtilization):
     the next request that ends, so those short of blocks sit the step out; when more than one in `SHORT_FRACTION` are,
     or the oldest is, the newest gives way as in MAX_UTILIZATION.
 
-    Requests that start together are at their longest together, and few then fit. So while many more wait than the cache
-    could hold, requests whose length is known start at the rate at which the cache can take them on average
-    (`_Pace`), beside others that are half done.
+    Requests that start together are at their longest together, and few then fit. So while many more wait, for whom a
+    batch has room, than the cache could hold, requests whose length is known start at the rate at which the cache can
+    take them on average (`_Pace`), beside others that are half done.
     """
 
     def __init__(self, capacity: CapacityModel) -> None:
@@ -171,7 +171,7 @@ class PredictedPeak(MaxUtilization):
         self._forecast = BlockForecast(capacity.kv.tokens_per_block)
         self._pace = _Pace(capacity.kv.num_blocks)
         self._levels: Levels | None = None  # of the request that was last asked about
-        self._num_waiting = 0
+        self._num_waiting = 0  # of as many as may run at a time
         self._num_short = 0  # requests that found too few blocks in this step
 
     def begin(self) -> None:
@@ -180,7 +180,7 @@ class PredictedPeak(MaxUtilization):
         self._num_short = 0
 
     def open(self, running: Collection[RequestState], num_waiting: int) -> bool:
-        self._num_waiting = num_waiting
+        self._num_waiting = min(num_waiting, self.capacity.max_batch_size)
         return super().open(running, num_waiting) and not self._num_short
 
     def admits(self, request: RequestState, match: PrefixMatch) -> bool:

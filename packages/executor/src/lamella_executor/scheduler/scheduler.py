@@ -95,7 +95,7 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._max_num_tokens = max_num_tokens
         self._limits = RequestLimits(max_batch_size, max_num_tokens, max_beam_width, enable_chunked_prefill)
-        self._capacity = CapacityModel(kv, max_num_tokens, is_chunked=enable_chunked_prefill)
+        self._capacity = CapacityModel(kv, max_batch_size, max_num_tokens, is_chunked=enable_chunked_prefill)
         self._policy = make_policy(policy, self._capacity)
         self._batches = MicroBatches(num_micro_batches)
         self._time = Rounds(self._policy, self._batches) if num_micro_batches > 1 else Steps(self._policy)
