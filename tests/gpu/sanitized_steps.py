@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.support.engines import engine_of, executor_of
 
+from lamella_core.kernels.cuda.gated_product import CAPABILITY, gated_product
+from lamella_core.kernels.fused import SiluGateAfter
 from lamella_core.quantization.config import QuantConfig
 from lamella_executor import SamplingParams
 
@@ -27,6 +31,18 @@ def main(directory: Path) -> None:
         with executor_of(engine) as executor:
             for count in (len(PROMPTS), 1):
                 executor.generate(PROMPTS[:count], PARAMS[:count])
+
+    if torch.cuda.get_device_capability() == CAPABILITY:
+        gate_many_rows()
+
+
+def gate_many_rows() -> None:
+    """The tiny model's block is too narrow for this kernel."""
+    weight = torch.randn(768, 80, device="cuda").bfloat16()
+    for rows in (1, 129, 300):
+        for scale in (None, torch.ones((), device="cuda")):
+            assert gated_product(weight[:1].repeat(rows, 1), weight, None, None, SiluGateAfter(scale)) is not None
+    torch.cuda.synchronize()
 
 
 main(Path(sys.argv[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ from lamella.cli.bench.kernels import (
     read_trace,
 )
 
-TRITON = Path(__file__).resolve().parents[3] / "packages/core/src/lamella_core/kernels/triton"
+KERNELS = Path(__file__).resolve().parents[3] / "packages/core/src/lamella_core/kernels"
+TRITON = KERNELS / "triton"
 
 NAMES = {
     "nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_TNT": GEMM,
@@ -78,6 +80,14 @@ def test_our_own_kernels_are_known():
         else:
             expected = {"gemv_kernels.py": GEMM}.get(file, SAMPLING if file.startswith("sampling") else GLUE)
         assert classify(GpuEvent(name, 0, 1)) == expected, f"{file}:{name}"
+
+
+def test_our_own_products_in_cuda_are_known():
+    sources = list(KERNELS.glob("cuda/*.cu"))
+    assert sources
+    for source in sources:
+        (name,) = re.findall(r'extern "C" __global__[^{]*?(\w+)\(const __grid', source.read_text())
+        assert classify(GpuEvent(name, 0, 1)) == GEMM
 
 
 def test_every_moment_counts_once():

@@ -29,7 +29,8 @@ _PATTERNS = (
     ),
     (
         GEMM,
-        r"gemm|gemv|matmul|nvjet|cutlass|split_?k_?reduce|scaled_mm|wgmma|xmma|cublas|^_?(vector|matrix|(sorted_)?product)_kernel",
+        r"gemm|gemv|matmul|nvjet|cutlass|split_?k_?reduce|scaled_mm|wgmma|xmma|cublas|gated_product"
+        r"|^_?(vector|matrix|(sorted_)?product)_kernel",
     ),
     (
         GLUE,
