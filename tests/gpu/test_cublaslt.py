@@ -170,7 +170,6 @@ def test_sums_that_are_left_to_others(loaded: Library) -> None:
     for plan in summing(loaded, rows, torch.bfloat16):
         fused = plan.fused(rows, N, AddAfter)
         assert fused is not None
-        assert fused(x[1:], w, None, None, AddAfter(summand[1:].contiguous())) is None
         assert fused(x, w, bias, None, AddAfter(summand)) is None
         assert fused(x, w, None, None, AddAfter(summand.float())) is None
         assert fused(x, w, None, None, AddAfter(summand.t().contiguous().t())) is None

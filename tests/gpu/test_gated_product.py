@@ -73,6 +73,20 @@ def test_gate(rows, kind):
             assert equal(ours, silu_and_mul(product(x, w, scales), out_scale))
 
 
+@pytest.mark.parametrize("clusters", [1, 3, None])
+@pytest.mark.parametrize("kind", [(BF16, BF16), (FP8, BF16)], ids=str)
+def test_clusters_take_several_turns(kind, clusters, monkeypatch):
+    """As many steps as no multiple of the stages, so that turns begin at all of them; the last ones are wide."""
+    x, w, scales = operands(8292, 768, 272 if kind[0] == FP8 else 656, kind)
+    expected = silu_and_mul(product(x, w, scales))
+    if clusters is not None:
+        monkeypatch.setattr(module, "_pairs_at_once", lambda _: clusters)
+    else:
+        assert module.num_pairs(8292, 3) > module._pairs_at_once(0)
+    ours = gated_product(x, w, None, scales, SiluGateAfter(None))
+    assert ours is not None and equal(ours, expected)
+
+
 def test_gate_of_rows_with_scales_of_their_own():
     x, w, scales = operands(300, 512, 256, (FP8, BF16), per_row=True)
     ours = gated_product(x, w, None, scales, SiluGateAfter(None))
@@ -130,13 +144,6 @@ def refused(change: Callable[[dict[str, Any]], None]) -> bool:
 )
 def test_what_is_not_served(change):
     assert refused(change)
-
-
-def test_it_is_offered_where_it_is_faster():
-    weight_rows = 28672
-    assert module.offers(2048, weight_rows) and module.offers(8192, weight_rows) and module.offers(128, weight_rows)
-    assert not module.offers(160, weight_rows) and not module.offers(384, weight_rows)
-    assert not module.offers(8192, weight_rows + 128)
 
 
 @pytest.mark.parametrize("quantization", [None, QuantConfig("FP8", kv_cache_quant_algo="FP8")], ids=["bf16", "fp8"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from lamella_core.kernels import gpu_matmul
 from lamella_core.kernels.cuda import driver, gated_product
 from lamella_core.kernels.fused import AddAfter, RopeCacheAfter, SiluGateAfter
 from lamella_core.kernels.matmul import KERNELS, MatmulPlan
+from lamella_core.quantization import fp8
+from lamella_core.quantization.config import QuantConfig
 
 
 class Boxes:
@@ -81,13 +84,30 @@ def test_plans_offer_it_where_it_is_faster(name, gpu, monkeypatch):
     offered = [rows for rows in (64, 128, 256, 384, 640, 1024, 2048, 8192) if plan.fused(rows, 28672, SiluGateAfter)]
     assert offered == [128, 256, 1024, 2048, 8192]
     assert plan.fused(8192, 28672 + 128, SiluGateAfter) is None
-    assert plan.fused(8192, 28672, RopeCacheAfter) is None and plan.fused(8192, 28672, AddAfter) is not None
+    assert plan.fused(8192, 28672, RopeCacheAfter) is None
+    assert plan.fused(4096, 4096, AddAfter) is not None and plan.fused(4095, 4096, AddAfter) is None
+    for step in (SiluGateAfter, AddAfter):
+        assert plan.fused(8192, 28672, step, is_plain=False) is None
     monkeypatch.setattr(gated_product, "_pairs_at_once", lambda _: 0)  # of another kind
     assert plan.fused(8192, 28672, SiluGateAfter) is None
 
 
+def test_nothing_is_quantized_for_a_question_that_is_declined(gpu, monkeypatch):
+    """Weights with a scale per output, and a bias."""
+    quantized: list[int] = []
+    monkeypatch.setattr(fp8, "quantize_per_token", lambda x: quantized.append(len(x)))
+    method = fp8.Fp8PerChannel(QuantConfig("FP8_PER_CHANNEL_PER_TOKEN"))
+    layer = SimpleNamespace(
+        plan=MatmulPlan("rows", ((None, "cublas_fp8"),)), out_features_local=28672, weight_scale=torch.ones(28672)
+    )
+    x = torch.ones(2048, 8)
+    assert method.apply_fused(layer, x, None, SiluGateAfter(None)) is None
+    layer.weight_scale = torch.ones(())
+    assert method.apply_fused(layer, x, torch.ones(28672), SiluGateAfter(None)) is None and not quantized
+
+
 def test_without_a_gpu_nothing_is_offered_or_served():
-    assert not gated_product.offers(8192, 28672) and not gpu_matmul.many_rows_offer(8192, 28672, SiluGateAfter)
+    assert not gated_product.offers(8192, 28672) and not gpu_matmul.many_rows_offer(8192, 28672, SiluGateAfter, True)
     x, w = torch.ones(256, 64).bfloat16(), torch.ones(256, 64).bfloat16()
     assert KERNELS["cublas"].fused(x, w, None, None, SiluGateAfter(None)) is None
 

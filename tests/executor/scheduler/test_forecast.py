@@ -155,6 +155,15 @@ def test_a_batch_that_the_cache_holds_starts_at_once() -> None:
     assert sum(request.num_pauses for request in loop.requests.values()) == 0
 
 
+def test_a_batch_of_requests_with_branches_that_the_cache_holds_starts_at_once() -> None:
+    loop = FakeLoop(Shape(1000, 4, max_batch_size=32, max_num_tokens=512, policy=PEAK, is_reused=False))
+    for number in range(40):  # eight of four branches fill the batch; each has 66 blocks at last
+        ids = [1 + (number * 5 + i * 7) % (VOCAB - 2) for i in range(8)]
+        loop.submit(ids, SamplingParams(n=4, max_tokens=64, ignore_eos=True, temperature=1.0))
+    loop.step()
+    assert len(loop.scheduler.running) == 8
+
+
 def test_short_prompts_start_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "GROUP_TOKENS", 24)
     monkeypatch.setattr(policy, "GROUP_FRACTION", 2)

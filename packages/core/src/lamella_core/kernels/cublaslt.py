@@ -24,7 +24,7 @@ from lamella_core.kernels.cublaslt_library import (
     Product,
     library,
 )
-from lamella_core.kernels.fused import LEAST_ADDED_ROWS, AddAfter, FusedStep
+from lamella_core.kernels.fused import AddAfter, FusedStep
 
 if TYPE_CHECKING:
     import torch
@@ -87,9 +87,9 @@ class CublasLtMatmul:
             return added(x, w, bias, scales, after, self.algorithm)
         return gpu_matmul.many_rows_fused(x, w, bias, scales, after)
 
-    def offers(self, rows: int, outputs: int, step: type) -> bool:
+    def offers(self, rows: int, outputs: int, step: type, is_plain: bool) -> bool:
         """See `lamella_core.kernels.fused.FusionOffer`."""
-        return gpu_matmul.many_rows_offer(rows, outputs, step)
+        return gpu_matmul.many_rows_offer(rows, outputs, step, is_plain)
 
 
 def added(
@@ -106,7 +106,7 @@ def added(
     first call on a GPU must not be in a graph that is recorded, see `Library.is_ready`.
     """
     loaded = library()
-    if x.shape[0] < LEAST_ADDED_ROWS or loaded is None or not loaded.is_ready():
+    if loaded is None or not loaded.is_ready():
         return None
     return _product(algorithm, x, w, bias, scales, after.summand)
 

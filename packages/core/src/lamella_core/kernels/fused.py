@@ -3,7 +3,7 @@
 With few rows a product takes about as long as reading its weight, and a kernel boundary is a noticeable part of that;
 with many, what is not stored need not be read again. A kernel offers it through `fused`, see
 `lamella_core.kernels.gpu_matmul.GpuMatmul`. The product is rounded to its dtype first, as if it were stored: results
-have the bits of separate kernels. Only `AddAfter` rounds once.
+are those of separate kernels, but for the order of a product's sums. Only `AddAfter` rounds once.
 """
 
 from __future__ import annotations
@@ -57,5 +57,6 @@ class AddAfter:
 FusedStep: TypeAlias = SiluGateAfter | RopeCacheAfter | AddAfter
 # (x [M, K], weight [N, K], bias [N], scales, after) -> see there. None: not served, nothing was computed or written.
 FusedFunction = Callable[[Tensor, Tensor, "Tensor | None", "Scales | None", FusedStep], "Tensor | None"]
-# (rows M, outputs N, class of the step) -> whether the function is worth calling; quick, before anything is computed.
-FusionOffer = Callable[[int, int, type], bool]
+# (rows M, outputs N, class of the step, whether there is neither a bias nor a scale per output) -> whether
+# the function is worth calling; quick, before anything is computed.
+FusionOffer = Callable[[int, int, type, bool], bool]

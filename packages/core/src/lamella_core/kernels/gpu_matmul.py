@@ -205,13 +205,13 @@ def many_rows_fused(
     return gated_product.gated_product(x, w, bias, scales, after) if isinstance(after, SiluGateAfter) else None
 
 
-def many_rows_offer(rows: int, outputs: int, step: type) -> bool:
+def many_rows_offer(rows: int, outputs: int, step: type, is_plain: bool) -> bool:
     """When `many_rows_fused` saves time; see `lamella_core.kernels.fused.FusionOffer`."""
     from lamella_core.kernels.cuda import gated_product
 
     if step is AddAfter:
-        return rows >= LEAST_ADDED_ROWS
-    return step is SiluGateAfter and gated_product.offers(rows, outputs)
+        return is_plain and rows >= LEAST_ADDED_ROWS
+    return step is SiluGateAfter and is_plain and gated_product.offers(rows, outputs)
 
 
 def required(scales: Scales | None) -> Scales:

@@ -216,12 +216,15 @@ class MatmulPlan:
                 return name
         raise ConfigError(f"plan {self.steps} has no step for {rows} rows")
 
-    def fused(self, rows: int, n: int, step: type) -> FusedFunction | None:
-        """The same product and a `kernels.fused.FusedStep` after it, where the kernel for so many rows offers that."""
+    def fused(self, rows: int, n: int, step: type, is_plain: bool = True) -> FusedFunction | None:
+        """The same product and a `kernels.fused.FusedStep` after it, where the kernel for so many rows offers that.
+
+        Arguments are those of `lamella_core.kernels.fused.FusionOffer`.
+        """
         kernel = find_kernel(self.kernel_name(rows))
         if not isinstance(kernel, (GpuMatmul, cublaslt.CublasLtMatmul)):
             return None
-        return kernel.fused if kernel.offers is None or kernel.offers(rows, n, step) else None
+        return kernel.fused if kernel.offers is None or kernel.offers(rows, n, step, is_plain) else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: ``{"layout": str, "steps": [[max_m or null, kernel], ...]}``."""

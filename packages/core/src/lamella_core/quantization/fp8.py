@@ -61,7 +61,8 @@ class Fp8PerTensor:
     def apply_fused(
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, after: FusedStep
     ) -> torch.Tensor | None:
-        fused = layer.plan.fused(x.shape[0], layer.out_features_local, type(after))
+        is_plain = bias is None and layer.weight_scale.numel() == 1
+        fused = layer.plan.fused(x.shape[0], layer.out_features_local, type(after), is_plain)
         if fused is None or (isinstance(after, AddAfter) and not self.is_static):  # sums have one scale for all rows
             return None
         x, x_scale = self._quantized(layer, x, None)

@@ -44,7 +44,7 @@ class Unquantized:
     def apply_fused(
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, after: FusedStep
     ) -> torch.Tensor | None:
-        fused = layer.plan.fused(x.shape[0], layer.out_features_local, type(after))
+        fused = layer.plan.fused(x.shape[0], layer.out_features_local, type(after), bias is None)
         return None if fused is None else fused(x, layer.weight, bias, None, after)
 
     def stacked(self, layer: Linear, bias: torch.Tensor | None) -> ExpertProjection:

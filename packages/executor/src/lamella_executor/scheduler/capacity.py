@@ -21,7 +21,7 @@ class CapacityModel:
 
     Args:
         kv: the cache to fit into.
-        max_batch_size: sequences that run at a time at most.
+        max_batch_size: `RequestState.slots` of all running requests at most.
         max_num_tokens: rows of a step.
         is_chunked: prompts may be split over steps.
     """

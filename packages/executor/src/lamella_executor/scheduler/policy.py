@@ -171,7 +171,7 @@ class PredictedPeak(MaxUtilization):
         self._forecast = BlockForecast(capacity.kv.tokens_per_block)
         self._pace = _Pace(capacity.kv.num_blocks)
         self._levels: Levels | None = None  # of the request that was last asked about
-        self._num_waiting = 0  # of as many as may run at a time
+        self._num_waiting = 0
         self._num_short = 0  # requests that found too few blocks in this step
 
     def begin(self) -> None:
@@ -180,7 +180,7 @@ class PredictedPeak(MaxUtilization):
         self._num_short = 0
 
     def open(self, running: Collection[RequestState], num_waiting: int) -> bool:
-        self._num_waiting = min(num_waiting, self.capacity.max_batch_size)
+        self._num_waiting = num_waiting
         return super().open(running, num_waiting) and not self._num_short
 
     def admits(self, request: RequestState, match: PrefixMatch) -> bool:
@@ -191,7 +191,8 @@ class PredictedPeak(MaxUtilization):
         unforeseen = max(0, kv.num_live - self._forecast.present)
         if self._forecast.peak_with(levels) + unforeseen > kv.num_blocks:
             return False
-        is_crowded = self._num_waiting * int(levels[-1]) > CROWD * kv.num_blocks
+        crowd = min(self._num_waiting, self.capacity.max_batch_size // request.slots)
+        is_crowded = crowd * int(levels[-1]) > CROWD * kv.num_blocks
         is_paced = self._running and is_crowded and _has_known_length(request)
         return not is_paced or self._pace.allows(levels, request.sequences[0].num_tokens)
 

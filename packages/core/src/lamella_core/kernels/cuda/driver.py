@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
 from importlib import resources
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of CUtensorMap
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of CUtensorMap
 _MAP_TYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}  # of CUtensorMapDataType; float8 as bytes
 _SWIZZLE_128, _PROMOTE_256 = 3, 3  # of CUtensorMapSwizzle, CUtensorMapL2promotion
 _MOST_SHARED_MEMORY = 8  # of CUfunction_attribute
-MOST_MAPS = 8192  # that are kept: of weights, and of inputs for each number of rows and place
+_MOST_MAPS = 8192  # that are kept: of weights, and of inputs for each number of rows and place
 
 _DRIVER_SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
@@ -100,7 +100,8 @@ def compile_source(name: str, macros: Mapping[str, int], architecture: str) -> b
         encoded = (c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), encoded):
             log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
-            raise RuntimeError(f"{name} does not compile for {architecture}: {log.decode(errors='replace')}")
+            text = log.rstrip(b"\0").decode(errors="replace")
+            raise RuntimeError(f"{name} does not compile for {architecture}: {text}")
         return _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     finally:
         nvrtc.nvrtcDestroyProgram(byref(program))
@@ -161,9 +162,9 @@ def _bind_thread() -> None:
         _thread.is_bound = True
 
 
-@functools.lru_cache(maxsize=MOST_MAPS)
+@functools.lru_cache(maxsize=_MOST_MAPS)
 def tensor_map(
-    address: int, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
 ) -> bytes:
     """Returns how copies find boxes of a tensor (CUtensorMap), swizzled in rows of 128 bytes; outside of it are zeros.
 
@@ -177,7 +178,8 @@ def tensor_map(
     Raises:
         RuntimeError: the driver refuses.
     """
-    buffer = ctypes.create_string_buffer(MAP_BYTES + _MAP_ALIGNMENT)
+    _bind_thread()
+    buffer = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     at = -(-ctypes.addressof(buffer) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
     rank = len(sizes)
     status = _driver().cuTensorMapEncodeTiled(
@@ -185,4 +187,4 @@ def tensor_map(
         (c_uint32 * rank)(*box), (c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128, _PROMOTE_256, 0,
     )  # fmt: skip
     _check("cuTensorMapEncodeTiled", status)
-    return ctypes.string_at(at, MAP_BYTES)
+    return ctypes.string_at(at, _MAP_BYTES)

@@ -139,10 +139,10 @@ __device__ __forceinline__ u64 matrix_at(u32 address) {
   SUMS_8(i), SUMS_8(i + 8), SUMS_8(i + 16), SUMS_8(i + 24), SUMS_8(i + 32), SUMS_8(i + 40), SUMS_8(i + 48), \
       SUMS_8(i + 56)
 
-// 64 rows times 256 weights over 32 bytes of each, added to the sums or in their place.
-__device__ __forceinline__ void multiply(float (&sums)[SUMS], u64 rows, u64 weights, bool add) {
+// Adds 64 rows times 256 weights over 32 bytes of each to the sums.
+__device__ __forceinline__ void multiply(float (&sums)[SUMS], u64 rows, u64 weights) {
   asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n" MULTIPLY
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" MULTIPLY
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
       "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
       "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, "
@@ -151,7 +151,7 @@ __device__ __forceinline__ void multiply(float (&sums)[SUMS], u64 rows, u64 weig
       "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
       "%127}, %128, %129, add, 1, 1" TRANSPOSED ";\n}"
       : SUMS_64(0), SUMS_64(64)
-      : "l"(rows), "l"(weights), "r"((int)add));
+      : "l"(rows), "l"(weights));
 }
 
 // ---- numbers ----
@@ -186,8 +186,8 @@ __device__ __forceinline__ u32 to_float8(float a, float b, float c, float d) {
   return (u32)low | (u32)high << 16;
 }
 
-// A divisor known before: the quotient is corrected by its remainder once, which gives the nearest number
-// (Markstein 1990) where neither is subnormal.
+// A divisor known before: the quotient is corrected by its remainder once (Markstein 1990) and then has the float8 of the
+// exact one, if the divisor is a normal finite number.
 struct Divisor {
   static constexpr float MOST = 1e4f;  // quotients beyond are no float8, rounded or not
   float value, inverse;
@@ -293,6 +293,8 @@ __device__ __forceinline__ void multiply_tiles(
   u32 stage = 0, phase = 0;
   for (int pair = blockIdx.x / 2; pair < pairs.count; pair += gridDim.x / 2) {
     u32 before = 0;
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;  // defined here, or compilers before CUDA 12.9 serialize the products
 #pragma unroll 1
     for (int k = 0; k < params.steps; k++) {
       const u32 rows = stages + stage * STAGE_BYTES + warpgroup * (ROW_TILE_BYTES / 2);
@@ -300,7 +302,7 @@ __device__ __forceinline__ void multiply_tiles(
       barrier_wait(full + 8 * stage, phase);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-      for (int part = 0; part < 4; part++) multiply(sums, a + 2 * part, b + 2 * part, k > 0 || part > 0);
+      for (int part = 0; part < 4; part++) multiply(sums, a + 2 * part, b + 2 * part);
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       if (k > 0) {  // this step's products run while the stage of those before is given back
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
@@ -309,7 +311,7 @@ __device__ __forceinline__ void multiply_tiles(
       before = stage;
       if (++stage == STAGES) stage = 0, phase ^= 1;
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : SUMS_64(0), SUMS_64(64)::"memory");
     if (thread < 2) barrier_arrive(empty + 8 * before, thread);
     const int2 place = pairs.place(pair, rank);
     if (place.y >= pairs.tiles) continue;
@@ -321,6 +323,7 @@ __device__ __forceinline__ void multiply_tiles(
       const i64 output = (i64)row * (pairs.tiles * OUTPUTS) + place.y * OUTPUTS + thread % 4 * RUN;
       store_row(sums, 2 * half, scale, out_scale, params.out + OUT_BYTES * output);
     }
+    __syncwarp();  // rows beyond the last left the loop before
   }
 }
 

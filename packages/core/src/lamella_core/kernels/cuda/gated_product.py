@@ -73,7 +73,8 @@ def gated_product(
 ) -> Tensor | None:
     """Returns silu(gate) * up of x times w transposed, [M, F]; see `lamella_core.kernels.fused`. None: not served.
 
-    The product is rounded first. Quotients by ``after.out_scale`` are the nearest float8 but for the sign of zeros.
+    The product is rounded first. Quotients by ``after.out_scale``, a normal finite number, are the nearest float8; a
+    zero may have the other sign.
 
     Args:
         x: [M, K] bfloat16, float16 or float8_e4m3fn, contiguous, on the current GPU.
@@ -120,11 +121,12 @@ def _fits(x: Tensor, w: Tensor, scales: Scales | None) -> bool:
 
 @functools.cache
 def _kernel(is_float8: bool, is_bfloat16: bool, quantizes: bool, device: int) -> driver.Kernel | None:
-    """Returns the kernel for the current GPU, ``device``; None where it cannot be compiled or loaded."""
+    """Returns the kernel for a GPU; None where it cannot be compiled or loaded."""
     macros = {"FLOAT8": is_float8, "BFLOAT16": is_bfloat16, "OUT_FLOAT8": quantizes}
     try:
         code = driver.compile_source("gated_product.cu", macros, _ARCHITECTURE)
-        return driver.Kernel(code, "gated_product", _THREADS, _SHARED_MEMORY)
+        with torch.cuda.device(device):
+            return driver.Kernel(code, "gated_product", _THREADS, _SHARED_MEMORY)
     except (OSError, AttributeError, RuntimeError) as error:
         logger.warning("gates follow products in kernels of their own on GPU %d: %s", device, error)
         return None
