@@ -271,6 +271,24 @@ def test_siblings_copy_all_but_once() -> None:
     assert kv.stats().num_live == 4
 
 
+def test_what_a_copy_has_yet_to_fill_is_copied_from_its_origin() -> None:
+    kv = KvCacheManager(8, 4)
+    compute(kv, first := make_sequence([1, 2, 3, 4]))
+    (origin,) = first.blocks
+    parent = make_sequence([1, 2, 3, 9, 9])
+    kv.attach(parent, kv.match_prefix(parent))
+    children = [parent.fork(i) for i in (1, 2)]
+    for child in children:
+        kv.fork(parent, child)
+    branches = (*children, parent)
+    assert all(kv.allocate(sequence, 5) for sequence in branches)
+    kv.check_invariants([first, *branches])
+    assert len({sequence.blocks[0] for sequence in branches}) == 3
+    kv.free(parent)
+    assert set(kv.take_copies()) == {(origin, child.blocks[0]) for child in children}
+    kv.check_invariants([first, *children])
+
+
 def test_a_full_cache_of_idle_prefixes_still_serves() -> None:
     kv = KvCacheManager(6, 2)
     for family in range(3):

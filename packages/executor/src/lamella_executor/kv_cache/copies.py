@@ -8,8 +8,9 @@ from lamella_executor.kv_cache.block_pool import BlockPool
 class BlockCopies:
     """Pending (source, destination) pairs.
 
-    Each source stays held until the copies are taken, so no source is also a destination and no destination occurs
-    twice: the runner may carry them out in any order.
+    Each source stays held until the copies are taken, and what is to be copied from a block that a copy has yet to fill
+    is copied from where that one comes from. So no source is also a destination and no destination occurs twice: the
+    runner may carry them out in any order.
     """
 
     def __init__(self, pool: BlockPool) -> None:
@@ -22,8 +23,13 @@ class BlockCopies:
         return self._pins.get(block, 0)
 
     def queue(self, source: int) -> int:
-        """Queues a copy into a new block and returns it; the caller's reference to the source becomes the copy's."""
+        """Queues a copy into a new block and returns it; the caller gives up its reference to the source."""
         destination = self._pool.take()
+        origin = self._sources.get(source)
+        if origin is not None:
+            self._pool.share(origin)
+            self._pool.release(source)  # others hold it, or it would be written in place
+            source = origin
         self._sources[destination] = source
         self._pins[source] = self._pins.get(source, 0) + 1
         return destination
