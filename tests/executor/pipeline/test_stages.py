@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import random
 import time
 from collections.abc import Iterator
@@ -141,6 +142,21 @@ def test_requests_aborted_at_random_leave_no_block(mapping: Mapping) -> None:
         assert it.idle_blocks() == (0, 0)
 
 
+class Held:
+    """In place of a rank's queue of orders: keeps them until they are let go."""
+
+    def __init__(self, orders: queue.Queue[bytes | None]) -> None:
+        self._orders, self.kept = orders, queue.Queue[bytes | None]()
+
+    def put(self, order: bytes | None) -> None:
+        self.kept.put(order)
+
+    def let_go(self) -> None:
+        self.put = self._orders.put  # type: ignore[method-assign]
+        while not self.kept.empty():
+            self._orders.put(self.kept.get())
+
+
 @pytest.mark.parametrize("event", ["shut down", "aborted"])
 def test_an_end_with_steps_in_flight(event: str) -> None:
     """A pipeline that loses a rank raises; it does not hang."""
@@ -150,8 +166,13 @@ def test_an_end_with_steps_in_flight(event: str) -> None:
             time.sleep(0.001)
         if event == "shut down":
             it.executor.shutdown()
-        else:
+        else:  # the other rank has a step before it, and so must notice
+            held = Held(leader.orders[0])
+            leader.orders[0] = held  # type: ignore[call-overload]
+            while held.kept.empty():
+                time.sleep(0.001)
             leader.inner._links._groups.abort()
+            held.let_go()
         for result in results:
             with pytest.raises(EngineDeadError, match="shut down" if event == "shut down" else "CommunicationError"):
                 result.result(10)
