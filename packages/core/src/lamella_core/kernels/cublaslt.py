@@ -41,9 +41,9 @@ def _prepared(loaded: Library, algorithm: bytes | None, product: Product, device
 
     Without an algorithm it is of the library's first proposal.
     """
-    for chosen in loaded.proposals(product, 1) if algorithm is None else [algorithm]:
-        return loaded.prepare(chosen, product)
-    return None
+    if algorithm is None:
+        algorithm = next(iter(loaded.proposals(product, 1)), None)
+    return None if algorithm is None else loaded.prepare(algorithm, product)
 
 
 @dataclass(frozen=True)
