@@ -25,6 +25,7 @@ from lamella_core.quantization.config import QuantConfig
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 ROWS = (1, 127, 128, 129, 256, 300, 513, 2500)
+ODD_ROWS = (128, 384, 640, 2176, 2304 + 128, 4096 + 1)  # the last row tile is without another; one to three groups
 KINDS = [(BF16, BF16), (FP16, FP16), (FP8, BF16), (FP8, FP16)]  # of the operands, of the product
 WIDE = {**BASE, "intermediate_size": 256, "max_position_embeddings": 512}
 
@@ -33,6 +34,12 @@ WIDE = {**BASE, "intermediate_size": 256, "max_position_embeddings": 512}
 def capable() -> None:
     if torch.cuda.get_device_capability() != module.CAPABILITY:
         pytest.skip("kernels for compute capability 9.0")
+
+
+@pytest.fixture(params=[0.0, 0.4, 1.0], ids=["whole", "some in halves", "in halves"])
+def halves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So large a part of the pairs, the last ones, is computed in halves, whatever the GPU's size."""
+    monkeypatch.setattr(module, "num_halved", lambda pairs, _: int(request.param * pairs))
 
 
 def whole(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -63,7 +70,7 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
-def test_gate(rows, kind):
+def test_gate(rows, kind, halves):
     """Odd numbers of tiles, and a last step of K that is not whole."""
     for width, k in ((384, 272), (256, 128), (128, 16)):
         x, w, scales = operands(rows, 2 * width, k, kind)
@@ -73,10 +80,23 @@ def test_gate(rows, kind):
             assert equal(ours, silu_and_mul(product(x, w, scales), out_scale))
 
 
+@pytest.mark.parametrize("rows", ODD_ROWS)
+def test_a_row_tile_without_another(rows, halves, monkeypatch):
+    """Odd and even numbers of weight tiles, in one turn and in several."""
+    for tiles in (1, 3, 8):
+        x, w, scales = operands(rows, 256 * tiles, 272, (FP8, BF16))
+        separate = product(x, w, scales)
+        for clusters in (1, 5, 66):
+            monkeypatch.setattr(module, "_pairs_at_once", lambda _, clusters=clusters: clusters)
+            for out_scale in (None, torch.tensor(0.37, device="cuda")):
+                ours = gated_product(x, w, None, scales, SiluGateAfter(out_scale))
+                assert ours is not None and equal(ours, silu_and_mul(separate, out_scale))
+
+
 @pytest.mark.parametrize("clusters", [1, 3, None])
 @pytest.mark.parametrize("kind", [(BF16, BF16), (FP8, BF16)], ids=str)
-def test_clusters_take_several_turns(kind, clusters, monkeypatch):
-    """As many steps as no multiple of the stages, so that turns begin at all of them; the last ones are wide."""
+def test_clusters_take_several_turns(kind, clusters, halves, monkeypatch):
+    """As many steps as no multiple of the stages, so that turns begin at all of them; pairs of both kinds."""
     x, w, scales = operands(8292, 768, 272 if kind[0] == FP8 else 656, kind)
     expected = silu_and_mul(product(x, w, scales))
     if clusters is not None:
@@ -87,13 +107,23 @@ def test_clusters_take_several_turns(kind, clusters, monkeypatch):
     assert ours is not None and equal(ours, expected)
 
 
-def test_gate_of_rows_with_scales_of_their_own():
+def test_a_half_empty_turn_in_halves():
+    """As it is launched where nothing is forced: whole turns, then a last one of tall and wide pairs."""
+    at_once = module._pairs_at_once(0)
+    pairs = {tiles: module.num_pairs(640, tiles) for tiles in range(1, 200)}
+    tiles = next(n for n in pairs if pairs[n] > 2 * at_once and module.num_halved(pairs[n], at_once) > 4)
+    x, w, scales = operands(640, 256 * tiles, 144, (FP8, BF16))
+    ours = gated_product(x, w, None, scales, SiluGateAfter(None))
+    assert ours is not None and equal(ours, silu_and_mul(product(x, w, scales)))
+
+
+def test_gate_of_rows_with_scales_of_their_own(halves):
     x, w, scales = operands(300, 512, 256, (FP8, BF16), per_row=True)
     ours = gated_product(x, w, None, scales, SiluGateAfter(None))
     assert ours is not None and equal(ours, silu_and_mul(product(x, w, scales)))
 
 
-def test_numbers_that_are_not_finite_saturate_as_elsewhere():
+def test_numbers_that_are_not_finite_saturate_as_elsewhere(halves):
     x, w, _ = operands(256, 256, 64, (BF16, BF16))
     x[0], x[1, 0], x[2, 0] = 1e30, torch.inf, torch.nan
     scale = torch.tensor(1e-30, device="cuda")
@@ -101,8 +131,9 @@ def test_numbers_that_are_not_finite_saturate_as_elsewhere():
     assert ours is not None and equal(ours, silu_and_mul(product(x, w, None), scale))
 
 
-def test_recorded_in_a_graph():
-    x, w, scales = operands(700, 1024, 512, (FP8, BF16))
+@pytest.mark.parametrize("rows", [640, 700])
+def test_recorded_in_a_graph(rows, halves):
+    x, w, scales = operands(rows, 1024, 512, (FP8, BF16))
     out_scale = torch.tensor(0.5, device="cuda")
     after = SiluGateAfter(out_scale)
     eager = gated_product(x, w, None, scales, after)
@@ -114,7 +145,7 @@ def test_recorded_in_a_graph():
     assert eager is not None and recorded is not None and torch.equal(recorded.float(), eager.float().flip(0))
 
 
-def test_the_same_bits_every_time():
+def test_the_same_bits_every_time(halves):
     x, w, scales = operands(2048, 2048, 1024, (FP8, BF16))
     x = (x.float() * 0.37).to(FP8)
     first, *others = (gated_product(x, w, None, scales, SiluGateAfter(None)) for _ in range(20))

@@ -2,18 +2,85 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from lamella_core.kernels import gpu_matmul
+from lamella_core.kernels.cpu import build
 from lamella_core.kernels.cuda import driver, gated_product
 from lamella_core.kernels.fused import AddAfter, RopeCacheAfter, SiluGateAfter
 from lamella_core.kernels.matmul import KERNELS, MatmulPlan
 from lamella_core.quantization import fp8
 from lamella_core.quantization.config import QuantConfig
+
+ORDER = """
+#define __device__
+#include "gated_pairs.h"
+extern "C" int group() { return GROUP; }
+extern "C" int count(int rows, int tiles, int halved) { return Pairs(rows, tiles, halved).count; }
+extern "C" void order(int rows, int tiles, int halved, Unit* units) {
+  const Pairs pairs(rows, tiles, halved);
+  for (int turn = 0; turn < pairs.count; turn++)
+    for (int rank = 0; rank < 2; rank++) units[2 * turn + rank] = pairs.unit(turn, rank);
+}
+"""
+SIZES = [
+    (rows, tiles)
+    for rows in (1, 128, 129, 256, 300, 384, 640, 2048, 2176, 2177, 2304, 2400, 4096, 4224, 6100)
+    for tiles in (1, 2, 3, 7, 112)
+]
+
+
+class Unit(ctypes.Structure):
+    """As in the source."""
+
+    row: int
+    tile: int
+    is_wide: bool
+    is_half: bool
+    half: int
+    _fields_ = (
+        ("row", ctypes.c_int), ("tile", ctypes.c_int), ("is_wide", ctypes.c_bool), ("is_half", ctypes.c_bool),
+        ("half", ctypes.c_int),
+    )  # fmt: skip
+
+
+class Order(NamedTuple):
+    """The kernel's order, of the host's compiler."""
+
+    group: int
+    of: Callable[[int, int, int], list[tuple[Unit, Unit]]]  # (rows, tiles, halved): both blocks' units of each turn
+
+
+@pytest.fixture(scope="module")
+def order(tmp_path_factory: pytest.TempPathFactory) -> Order:
+    try:
+        compiler = build._find_toolchain().command
+    except build._Unavailable as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("order")
+    (folder / "order.cpp").write_text(ORDER)
+    headers = f"-I{Path(gated_product.__file__).parent}"
+    subprocess.run(
+        [compiler, "-std=c++17", "-Wall", "-Werror", "-shared", "-fPIC", headers, "order.cpp", "-o", "order.so"],
+        cwd=folder, check=True, timeout=60,
+    )  # fmt: skip
+    library = ctypes.CDLL(str(folder / "order.so"))
+
+    def of(rows: int, tiles: int, halved: int) -> list[tuple[Unit, Unit]]:
+        units = (Unit * (2 * library.count(rows, tiles, halved)))()
+        library.order(rows, tiles, halved, units)
+        return list(zip(units[::2], units[1::2], strict=True))
+
+    return Order(library.group(), of)
 
 
 class Boxes:
@@ -53,6 +120,43 @@ def test_a_thread_finds_gate_and_up_of_outputs_side_by_side(run, monkeypatch):
                 assert rows[j, quarter].tolist() == [output, width + output]
 
 
+@pytest.mark.parametrize("part_halved", [0.0, 0.4, 1.0])
+def test_each_half_of_each_tile_is_computed_once(part_halved, order):
+    for rows, tiles in SIZES:
+        pairs = gated_product.num_pairs(rows, tiles)
+        halved = int(part_halved * pairs)
+        turns = order.of(rows, tiles, halved)
+        assert len(turns) == pairs + halved
+        assert [first.is_half for first, _ in turns] == [False] * (pairs - halved) + [True] * (2 * halved)
+        computed: Counter[tuple[int, int, int]] = Counter()
+        for first, second in turns:
+            if first.is_wide:
+                assert (second.row, second.tile) == (first.row, first.tile + 1)
+            else:
+                assert (second.row, second.tile) == (first.row + 128, first.tile)
+            assert (first.is_wide, first.is_half, first.half) == (second.is_wide, second.is_half, second.half)
+            for unit in (first, second):
+                halves = (unit.half,) if unit.is_half else (0, 1)
+                computed.update((unit.row, unit.tile, half) for half in halves if unit.tile < tiles)
+        wanted = {(row, tile, half) for row in range(0, rows, 128) for tile in range(tiles) for half in (0, 1)}
+        assert computed == dict.fromkeys(wanted, 1)
+
+
+@pytest.mark.parametrize("part_halved", [0.0, 0.4])
+def test_a_group_of_rows_reads_weights_from_memory_once(part_halved, order):
+    """A cache that holds the two tiles of weights that were read last suffices."""
+    for rows, tiles in SIZES:
+        cache: deque[int] = deque(maxlen=2)
+        missed: Counter[int] = Counter()
+        for turn in order.of(rows, tiles, int(part_halved * gated_product.num_pairs(rows, tiles))):
+            for tile in {unit.tile for unit in turn if unit.tile < tiles} - set(cache):
+                cache.append(tile)
+                missed[tile] += 1
+        tall = -(-rows // 128) // 2
+        groups = max(1, -(-tall // order.group))
+        assert all(missed[tile] <= groups for tile in range(tiles)) and len(missed) == tiles
+
+
 @pytest.mark.parametrize(
     ("rows", "tiles", "pairs"),
     [(0, 112, 0), (1, 112, 56), (128, 112, 56), (129, 112, 112), (256, 112, 112), (300, 112, 168), (385, 112, 224),
@@ -66,8 +170,14 @@ def test_pairs_cover_all_rows_and_tiles(rows, tiles, pairs):
 
 def test_the_used_part_counts_what_is_wanted():
     assert gated_product.used_part(256, 66, 66) == 1.0
-    assert gated_product.used_part(64, 66, 66) == 0.25  # half the rows of half the pairs
-    assert gated_product.used_part(512, 66, 100) == 0.66
+    assert gated_product.used_part(64, 112, 56) == 0.5  # half the rows of wide pairs
+    assert gated_product.used_part(512, 80, 100) == 0.8
+    assert gated_product.used_part(512, 66, 100) == pytest.approx(1.32 / 1.55)  # the last 32 pairs in halves
+
+
+def test_a_half_empty_turn_is_computed_in_halves():
+    halved = [gated_product.num_halved(pairs, 66) for pairs in (1, 33, 34, 66, 67, 99, 100, 132)]
+    assert halved == [1, 33, 0, 0, 1, 33, 0, 0]
 
 
 @pytest.fixture
@@ -81,8 +191,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["cublas", "cublas_fp8"])
 def test_plans_offer_it_where_it_is_faster(name, gpu, monkeypatch):
     plan = MatmulPlan("rows", ((None, name),))
-    offered = [rows for rows in (64, 128, 256, 384, 640, 1024, 2048, 8192) if plan.fused(rows, 28672, SiluGateAfter)]
-    assert offered == [128, 256, 1024, 2048, 8192]
+    several = (64, 128, 256, 300, 384, 640, 800, 1024, 2048, 8192)
+    assert [rows for rows in several if plan.fused(rows, 28672, SiluGateAfter)] == [
+        128,
+        256,
+        384,
+        640,
+        1024,
+        2048,
+        8192,
+    ]
     assert plan.fused(8192, 28672 + 128, SiluGateAfter) is None
     assert plan.fused(8192, 28672, RopeCacheAfter) is None
     assert plan.fused(4096, 4096, AddAfter) is not None and plan.fused(4095, 4096, AddAfter) is None

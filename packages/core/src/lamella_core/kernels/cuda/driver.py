@@ -95,6 +95,7 @@ def compile_source(name: str, macros: Mapping[str, int], architecture: str) -> b
         options = [
             f"--gpu-architecture={architecture}",
             "--std=c++17",
+            f"--include-path={Path(__file__).parent}",
             *(f"-D{key}={int(macros[key])}" for key in macros),
         ]
         encoded = (c_char_p * len(options))(*(option.encode() for option in options))

@@ -2,10 +2,9 @@
 //
 // A block has three warpgroups. The first one's thread 0 brings tiles of x [128, 128 bytes] and w [256, 128 bytes] to
 // shared memory with the tensor memory accelerator, four steps ahead; the other two multiply 64 rows each with all 256
-// weight rows, and store what the gate makes of the sums. Two blocks form a cluster and share what both need, so that
-// the L2 cache sends it once: two tiles of rows and one of weights (a tall pair), or for the last 128 rows one of rows
-// and two of weights (a wide pair). Blocks stay and take pairs in turn; the next pair's tiles arrive while this one's
-// results are stored.
+// weight rows, or half of them, and store what the gate makes of the sums. Two blocks form a cluster and share what
+// both need, so that the L2 cache sends it once: of a tall pair the weights, of a wide pair the rows (`gated_pairs.h`).
+// Blocks stay and take turns; the next turn's tiles arrive while this one's results are stored.
 //
 // A tile of weights has 128 rows of gate and the same of up. A thread has the sums of one row of x with the tile's rows
 // 8 j + 2 (lane % 4) + e, j < 32 and e < 2. The weights' map, a box (128 bytes, 2, 4, RUN, 1) over strides of
@@ -15,6 +14,8 @@
 // Macros: FLOAT8 (of x and w, else halves); BFLOAT16 (of halves, else float16); OUT_FLOAT8 (the result is divided by a
 // scale and stored as float8, else as halves).
 // Sources: PTX ISA, "Asynchronous warpgroup-level matrix instructions", "Tensor data movement", "mbarrier".
+
+#include "gated_pairs.h"
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -30,28 +31,27 @@ struct Params {
   char* out;
   const float *x_scale, *w_scale, *out_scale;
   int rows, tiles, steps, x_scale_step;  // step: 0 for one scale of all rows, 1 for each row's
+  int halved;                            // pairs, the last ones, that are computed in halves
 };
 
-constexpr int BLOCK_ROWS = 128, TILE_WEIGHTS = 256, STEP_BYTES = 128, STAGES = 4;
-constexpr int GROUP = 8;  // tall pairs that share weights take turns first, so that these stay in the L2 cache
+constexpr int TILE_WEIGHTS = 256, STEP_BYTES = 128, STAGES = 4;
 constexpr u32 ROW_TILE_BYTES = BLOCK_ROWS * STEP_BYTES, WEIGHT_TILE_BYTES = TILE_WEIGHTS * STEP_BYTES;
 constexpr u32 STAGE_BYTES = ROW_TILE_BYTES + WEIGHT_TILE_BYTES, SWIZZLE_BYTES = 1024;
 constexpr u16 BOTH_BLOCKS = 3;
-constexpr int SUMS = 128;  // of a thread
 constexpr int RUN = OUT_FLOAT8 ? 16 : 8, OUTPUTS = TILE_WEIGHTS / 2;  // of a thread side by side; of a tile
 constexpr int PARTS = OUTPUTS / (4 * RUN);                            // of a tile of weights, one box each
 
 #if FLOAT8
 constexpr int STEP = STEP_BYTES;  // numbers
-#define MULTIPLY "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3"
+#define MULTIPLY(N) "wgmma.mma_async.sync.aligned.m64n" N "k32.f32.e4m3.e4m3"
 #define TRANSPOSED ""
 #else
 constexpr int STEP = STEP_BYTES / 2;
 #define TRANSPOSED ", 0, 0"
 #if BFLOAT16
-#define MULTIPLY "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16"
+#define MULTIPLY(N) "wgmma.mma_async.sync.aligned.m64n" N "k16.f32.bf16.bf16"
 #else
-#define MULTIPLY "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16"
+#define MULTIPLY(N) "wgmma.mma_async.sync.aligned.m64n" N "k16.f32.f16.f16"
 #endif
 #endif
 
@@ -139,19 +139,40 @@ __device__ __forceinline__ u64 matrix_at(u32 address) {
   SUMS_8(i), SUMS_8(i + 8), SUMS_8(i + 16), SUMS_8(i + 24), SUMS_8(i + 32), SUMS_8(i + 40), SUMS_8(i + 48), \
       SUMS_8(i + 56)
 
-// Adds 64 rows times 256 weights over 32 bytes of each to the sums.
-__device__ __forceinline__ void multiply(float (&sums)[SUMS], u64 rows, u64 weights) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" MULTIPLY
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
-      "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "
-      "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, "
-      "%67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, "
-      "%89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "
-      "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
-      "%127}, %128, %129, add, 1, 1" TRANSPOSED ";\n}"
-      : SUMS_64(0), SUMS_64(64)
-      : "l"(rows), "l"(weights));
+#define NAMES_64 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, " \
+  "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_128 \
+  NAMES_64 ", " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
+  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, " \
+  "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, " \
+  "%122, %123, %124, %125, %126, %127"
+
+// Adds 64 rows times WEIGHTS weights over 32 bytes of each to the sums.
+template <int WEIGHTS>
+__device__ __forceinline__ void multiply(float (&sums)[WEIGHTS / 2], u64 rows, u64 weights) {
+  if constexpr (WEIGHTS == TILE_WEIGHTS) {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" MULTIPLY("256")
+                 " {" NAMES_128 "}, %128, %129, add, 1, 1" TRANSPOSED ";\n}"
+                 : SUMS_64(0), SUMS_64(64)
+                 : "l"(rows), "l"(weights));
+  } else {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" MULTIPLY("128")
+                 " {" NAMES_64 "}, %64, %65, add, 1, 1" TRANSPOSED ";\n}"
+                 : SUMS_64(0)
+                 : "l"(rows), "l"(weights));
+  }
+}
+
+// Waits until all products that were begun have ended: the sums are there.
+__device__ __forceinline__ void wait_for(float (&sums)[TILE_WEIGHTS / 2]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : SUMS_64(0), SUMS_64(64)::"memory");
+}
+
+__device__ __forceinline__ void wait_for(float (&sums)[TILE_WEIGHTS / 4]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : SUMS_64(0)::"memory");
 }
 
 // ---- numbers ----
@@ -186,8 +207,8 @@ __device__ __forceinline__ u32 to_float8(float a, float b, float c, float d) {
   return (u32)low | (u32)high << 16;
 }
 
-// A divisor known before: the quotient is corrected by its remainder once (Markstein 1990) and then has the float8 of the
-// exact one, if the divisor is a normal finite number.
+// A divisor known before: the quotient is corrected by its remainder once (Markstein 1990) and then has the float8 of
+// the exact one, if the divisor is a normal finite number.
 struct Divisor {
   static constexpr float MOST = 1e4f;  // quotients beyond are no float8, rounded or not
   float value, inverse;
@@ -208,11 +229,12 @@ __device__ __forceinline__ float gated(u32 halves) {
   return quotient * both.y;
 }
 
-// Stores a thread's outputs of one row, those of sums[first + 4 j + e], from the tile's output 0 at `to` on.
+// Stores a thread's outputs of one row, those of sums[first + 4 j + e], from the first output at `to` on.
+template <int COUNT>
 __device__ __forceinline__ void store_row(
-    const float (&sums)[SUMS], int first, float scale, const Divisor& out_scale, char* to) {
+    const float (&sums)[COUNT], int first, float scale, const Divisor& out_scale, char* to) {
 #pragma unroll
-  for (int part = 0; part < PARTS; part++) {
+  for (int part = 0; part < COUNT / (4 * RUN); part++) {
     u32 results[RUN / 2];
 #pragma unroll
     for (int i = 0; i < RUN / 2; i++) {
@@ -224,7 +246,8 @@ __device__ __forceinline__ void store_row(
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float2 a = from_halves(results[2 * i]), b = from_halves(results[2 * i + 1]);
-      results[i] = to_float8(out_scale.divide(a.x), out_scale.divide(a.y), out_scale.divide(b.x), out_scale.divide(b.y));
+      results[i] =
+          to_float8(out_scale.divide(a.x), out_scale.divide(a.y), out_scale.divide(b.x), out_scale.divide(b.y));
     }
 #endif
     *(uint4*)(to + part * 64) = make_uint4(results[0], results[1], results[2], results[3]);
@@ -233,97 +256,95 @@ __device__ __forceinline__ void store_row(
 
 // ---- what the warpgroups do ----
 
-// The pairs of tiles of a product in the order in which they are computed.
-struct Pairs {
-  int rows, tiles;  // of x; of w
-  int tall, count;
+// Where a warpgroup is in the ring of stages.
+struct Ring {
+  u32 stages, full, empty;  // full, empty: barriers of each
+  u32 stage, phase;
 
-  __device__ Pairs(int rows, int tiles) : rows(rows), tiles(tiles) {
-    const int left = rows % (2 * BLOCK_ROWS);
-    tall = rows / (2 * BLOCK_ROWS) + (left > BLOCK_ROWS);
-    count = tall * tiles + (left > 0 && left <= BLOCK_ROWS ? (tiles + 1) / 2 : 0);
-  }
+  __device__ u32 rows() const { return stages + stage * STAGE_BYTES; }
+  __device__ u32 weights() const { return rows() + ROW_TILE_BYTES; }
 
-  __device__ bool is_wide(int pair) const { return pair >= tall * tiles; }
-
-  // The first row and the tile of weights of one block of a pair.
-  __device__ int2 place(int pair, int rank) const {
-    if (is_wide(pair)) return make_int2(tall * 2 * BLOCK_ROWS, 2 * (pair - tall * tiles) + rank);
-    const int first = pair / (GROUP * tiles) * GROUP, inside = pair % (GROUP * tiles);
-    const int size = min(GROUP, tall - first);
-    return make_int2((2 * (first + inside % size) + rank) * BLOCK_ROWS, inside / size);
+  __device__ void advance() {
+    if (++stage == STAGES) stage = 0, phase ^= 1;
   }
 };
 
-__device__ __forceinline__ void load_tiles(
-    const Params& params, const Pairs& pairs, u32 stages, u32 full, u32 empty) {
+__device__ __forceinline__ void load_tiles(const Params& params, const Pairs& pairs, Ring ring) {
   const int rank = cluster_rank();
-  u32 stage = 0, phase = 1;
-  for (int pair = blockIdx.x / 2; pair < pairs.count; pair += gridDim.x / 2) {
-    const int2 place = pairs.place(pair, rank);
-    const bool wide = pairs.is_wide(pair);
+  for (int turn = blockIdx.x / 2; turn < pairs.count; turn += gridDim.x / 2) {
+    const Unit unit = pairs.unit(turn, rank);
 #pragma unroll 1
     for (int k = 0; k < params.steps; k++) {
-      const u32 rows = stages + stage * STAGE_BYTES, weights = rows + ROW_TILE_BYTES, barrier = full + 8 * stage;
-      barrier_wait(empty + 8 * stage, phase);
-      barrier_expect(barrier, STAGE_BYTES);
+      const u32 barrier = ring.full + 8 * ring.stage;
+      barrier_wait(ring.empty + 8 * ring.stage, ring.phase);
+      barrier_expect(barrier, ROW_TILE_BYTES + (unit.is_half ? WEIGHT_TILE_BYTES / 2 : WEIGHT_TILE_BYTES));
 #pragma unroll
       for (int part = 0; part < 2; part++) {
-        if (wide && part != rank) continue;
-        load_rows(rows + part * (ROW_TILE_BYTES / 2), params.x_map, barrier, k * STEP, place.x + part * 64, wide);
+        if (unit.is_wide && part != rank) continue;
+        const u32 to = ring.rows() + part * (ROW_TILE_BYTES / 2);
+        load_rows(to, params.x_map, barrier, k * STEP, unit.row + part * 64, unit.is_wide);
       }
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
-        if (!wide && part / (PARTS / 2) != rank) continue;
-        const u32 to = weights + part * (WEIGHT_TILE_BYTES / PARTS);
-        load_weights(to, params.w_map, barrier, k * STEP, place.y * PARTS + part, !wide);
+        if (!unit.is_wide && part % 2 != rank) continue;  // the other block's
+        if (unit.is_half && part / (PARTS / 2) != unit.half) continue;
+        const u32 to = ring.weights() + (unit.is_half ? part % (PARTS / 2) : part) * (WEIGHT_TILE_BYTES / PARTS);
+        load_weights(to, params.w_map, barrier, k * STEP, unit.tile * PARTS + part, !unit.is_wide);
       }
-      if (++stage == STAGES) stage = 0, phase ^= 1;
+      ring.advance();
     }
   }
 }
 
-__device__ __forceinline__ void multiply_tiles(
-    const Params& params, const Pairs& pairs, u32 stages, u32 full, u32 empty) {
-  const int rank = cluster_rank(), thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128 - 1;
-  const int first_row = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
-  const Divisor out_scale(OUT_FLOAT8 ? *params.out_scale : 1.0f);
+// A warpgroup's rows of a unit with WEIGHTS weight rows: all of its tile, or half.
+template <int WEIGHTS>
+__device__ __forceinline__ void multiply_unit(
+    const Params& params, const Unit& unit, const Divisor& out_scale, Ring& ring) {
+  const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128 - 1;
   constexpr int OUT_BYTES = OUT_FLOAT8 ? 1 : 2;
-  float sums[SUMS];
-  u32 stage = 0, phase = 0;
-  for (int pair = blockIdx.x / 2; pair < pairs.count; pair += gridDim.x / 2) {
-    u32 before = 0;
+  float sums[WEIGHTS / 2];
+  u32 before = 0;
 #pragma unroll
-    for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;  // defined here, or compilers before CUDA 12.9 serialize the products
+  for (int i = 0; i < WEIGHTS / 2; i++) sums[i] = 0.0f;  // here, or compilers before CUDA 12.9 serialize the products
 #pragma unroll 1
-    for (int k = 0; k < params.steps; k++) {
-      const u32 rows = stages + stage * STAGE_BYTES + warpgroup * (ROW_TILE_BYTES / 2);
-      const u64 a = matrix_at(rows), b = matrix_at(stages + stage * STAGE_BYTES + ROW_TILE_BYTES);
-      barrier_wait(full + 8 * stage, phase);
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  for (int k = 0; k < params.steps; k++) {
+    const u64 a = matrix_at(ring.rows() + warpgroup * (ROW_TILE_BYTES / 2)), b = matrix_at(ring.weights());
+    barrier_wait(ring.full + 8 * ring.stage, ring.phase);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-      for (int part = 0; part < 4; part++) multiply(sums, a + 2 * part, b + 2 * part);
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-      if (k > 0) {  // this step's products run while the stage of those before is given back
-        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-        if (thread < 2) barrier_arrive(empty + 8 * before, thread);
-      }
-      before = stage;
-      if (++stage == STAGES) stage = 0, phase ^= 1;
+    for (int part = 0; part < 4; part++) multiply<WEIGHTS>(sums, a + 2 * part, b + 2 * part);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    if (k > 0) {  // this step's products run while the stage of those before is given back
+      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      if (thread < 2) barrier_arrive(ring.empty + 8 * before, thread);
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : SUMS_64(0), SUMS_64(64)::"memory");
-    if (thread < 2) barrier_arrive(empty + 8 * before, thread);
-    const int2 place = pairs.place(pair, rank);
-    if (place.y >= pairs.tiles) continue;
+    before = ring.stage;
+    ring.advance();
+  }
+  wait_for(sums);
+  if (thread < 2) barrier_arrive(ring.empty + 8 * before, thread);
+  if (unit.tile >= params.tiles) return;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int row = place.x + first_row + 8 * half;
-      if (row >= pairs.rows) continue;
-      const float scale = FLOAT8 ? *params.w_scale * params.x_scale[row * params.x_scale_step] : 1.0f;
-      const i64 output = (i64)row * (pairs.tiles * OUTPUTS) + place.y * OUTPUTS + thread % 4 * RUN;
-      store_row(sums, 2 * half, scale, out_scale, params.out + OUT_BYTES * output);
+  for (int below = 0; below < 2; below++) {
+    const int row = unit.row + warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4 + 8 * below;
+    if (row >= params.rows) continue;
+    const float scale = FLOAT8 ? *params.w_scale * params.x_scale[row * params.x_scale_step] : 1.0f;
+    const int output = unit.tile * OUTPUTS + unit.half * (OUTPUTS / 2) + thread % 4 * RUN;
+    char* to = params.out + OUT_BYTES * ((i64)row * (params.tiles * OUTPUTS) + output);
+    store_row(sums, 2 * below, scale, out_scale, to);
+  }
+  __syncwarp();  // rows beyond the last left the loop before
+}
+
+__device__ __forceinline__ void multiply_tiles(const Params& params, const Pairs& pairs, Ring ring) {
+  const Divisor out_scale(OUT_FLOAT8 ? *params.out_scale : 1.0f);
+  for (int turn = blockIdx.x / 2; turn < pairs.count; turn += gridDim.x / 2) {
+    const Unit unit = pairs.unit(turn, cluster_rank());
+    if (unit.is_half) {
+      multiply_unit<TILE_WEIGHTS / 2>(params, unit, out_scale, ring);
+    } else {
+      multiply_unit<TILE_WEIGHTS>(params, unit, out_scale, ring);
     }
-    __syncwarp();  // rows beyond the last left the loop before
   }
 }
 
@@ -341,13 +362,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   }
   __syncthreads();
   cluster_sync();
-  const Pairs pairs(params.rows, params.tiles);
+  const Pairs pairs(params.rows, params.tiles, params.halved);
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 0) load_tiles(params, pairs, stages, full, empty);
+    if (threadIdx.x == 0) load_tiles(params, pairs, Ring{stages, full, empty, 0, 1});
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    multiply_tiles(params, pairs, stages, full, empty);
+    multiply_tiles(params, pairs, Ring{stages, full, empty, 0, 0});
   }
   __syncwarp();
   cluster_sync();  // a block's shared memory is written and signalled by the other until both are done

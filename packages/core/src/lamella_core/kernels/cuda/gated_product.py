@@ -1,12 +1,13 @@
 """A gated feed-forward block's first product of many rows, and its activation, in one kernel: ``gated_product.cu``.
 
-Legend: M rows, K numbers of each, F outputs; a pair is what two thread blocks compute at a time.
+Legend: M rows, K numbers of each, F outputs; a pair is what two thread blocks compute at a time, see ``gated_pairs.h``.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
 import struct
 from typing import TYPE_CHECKING
 
@@ -29,25 +30,30 @@ BLOCK_ROWS, TILE_OUTPUTS = 128, 128  # as in the source, as are these:
 _THREADS, _STEP_BYTES, _STORED_BYTES = 384, 128, 16
 _SHARED_MEMORY = 4 * (BLOCK_ROWS + 2 * TILE_OUTPUTS) * _STEP_BYTES + 1024 + 2 * 4 * 8  # stages, alignment, barriers
 _ALIGNMENT = 16  # bytes, of operands and their rows
-# Parts of the multiprocessors' time in which wanted numbers are computed, from which on this is faster than cuBLASLt's
-# best algorithm and a kernel for the gate. On an H100, for Llama-3.1-8B in float8: 6 to 13 % at up to 256 rows, 2 to 9
-# % from 1,024 to 2,048; its whole layer under sustained load, which is bound by power, takes 2 to 4 % less at 1,024 to
-# 8,192 rows, but 5 % more at 640, where 85 % is used. Up to ``_FEW_ROWS`` the time is that of reading the weights.
-LEAST_USED, LEAST_USED_BY_FEW, _FEW_ROWS = 0.9, 0.6, 256
+# Parts of the multiprocessors' time in which wanted numbers are computed, for up to so many rows, from which on this is
+# faster than cuBLASLt's best algorithm and a kernel for the gate: on an H100, for Llama-3.1-8B in float8. The time of
+# the fewest rows is that of reading the weights.
+LEAST_USED = {256: 0.6, 768: 0.8, math.inf: 0.9}
+HALF_TURN = 0.55  # the time of half a pair, in turns: half the products, but as many rows are read
 
 
 def num_pairs(rows: int, tiles: int) -> int:
-    """Returns how many pairs there are for M rows and F outputs in so many tiles; see ``Pairs`` in the source."""
-    tall, left = divmod(rows, 2 * BLOCK_ROWS)
-    if left > BLOCK_ROWS:
-        tall, left = tall + 1, 0
-    return tall * tiles + (-(-tiles // 2) if left else 0)
+    """Returns how many pairs there are for M rows and F outputs in so many tiles."""
+    tall, alone = divmod(-(-rows // BLOCK_ROWS), 2)
+    return tall * tiles + alone * -(-tiles // 2)
+
+
+def num_halved(pairs: int, pairs_at_once: int) -> int:
+    """Returns how many pairs, the last ones, are computed in halves: those of a last turn that is half empty."""
+    left = pairs % pairs_at_once
+    return left if 2 * left <= pairs_at_once else 0
 
 
 def used_part(rows: int, tiles: int, pairs_at_once: int) -> float:
     """Returns the part of the time in which a GPU that computes so many pairs at once computes wanted numbers."""
-    turns = -(-num_pairs(rows, tiles) // pairs_at_once)
-    return rows * tiles / (2 * BLOCK_ROWS * turns * pairs_at_once) if turns else 0.0
+    pairs = num_pairs(rows, tiles)
+    turns = -(-pairs // pairs_at_once) - (1 - HALF_TURN if num_halved(pairs, pairs_at_once) else 0)
+    return rows * tiles / (2 * BLOCK_ROWS * turns * pairs_at_once) if pairs else 0.0
 
 
 def offers(rows: int, weight_rows: int) -> bool:
@@ -57,7 +63,7 @@ def offers(rows: int, weight_rows: int) -> bool:
     pairs_at_once = _pairs_at_once(torch.cuda.current_device())
     if not pairs_at_once:
         return False
-    least = LEAST_USED_BY_FEW if rows <= _FEW_ROWS else LEAST_USED
+    least = next(least for most_rows, least in LEAST_USED.items() if rows <= most_rows)
     return used_part(rows, weight_rows // (2 * TILE_OUTPUTS), pairs_at_once) >= least
 
 
@@ -93,13 +99,14 @@ def gated_product(
         return None
     out = torch.empty(rows, width, dtype=_FLOAT8 if quantizes else dtype, device=x.device)
     factors = (None, None) if scales is None else (scales.x, scales.w)
+    pairs, at_once = num_pairs(rows, width // TILE_OUTPUTS), _pairs_at_once(device)
+    halved = num_halved(pairs, at_once)
     params = _maps(x, w, _STORED_BYTES // out.element_size()) + struct.pack(
-        "4Q4i", out.data_ptr(), *_addresses(*factors, after.out_scale),
+        "4Q5i", out.data_ptr(), *_addresses(*factors, after.out_scale),
         rows, width // TILE_OUTPUTS, -(-x.shape[1] * x.element_size() // _STEP_BYTES),
-        scales is not None and scales.x.numel() > 1,
+        scales is not None and scales.x.numel() > 1, halved,
     )  # fmt: skip
-    blocks = 2 * min(num_pairs(rows, width // TILE_OUTPUTS), _pairs_at_once(device))
-    kernel.launch(blocks, params, device)
+    kernel.launch(2 * min(pairs + halved, at_once), params, device)
     return out
 
 
