@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from tests.support.echo_loop import EchoLoop, echo_executor
@@ -18,7 +19,7 @@ from tests.support.sharded import sharded_engine
 from tests.support.warm_python import WarmProcess, WarmPython
 
 from lamella_core.errors import EngineDeadError
-from lamella_executor import SamplingParams
+from lamella_executor import SamplingParams, engine_thread
 
 EXIT_LIMIT_S = 10  # seconds; the promise is 5, a busy test machine gets twice that
 
@@ -250,3 +251,13 @@ def test_import_is_light():
     modules = "lamella_executor, lamella_executor.config, lamella_executor.result"
     script = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("needs_host", [False, True])
+def test_submitting_threads_give_way_to_a_loop_that_needs_the_host(needs_host, monkeypatch):
+    pauses, loop = [], EchoLoop()
+    monkeypatch.setattr(engine_thread, "time", SimpleNamespace(sleep=pauses.append))
+    loop.needs_host = needs_host
+    with echo_executor(loop) as executor:
+        executor.generate([[5], [6]], SamplingParams(max_tokens=2, ignore_eos=True))
+    assert len(pauses) == 2 * needs_host

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.support.fake_device import POISON
+from tests.support.fake_device import POISON, FakeDevice, FakeStep
 from tests.support.fake_engine import Shape
 from tests.support.fake_loop import FakeLoop, LetterDecoder, told
 
@@ -267,3 +267,27 @@ def test_both_loops_tell_the_same(it: FakeLoop) -> None:
         results.append([loop.submit(prompt(i), p, seed=i, decoder=LetterDecoder()) for i, p in enumerate(params)])
         loop.run()
     assert [told(r) for r in results[0]] == [told(r) for r in results[1]]
+
+
+def test_the_loop_needs_the_host_but_not_while_it_waits_for_the_device(
+    it: FakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[tuple[str, bool]] = []
+    launch, collect = FakeDevice.launch, FakeStep.collect
+    monkeypatch.setattr(FakeDevice, "launch", lambda self, plan: note("launch") or launch(self, plan))
+    monkeypatch.setattr(FakeStep, "collect", lambda self: note("collect") or collect(self))
+
+    def note(what: str) -> None:
+        noted.append((what, it.loop.needs_host))
+
+    it.submit(prompt(1), greedy(4))
+    it.run()
+    assert set(noted) == {("launch", True), ("collect", False)} and not it.loop.needs_host
+
+
+def test_the_loop_needs_no_host_after_an_error() -> None:
+    it = FakeLoop(ROOMY, is_overlapped=True, breaking={1})
+    it.submit(prompt(1), greedy(4))
+    with pytest.raises(ArithmeticError):
+        it.run()
+    assert not it.loop.needs_host

@@ -16,6 +16,8 @@ LIMITS = EngineLimits(vocab_size=100, max_seq_len=64, max_batch_size=4, max_num_
 class EchoLoop:
     """Generates 10, 11, 12, ...; ``gate`` (open by default) makes it wait before each step."""
 
+    needs_host = False
+
     def __init__(self, break_at: int | None = None) -> None:
         self.active: dict[int, tuple[Submit, list[int]]] = {}
         self.gate = threading.Event()

@@ -6,6 +6,7 @@ import atexit
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 4.0  # how long a stop waits for the step that runs
 ABANDON_S = 3.0  # after a rank's failure, how long users wait for the step that runs
+_GIVE_WAY_S = 5e-4  # Python lets a thread that computes go on for ten times as long before another one's turn
 _numbers = itertools.count(1)  # for thread names only
 
 
@@ -26,6 +28,11 @@ class Loop(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether its thread prepares what a device will compute, which may have nothing else to do meanwhile."""
+        ...
 
     def submit(self, command: Any) -> None: ...
 
@@ -72,6 +79,15 @@ class EngineThread:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    def give_way(self) -> None:
+        """Lets the loop go first where it needs the host; called by threads that submit many requests.
+
+        They would hold the interpreter whenever a launch lets go of it, some hundred times a step.
+        """
+        loop = self._loop
+        if loop is not None and loop.needs_host:
+            time.sleep(_GIVE_WAY_S)
 
     def request_stop(self) -> None:
         """Tells the loop to end after the step that runs; does not wait. Safe inside a garbage collection."""

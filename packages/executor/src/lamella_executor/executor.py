@@ -257,6 +257,7 @@ class GenerationExecutor:
 
     def _submit(self, command: Submit) -> GenerationResult:
         self._mailbox.put(command)
+        self._thread.give_way()
         return command.result
 
 

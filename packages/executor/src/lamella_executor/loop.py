@@ -111,6 +111,7 @@ class EngineLoop:
         self._launches: deque[_Launch] = deque()  # not collected, the oldest first
         self._iteration = 0
         self._num_empty_steps = 0
+        self.needs_host = False  # whether a step is being planned or launched, or its results taken
 
     @property
     def has_work(self) -> bool:
@@ -151,6 +152,13 @@ class EngineLoop:
     @torch.inference_mode()
     def step(self) -> None:
         """Launches one step and takes the results of what must not stay in flight."""
+        self.needs_host = True
+        try:
+            self._step()
+        finally:
+            self.needs_host = False
+
+    def _step(self) -> None:
         started = time.monotonic()
         plan = self._scheduler.schedule()
         self._report_states(plan)
@@ -221,7 +229,9 @@ class EngineLoop:
     def _collect(self, launch: _Launch, times: _Times) -> None:
         """Waits for a step and takes its results."""
         began = time.monotonic()
+        self.needs_host = False
         tokens = launch.step.collect()
+        self.needs_host = True
         now = time.monotonic()
         if self._num_batches > 1:
             self._scheduler.release(launch.plan)

@@ -53,6 +53,8 @@ class ScoringLoop:
         self._max_batch_size, self._max_num_tokens = max_batch_size, max_num_tokens
         self._waiting: deque[ScoreRequest] = deque()
 
+    needs_host = False  # a step has few launches
+
     @property
     def has_work(self) -> bool:
         return bool(self._waiting)
