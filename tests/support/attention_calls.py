@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lamella_core.kernels.sparsity import BlockSparsity
-from lamella_core.kernels.triton.attention import common, decode, decode_plan, mla, mla_plan, prefill
+from lamella_core.kernels.triton.attention import common, decode, decode_plan, gather, mla, mla_plan, prefill
 
 BF16, FLOAT8 = torch.bfloat16, torch.float8_e4m3fn
 PAGE = 32
@@ -30,6 +30,8 @@ def calls() -> None:
     decoded(BF16, 1024, 256, **alibi)
     prompts(BF16, 128, 128, **alibi)
     prompts(BF16, 128, 128, prefix_lens=torch.ones(1, dtype=torch.int32))
+    for cache in (FLOAT8, BF16):
+        gathered(cache)
     for cache in (BF16, FLOAT8):
         latent(cache, 16 if cache is BF16 else 128)
 
@@ -66,6 +68,12 @@ def whole(count: int, **options: object) -> None:
     q, k, v = torch.zeros(count, 48, 128, dtype=BF16).split([32, 8, 8], dim=1)
     starts = torch.tensor([0, count], dtype=torch.int32)
     prefill.ragged_attention(q, k, v, starts, scale=1.0, max_query_len=count, **options)  # type: ignore[arg-type]
+
+
+def gathered(cache: torch.dtype) -> None:
+    q, k, v, tables, rows = _layer(cache, 1)
+    out = (torch.zeros(64, 8, 128, dtype=BF16), torch.zeros(64, 8, 128, dtype=BF16))
+    gather.gather_keys(out, q, k, v, tables, rows, rows, max_context_len=64)
 
 
 def latent(cache: torch.dtype, heads: int) -> None:

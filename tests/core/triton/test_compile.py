@@ -16,7 +16,7 @@ KERNELS = {
     "draw_kernel",
 }
 STATE_SPACE = {"_conv_kernel", "_scan_kernel", "_chunk_scan_kernel", "_delta_rule_kernel"}
-ATTENTION = {"_decode_kernel", "_prefill_kernel", "_latent_kernel", "_join_kernel"}
+ATTENTION = {"_decode_kernel", "_prefill_kernel", "_latent_kernel", "_join_kernel", "_gather_keys_kernel"}
 
 
 @pytest.mark.slow

@@ -72,8 +72,15 @@ class LayerCall:
     kv_scales: Tensor | None  # [2] float32, of keys and values of a float8 cache; of latents equal, only [0] has memory
     out_scale: Tensor | None  # [] float32: the result may come as float8, divided by it
     # [T - D_, Hkv, D] in the queries' dtype: rotated keys, and values, of the tokens that are not decoding; the last
-    # `num_whole` sequences of the step may be attended over these instead of a float8 cache
+    # `num_whole` sequences of the step may be attended over these instead of the cache
     own: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a query sees all keys up to its own, and scores are its products with them and nothing else."""
+        spec = self.spec
+        sees_all = not self.window.length and spec.sparsity is None and not spec.is_latent
+        return sees_all and not spec.softcap and self.alibi_slopes is None and self.sink_logits is None
 
 
 class StepAttention(Protocol):

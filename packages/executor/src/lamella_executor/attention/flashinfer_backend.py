@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lamella_core.errors import ConfigError
+from lamella_core.kernels.cuda.prompt_attention import serves
 from lamella_executor.attention.backend import AttentionBackend, AttentionStep, LayerCall, StepAttention
 from lamella_executor.attention.flashinfer_decode import HostScales, XqaDecode
 from lamella_executor.attention.flashinfer_prefill import KERNELS, PagedPrefill, StepPlans
@@ -52,7 +53,8 @@ class FlashInferAttention:
         prefill: whether FlashInfer serves prompts.
         prefill_kernel: "fa2", "fa3" (Hopper only) or "auto".
         least_prompt: mean length of a step's prompts from which on FlashInfer serves them; `LONG_PROMPT` is where it is
-            ahead of our kernels. Above 0 it also leaves float8 caches and float8 results to the fallback.
+            ahead of our kernels. Above 0 it also leaves float8 caches, float8 results and what our kernel for Hopper
+            serves to the fallback.
 
     Raises:
         ConfigError: FlashInfer is missing or broken, or the kernel's name is unknown.
@@ -140,7 +142,7 @@ class FlashInferStep:
     def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         layer = self._agreed(layer)
         prefiller, out = self._backend.prefiller, _fitting(out, q, layer)
-        is_left = self._is_left or (self._backend.least_prompt > 0 and _is_float8(layer))
+        is_left = self._is_left or (self._backend.least_prompt > 0 and _has_faster(q, layer))
         if prefiller is not None and not is_left and self._backend.serves("prefill", prefiller, q, layer):
             result = prefiller.run(self._step, self._plans, q, layer, out)
             if result is not None:
@@ -173,9 +175,10 @@ def _mean_prompt(step: AttentionStep) -> float:
     return (step.num_tokens - step.num_decode) / count if count else 0.0
 
 
-def _is_float8(layer: LayerCall) -> bool:
-    """Whether keys or results are float8, over which FlashInfer's prompt kernels are not ahead of ours."""
-    return layer.k_cache.dtype.itemsize == 1 or layer.out_scale is not None
+def _has_faster(q: Tensor, layer: LayerCall) -> bool:
+    """Whether FlashInfer's prompt kernels are not ahead of ours: over float8, and where ours for Hopper serves."""
+    has_float8 = layer.k_cache.dtype.itemsize == 1 or layer.out_scale is not None
+    return has_float8 or (layer.is_plain and serves(q, layer.spec.num_kv_heads))
 
 
 def _fitting(out: Tensor | None, q: Tensor, layer: LayerCall) -> Tensor | None:

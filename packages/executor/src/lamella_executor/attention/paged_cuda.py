@@ -125,7 +125,7 @@ class CudaStepContext:
         self._cache = cache
         self._prefixes = prefixes
         self._step = step
-        self._has_own = cache.is_float8 and step.num_whole > 0
+        self._has_own = step.num_whole > 0
         self._slots = slots
         self._num_decode = step.num_decode
         self._states = states
@@ -161,8 +161,8 @@ class CudaStepContext:
     ) -> Tensor:
         """Rotates, writes this step's keys and values, then attends over the cache; returns [T, Hq, D].
 
-        Prompts that begin in this step attend over their own keys and values where the cache is float8: they need
-        nothing else, and these are neither rounded nor to be converted. Latent caches are read always.
+        Prompts that begin in this step may attend over their own keys and values: they need nothing else, and these
+        are neither rounded to float8 nor to be looked up. Latent caches are read always.
         """
         caches = self._cache.layer(spec.layer_idx)
         scales = kv_scales if self._cache.is_float8 else None
@@ -176,9 +176,9 @@ class CudaStepContext:
         )  # fmt: skip
 
     def kv_place(self, spec: AttentionSpec, kv_scales: Tensor | None) -> KvPlace | None:
-        """Returns where the layer's keys and values go; None for latent ones, and where attention needs them besides.
+        """Returns where the layer's keys and values go; None for latent ones, and where attention may need them too.
 
-        See `attend` for when it does.
+        See `attend` for when it may.
         """
         if spec.is_latent or self._has_own:
             return None

@@ -1,4 +1,7 @@
-"""Attention through the kernels of `lamella_core.kernels.triton.attention`: no host planning, any GPU triton serves."""
+"""Attention through the kernels of `lamella_core.kernels.triton.attention`: no host planning, any GPU triton serves.
+
+Long prompts on Hopper go through a CUDA kernel of ours, see `HopperPrompts`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from lamella_core.kernels.triton.attention.mla_plan import Workspace as LatentWo
 from lamella_core.kernels.triton.attention.mla_plan import latent_workspace
 from lamella_core.kernels.triton.attention.prefill import prefill_attention, ragged_attention
 from lamella_executor.attention.backend import AttentionStep, LayerCall
+from lamella_executor.attention.hopper_prompts import BegunMemory, HopperPrompts
 
 
 class TritonAttention:
@@ -23,6 +27,7 @@ class TritonAttention:
     is_capturable = True
 
     def __init__(self) -> None:
+        self.begun_memory = BegunMemory()
         self._workspaces: dict[tuple[int, int, int], Workspace] = {}  # by heads, key/value heads and head size
         self._latent_workspaces: dict[tuple[int, int], LatentWorkspace] = {}  # by heads and value size
 
@@ -53,6 +58,7 @@ class _TritonStep:
         self._decode = (step.block_tables, rows[:num_decode], lengths[:num_decode])
         self._num_prompts = rows.shape[0] - num_decode
         self._num_whole = step.num_whole
+        self._hopper_prompts = HopperPrompts(step, backend.begun_memory)
         self._longest = (step.max_context_len, step.max_query_len)  # context of prompts, whole prompt
         if step.host is not None and self._num_prompts:
             whole = step.host.query[len(step.host.query) - self._num_whole :]
@@ -78,7 +84,10 @@ class _TritonStep:
         )  # fmt: skip
 
     def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
-        if layer.own is None or self._num_whole == 0:
+        result = self._hopper_prompts.prefill(q, layer, out)
+        if result is not None:
+            return result
+        if layer.own is None or self._num_whole == 0 or layer.k_cache.dtype == q.dtype:
             return self._over_cache(q, layer, out, self._num_prompts)
         begun = self._num_prompts - self._num_whole
         if begun:

@@ -16,15 +16,7 @@
 // Sources: PTX ISA, "Asynchronous warpgroup-level matrix instructions", "Tensor data movement", "mbarrier".
 
 #include "gated_pairs.h"
-
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
-struct __align__(64) TensorMap {
-  u64 opaque[16];
-};
+#include "hopper.h"
 
 struct Params {
   TensorMap x_map, w_map;
@@ -36,7 +28,7 @@ struct Params {
 
 constexpr int TILE_WEIGHTS = 256, STEP_BYTES = 128, STAGES = 4;
 constexpr u32 ROW_TILE_BYTES = BLOCK_ROWS * STEP_BYTES, WEIGHT_TILE_BYTES = TILE_WEIGHTS * STEP_BYTES;
-constexpr u32 STAGE_BYTES = ROW_TILE_BYTES + WEIGHT_TILE_BYTES, SWIZZLE_BYTES = 1024;
+constexpr u32 STAGE_BYTES = ROW_TILE_BYTES + WEIGHT_TILE_BYTES;
 constexpr u16 BOTH_BLOCKS = 3;
 constexpr int RUN = OUT_FLOAT8 ? 16 : 8, OUTPUTS = TILE_WEIGHTS / 2;  // of a thread side by side; of a tile
 constexpr int PARTS = OUTPUTS / (4 * RUN);                            // of a tile of weights, one box each
@@ -48,31 +40,10 @@ constexpr int STEP = STEP_BYTES;  // numbers
 #else
 constexpr int STEP = STEP_BYTES / 2;
 #define TRANSPOSED ", 0, 0"
-#if BFLOAT16
-#define MULTIPLY(N) "wgmma.mma_async.sync.aligned.m64n" N "k16.f32.bf16.bf16"
-#else
-#define MULTIPLY(N) "wgmma.mma_async.sync.aligned.m64n" N "k16.f32.f16.f16"
-#endif
+#define MULTIPLY(N) "wgmma.mma_async.sync.aligned.m64n" N "k16." HALF_TYPES
 #endif
 
-// ---- barriers in shared memory, and copies that report to them ----
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
+// ---- barriers, and copies that report to them ----
 
 // Without a scope: what is ordered is the reading of shared memory by `multiply`, which has ended. A release at the
 // cluster's scope would wait for all memory, once per step.
@@ -127,22 +98,6 @@ __device__ __forceinline__ void load_weights(u32 to, const TensorMap& map, u32 b
 
 // ---- products ----
 
-// Where a matrix of rows of 128 bytes, swizzled by the copy, begins: groups of eight rows follow each other.
-__device__ __forceinline__ u64 matrix_at(u32 address) {
-  return (u64)(address >> 4) | (u64)1 << 16 | (u64)(SWIZZLE_BYTES >> 4) << 32 | (u64)1 << 62;
-}
-
-#define SUMS_8(i) \
-  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
-      "+f"(sums[i + 6]), "+f"(sums[i + 7])
-#define SUMS_64(i) \
-  SUMS_8(i), SUMS_8(i + 8), SUMS_8(i + 16), SUMS_8(i + 24), SUMS_8(i + 32), SUMS_8(i + 40), SUMS_8(i + 48), \
-      SUMS_8(i + 56)
-
-#define NAMES_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
-  "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, " \
-  "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define NAMES_128 \
   NAMES_64 ", " \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
@@ -156,37 +111,26 @@ __device__ __forceinline__ void multiply(float (&sums)[WEIGHTS / 2], u64 rows, u
   if constexpr (WEIGHTS == TILE_WEIGHTS) {
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" MULTIPLY("256")
                  " {" NAMES_128 "}, %128, %129, add, 1, 1" TRANSPOSED ";\n}"
-                 : SUMS_64(0), SUMS_64(64)
+                 : LIST_64(sums, 0), LIST_64(sums, 64)
                  : "l"(rows), "l"(weights));
   } else {
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" MULTIPLY("128")
                  " {" NAMES_64 "}, %64, %65, add, 1, 1" TRANSPOSED ";\n}"
-                 : SUMS_64(0)
+                 : LIST_64(sums, 0)
                  : "l"(rows), "l"(weights));
   }
 }
 
 // Waits until all products that were begun have ended: the sums are there.
 __device__ __forceinline__ void wait_for(float (&sums)[TILE_WEIGHTS / 2]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : SUMS_64(0), SUMS_64(64)::"memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : LIST_64(sums, 0), LIST_64(sums, 64)::"memory");
 }
 
 __device__ __forceinline__ void wait_for(float (&sums)[TILE_WEIGHTS / 4]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : SUMS_64(0)::"memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : LIST_64(sums, 0)::"memory");
 }
 
 // ---- numbers ----
-
-// Two numbers rounded to halves, the first in the low half.
-__device__ __forceinline__ u32 to_halves(float low, float high) {
-  u32 halves;
-#if BFLOAT16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(high), "f"(low));
-#endif
-  return halves;
-}
 
 __device__ __forceinline__ float2 from_halves(u32 halves) {
 #if BFLOAT16
@@ -198,13 +142,6 @@ __device__ __forceinline__ float2 from_halves(u32 halves) {
       : "r"(halves));
   return numbers;
 #endif
-}
-
-__device__ __forceinline__ u32 to_float8(float a, float b, float c, float d) {
-  u16 low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
-  return (u32)low | (u32)high << 16;
 }
 
 // A divisor known before: the quotient is corrected by its remainder once (Markstein 1990) and then has the float8 of
@@ -246,8 +183,8 @@ __device__ __forceinline__ void store_row(
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float2 a = from_halves(results[2 * i]), b = from_halves(results[2 * i + 1]);
-      results[i] =
-          to_float8(out_scale.divide(a.x), out_scale.divide(a.y), out_scale.divide(b.x), out_scale.divide(b.y));
+      results[i] = to_float8(out_scale.divide(a.x), out_scale.divide(a.y)) |
+                   to_float8(out_scale.divide(b.x), out_scale.divide(b.y)) << 16;
     }
 #endif
     *(uint4*)(to + part * 64) = make_uint4(results[0], results[1], results[2], results[3]);
@@ -310,10 +247,10 @@ __device__ __forceinline__ void multiply_unit(
   for (int k = 0; k < params.steps; k++) {
     const u64 a = matrix_at(ring.rows() + warpgroup * (ROW_TILE_BYTES / 2)), b = matrix_at(ring.weights());
     barrier_wait(ring.full + 8 * ring.stage, ring.phase);
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    products_begin();
 #pragma unroll
     for (int part = 0; part < 4; part++) multiply<WEIGHTS>(sums, a + 2 * part, b + 2 * part);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    products_issued();
     if (k > 0) {  // this step's products run while the stage of those before is given back
       asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
       if (thread < 2) barrier_arrive(ring.empty + 8 * before, thread);
@@ -351,14 +288,13 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, const Pairs
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     gated_product(const __grid_constant__ Params params) {
   extern __shared__ char memory[];
-  const u32 stages = ((u32)__cvta_generic_to_shared(memory) + SWIZZLE_BYTES - 1) / SWIZZLE_BYTES * SWIZZLE_BYTES;
-  const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
+  const u32 stages = tiles_in(memory), full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; stage++) {
       barrier_init(full + 8 * stage, 1);
       barrier_init(empty + 8 * stage, 4);  // two warpgroups of either block
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_made();
   }
   __syncthreads();
   cluster_sync();

@@ -24,7 +24,7 @@ _PATTERNS = (
     (GLUE, r"rope|rotary|append_?paged|reshape_and_cache|write_kv|rms_?norm|layer_?norm|silu|act_and_mul|quant"),
     (
         ATTENTION,
-        r"attention|attn|mha|xqa|flash_?fwd|flash::|kvcache_?kernel|merge_?states?"
+        r"attention|attn|mha|xqa|flash_?fwd|flash::|kvcache_?kernel|gather_keys|merge_?states?"
         r"|^_?(decode|prefill|split|merge|combine|latent|join|conv|scan|chunk_scan|delta_rule)_",
     ),
     (
