@@ -163,6 +163,7 @@ def test_steps_before_the_first_are_of_any_length(max_num_tokens, max_seq_len):
     assert all(0 < item.num_tokens <= max_num_tokens for item in items)
     assert all(item.start + item.num_tokens <= min(max_seq_len, BLOCK * len(item.sequence.blocks)) for item in items)
     assert any(item.start > 0 and item.num_tokens > 1 for item in items)
+    assert (max_num_tokens >= 512 and max_seq_len > 519) == any(item.start and item.num_tokens > 500 for item in items)
     runner = cpu_runner()
     for plan in dry_plans(RunnerLimits(2, 24, 40), BLOCK, runner._cache.scratch_block):
         runner.launch(plan).collect()

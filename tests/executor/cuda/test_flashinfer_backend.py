@@ -284,6 +284,19 @@ def test_only_long_prompts_without_float8(library: FakeFlashInfer, fallback: Rec
     assert [phase for phase, _ in fallback.calls] == ["decode"] and len(library.planned) == 1
 
 
+def test_what_our_kernel_for_hopper_serves_is_left(
+    library: FakeFlashInfer, fallback: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But windows, which it does not serve, and only where FlashInfer is to take what it is ahead in."""
+    monkeypatch.setattr(flashinfer_backend, "serves", lambda q, num_kv_heads: q.dtype == torch.bfloat16)
+    backend, step = FlashInferAttention(fallback, "cpu", decode=False, least_prompt=8), make_step("cpu", [20], [12])
+    compare(backend, step, make_layer("cpu"))
+    assert [phase for phase, _ in fallback.calls] == ["prefill"] and not library.planned
+    compare(backend, step, make_layer("cpu", window=LayerWindow(8)))
+    compare(FlashInferAttention(fallback, "cpu"), step, make_layer("cpu"))
+    assert len(fallback.calls) == 1 and len(library.planned) == 2
+
+
 def test_prompts_are_written_where_they_are_wanted(backend: FlashInferAttention) -> None:
     step, layer = make_step("cpu", [20, 12], [7, 8]), make_layer("cpu")
     q = make_queries(step, layer)

@@ -57,7 +57,8 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Of 256 threads: both warpgroups.
+// Barriers of both warpgroups' 256 threads. The first warpgroup's turn is given once more than it is taken; a block may
+// end so.
 __device__ __forceinline__ void turn_wait(int turn) { asm volatile("bar.sync %0, 256;" ::"r"(turn) : "memory"); }
 __device__ __forceinline__ void turn_give(int turn) { asm volatile("bar.arrive %0, 256;" ::"r"(turn) : "memory"); }
 
@@ -136,7 +137,8 @@ __device__ __forceinline__ Tile heard(const volatile Tile& of) {
 
 // ---- the first warpgroup ----
 
-// Returns the tile of a number, in every lane; count 0: none has it.
+// Returns the tile of a number, in every lane; count 0: none has it. Sequence i has the numbers from
+// starts[i] / TILE_ROWS + i on, enough for its tiles wherever it begins; no tile has those that are left over.
 __device__ __forceinline__ Tile find_tile(const Params& params, int number, int lane, int& first_key) {
   int found = -1, keys = 0, past_keys = 0;  // keys: of the begun sequences before
   for (int base = 0; base < params.sequences; base += 32) {
@@ -275,7 +277,8 @@ __device__ __forceinline__ void round_weights(u32 (&weights)[SCORES / 2], const 
   for (int i = 0; i < SCORES / 2; i++) weights[i] = to_halves(scores[2 * i], scores[2 * i + 1]);
 }
 
-// Zeros the values after the last key, whatever they are: they have no weight, but no number times 0 is none.
+// Zeros the values after the last key, whatever they are: they have no weight, but no number times 0 is none. Either
+// warpgroup does so for itself; it may write zeros over zeros that the other reads.
 __device__ __forceinline__ void clear_values(u32 values, int last_keys, int thread, int warpgroup) {
 #pragma unroll
   for (int half = 0; half < HALVES; half++) {

@@ -16,7 +16,7 @@ def dry_plans(limits: RunnerLimits, tokens_per_block: int, scratch_block: int) -
     """Returns plans that need no KV block: what they write goes to the scratch block.
 
     The largest step, with rows that decode and logits for the host; a short prompt, sampled greedily and not; prompts
-    of other lengths; a chunk that is not the first of its prompt.
+    of other lengths; a short and a long chunk that are not the first of their prompts.
     """
     host, greedy = SamplingParams(logprobs=0), SamplingParams()
     random = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=1)
@@ -30,6 +30,8 @@ def dry_plans(limits: RunnerLimits, tokens_per_block: int, scratch_block: int) -
     prompts = [(0, length) for length in _PROMPTS if length < longest]
     if longest >= 2 * _SHORT:
         prompts.append((longest - min(_CHUNK, longest // 2), longest))
+    if _PROMPTS[0] <= limits.max_num_tokens and _SHORT + _PROMPTS[0] <= limits.max_seq_len:
+        prompts.append((_SHORT, _SHORT + _PROMPTS[0]))
     plans += [StepPlan([_item(end, greedy, tokens_per_block, scratch_block, start)]) for start, end in prompts]
     return plans
 
