@@ -52,6 +52,17 @@ def test_static(device, dtype, rows, width):
     assert torch.equal(quantize_fp8(across, scale).view(torch.uint8), expected.view(torch.uint8))
 
 
+@pytest.mark.parametrize("scale", [0.09, 1 / 3, 1.0, 448.0, 1e-5, 1e4, 1e-30])
+def test_every_number_has_the_float8_of_its_exact_quotient(device, scale):
+    """Zeros of both signs, subnormal numbers, midpoints, infinities; NaN stays."""
+    x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.bfloat16).view(16, -1).to(device)
+    scale = torch.tensor(scale, device=device)
+    ours, expected = quantize_fp8(x, scale), (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    there = ~x.isnan()
+    assert torch.equal(ours.view(torch.uint8)[there], expected.view(torch.uint8)[there])
+    assert ours.float()[~there].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(1, 14336), (3, 2560), (9, 40)])
 def test_per_token(device, dtype, rows, width):

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lamella_core.kernels.triton.launch import float8_storage, has_float8, launch_options, use_pdl
-from lamella_core.kernels.triton.quantize import to_float8
+from lamella_core.kernels.triton.quantize import to_scaled_float8
 
 BLOCK = 1024  # outputs per program
 NUM_WARPS = 4  # 8 outputs a thread: one 16-byte load of gate and of up
@@ -46,8 +46,8 @@ def _silu_and_mul_kernel(
     gate = tl.load(source, mask, other=0.0)
     y = gated_silu(gate, tl.load(source + WIDTH, mask, other=0.0))
     if QUANTIZE:
-        scaled = tl.div_rn(y.to(tl.float32), out_scale)
-        tl.store(out_ptr + row * WIDTH + cols, to_float8(scaled, NATIVE_FLOAT8), mask)
+        code = to_scaled_float8(y.to(tl.float32), out_scale, NATIVE_FLOAT8)
+        tl.store(out_ptr + row * WIDTH + cols, code, mask)
     else:
         tl.store(out_ptr + row * WIDTH + cols, y, mask)
 

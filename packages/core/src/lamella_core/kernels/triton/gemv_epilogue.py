@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from lamella_core.kernels.triton.activation import gated_silu
-from lamella_core.kernels.triton.quantize import to_float8
+from lamella_core.kernels.triton.quantize import to_scaled_float8
 from lamella_core.kernels.triton.rope_cache import rotate_pairs, store_scaled
 
 
@@ -174,7 +174,7 @@ def _store_gated(  # type: ignore[no-untyped-def]
     gate, up = tl.split(tl.reshape(result, (result.shape[0], result.shape[1] // 2, 2)))
     gated = gated_silu(gate, up)
     if QUANTIZE:
-        gated = to_float8(tl.div_rn(gated.to(tl.float32), out_scale), NATIVE_FLOAT8)
+        gated = to_scaled_float8(gated.to(tl.float32), out_scale, NATIVE_FLOAT8)
     _store_product(gated, first, out_ptr, m, n // 2)
 
 

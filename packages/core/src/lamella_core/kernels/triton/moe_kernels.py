@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lamella_core.kernels.triton.gemv_epilogue import weight_rows
-from lamella_core.kernels.triton.quantize import from_float8, to_float8
+from lamella_core.kernels.triton.quantize import from_float8, to_scaled_float8
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _store(  # type: ignore[no-untyped-def]
         gate, up = tl.split(tl.reshape(acc.to(DTYPE), (BLOCK_M, BLOCK_N // 2, 2)))
         result = swiglu(gate, up, GATE[0], GATE[1], GATE[2])
         if out_scale_ptr is not None:
-            result = to_float8(tl.div_rn(result.to(tl.float32), tl.load(out_scale_ptr + expert)), NATIVE_FLOAT8)
+            result = to_scaled_float8(result.to(tl.float32), tl.load(out_scale_ptr + expert), NATIVE_FLOAT8)
         width = N // 2
         cols = first + tl.arange(0, BLOCK_N // 2)
     else:
@@ -253,4 +253,4 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     mask = (cols < WIDTH) & held
     scale = tl.load(scale_ptr + expert, mask=held, other=1.0)
     x = tl.load(x_ptr + row // SHARE * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * WIDTH + cols, to_float8(tl.div_rn(x, scale), NATIVE_FLOAT8), mask=mask)
+    tl.store(out_ptr + row * WIDTH + cols, to_scaled_float8(x, scale, NATIVE_FLOAT8), mask=mask)

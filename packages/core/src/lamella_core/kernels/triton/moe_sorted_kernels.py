@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lamella_core.kernels.triton.moe_kernels import place, swiglu
-from lamella_core.kernels.triton.quantize import from_float8, to_float8
+from lamella_core.kernels.triton.quantize import from_float8, to_scaled_float8
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def spread_kernel(  # type: ignore[no-untyped-def]
         value = x
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + expert, mask=held, other=1.0)
-            value = to_float8(tl.div_rn(x.to(tl.float32), scale), NATIVE_FLOAT8)
+            value = to_scaled_float8(x.to(tl.float32), scale, NATIVE_FLOAT8)
         tl.store(out_ptr + to * WIDTH + cols, value, mask=mask & held)
         if x_scale_ptr is not None:
             tl.store(out_scale_ptr + to, tl.load(x_scale_ptr + row), mask=held & (tl.program_id(1) == 0))
@@ -177,5 +177,5 @@ def sorted_product_kernel(  # type: ignore[no-untyped-def]
         else:
             result = swiglu(left, right, GATE[0], GATE[1], GATE[2])
             if out_scale_ptr is not None:
-                result = to_float8(tl.div_rn(result.to(tl.float32), tl.load(out_scale_ptr + expert)), NATIVE_FLOAT8)
+                result = to_scaled_float8(result.to(tl.float32), tl.load(out_scale_ptr + expert), NATIVE_FLOAT8)
             out_desc.store([row, col], result)

@@ -16,7 +16,7 @@ from lamella_core.kernels.triton.launch import (
     next_power_of_2,
     use_pdl,
 )
-from lamella_core.kernels.triton.quantize import to_float8
+from lamella_core.kernels.triton.quantize import to_scaled_float8
 
 VALUES_PER_WARP = 512  # 16 a thread: two 16-byte loads of each operand
 FEW_ROWS = 16  # up to which there are twice as many warps: 0.4 us less for one row
@@ -77,8 +77,8 @@ def _rms_norm_kernel(
         normed = (wide * factor).to(x.dtype).to(tl.float32)
         normed = (normed * weight.to(tl.float32)).to(x.dtype)
     if QUANTIZE:
-        scaled = tl.div_rn(normed.to(tl.float32), out_scale)
-        tl.store(out_ptr + rows * H + cols, to_float8(scaled, NATIVE_FLOAT8), mask)
+        code = to_scaled_float8(normed.to(tl.float32), out_scale, NATIVE_FLOAT8)
+        tl.store(out_ptr + rows * H + cols, code, mask)
     else:
         tl.store(out_ptr + rows * H + cols, normed, mask)
 

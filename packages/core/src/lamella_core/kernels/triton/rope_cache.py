@@ -18,7 +18,7 @@ from lamella_core.kernels.triton.launch import (
     next_power_of_2,
     use_pdl,
 )
-from lamella_core.kernels.triton.quantize import to_float8
+from lamella_core.kernels.triton.quantize import to_scaled_float8
 
 HEADS_PER_PROGRAM = 8
 VALUES_PER_WARP = 512  # 16 a thread: with half-split pairs one 16-byte load of each half
@@ -35,7 +35,7 @@ def store_scaled(
 ) -> None:
     """Stores a tile, divided by scale and as float8 if FLOAT8."""
     if FLOAT8:
-        value = to_float8(tl.div_rn(value.to(tl.float32), scale), NATIVE_FLOAT8)
+        value = to_scaled_float8(value.to(tl.float32), scale, NATIVE_FLOAT8)
     tl.store(ptr, value, mask)
 
 

@@ -44,7 +44,7 @@ from torch import Tensor
 from lamella_core.errors import ConfigError
 from lamella_core.kernels.sparsity import BlockSparsity
 from lamella_core.kernels.triton.launch import float8_storage, has_float8, is_interpreted, next_power_of_2
-from lamella_core.kernels.triton.quantize import to_float8
+from lamella_core.kernels.triton.quantize import to_scaled_float8
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)  # below every score
@@ -381,5 +381,5 @@ def finish(  # type: ignore[no-untyped-def]
         acc = acc * fade[:, None]
     out = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
     if out_scale is not None:
-        out = to_float8(out / out_scale, L.native)
+        out = to_scaled_float8(out, out_scale, L.native)
     return out
