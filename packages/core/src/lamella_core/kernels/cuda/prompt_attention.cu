@@ -315,10 +315,10 @@ __device__ __forceinline__ void store(
     sum += __shfl_xor_sync(~0u, sum, 2);
     const float v_scale = tile.is_begun && params.kv_scales ? params.kv_scales[1] : 1.0f;
     factors[half] = v_scale / (sum == 0.0f ? 1.0f : sum);
-  }
 #if OUT_FLOAT8
-  const float scale = *params.out_scale;
+    factors[half] /= *params.out_scale;
 #endif
+  }
   constexpr int BYTES = OUT_FLOAT8 ? 1 : 2;
   char* to = params.out + BYTES * (((i64)(tile.row + row) * params.heads + tile.head) * DIM + lane % 4 * 8);
   const i64 below = (i64)BYTES * 8 * params.heads * DIM;
@@ -329,8 +329,8 @@ __device__ __forceinline__ void store(
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const float* four = results + i + 4 * j;
-      x[j] = to_float8(four[0] * factors[0] / scale, four[1] * factors[0] / scale) |
-             to_float8(four[2] * factors[1] / scale, four[3] * factors[1] / scale) << 16;
+      x[j] = to_float8(four[0] * factors[0], four[1] * factors[0]) |
+             to_float8(four[2] * factors[1], four[3] * factors[1]) << 16;
     }
     swap_columns(x, lane);
     if (row < tile.rows)
