@@ -146,10 +146,11 @@ def choose_parts(attn_backend: str, device: torch.device, cache_dtype: torch.dty
 
 
 def _has_faster_prompts(ours: AttentionBackend, cache_dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether FlashInfer is here and ahead of our kernels for long prompts.
+    """Whether FlashInfer is here and ahead of our Triton kernels for long prompts.
 
     Measured on an H100, bf16: 4 x 2048 tokens 301 us (fa3), 361 (Triton); 1 x 8192 995, 1161; 64 x 128 97, 82. Decoding
-    and float8 caches are as fast or faster in Triton, and on other GPUs than Hopper there is no fa3.
+    and float8 caches are as fast or faster in Triton, and on other GPUs than Hopper there is no fa3. Layers that our
+    kernel for Hopper serves are left to it: see `HopperPrompts`.
     """
     if ours.name != "triton" or cache_dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -159,7 +160,7 @@ def _has_faster_prompts(ours: AttentionBackend, cache_dtype: torch.dtype, device
 
     reason = why_no_flashinfer()
     if reason is not None:
-        logger.info("attention of long prompts would be faster with FlashInfer, but %s", reason)
+        logger.info("long prompts under windows or of large heads would be faster with FlashInfer, but %s", reason)
     return reason is None
 
 
