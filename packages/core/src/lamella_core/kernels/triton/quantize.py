@@ -55,7 +55,7 @@ def to_scaled_float8(x: tl.tensor, scale: tl.tensor, NATIVE: tl.constexpr) -> tl
         scale = tl.maximum(scale, SMALLEST_NORMAL)
         inverse = tl.div_rn(1.0, scale)
         quotient = tl.clamp(x * inverse, -1e4, 1e4, tl.PropagateNan.ALL)  # beyond, an infinity would have no remainder
-        quotient = tl.fma(-tl.fma(quotient, scale, -x), inverse, quotient)  # the signs keep that of zero
+        quotient = tl.fma(tl.fma(quotient, scale, -x), -inverse, quotient)  # in this order zero keeps its sign
     else:
         quotient = tl.div_rn(x, scale)
     return to_float8(quotient, NATIVE)
