@@ -33,6 +33,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, LayerCall]] = []
+        self.leads = False
 
     def begin(self, step: AttentionStep) -> Recorder:
         self._inner = None if step.is_captured else TorchAttention().begin(step)
@@ -41,6 +42,9 @@ class Recorder:
     def decode(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         self.calls.append(("decode", layer))
         return q.clone() if self._inner is None else self._inner.decode(q, layer)
+
+    def leads_prefill(self, q: Tensor, layer: LayerCall) -> bool:
+        return self.leads and layer.is_plain
 
     def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         self.calls.append(("prefill", layer))
@@ -284,11 +288,9 @@ def test_only_long_prompts_without_float8(library: FakeFlashInfer, fallback: Rec
     assert [phase for phase, _ in fallback.calls] == ["decode"] and len(library.planned) == 1
 
 
-def test_what_our_kernel_for_hopper_serves_is_left(
-    library: FakeFlashInfer, fallback: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """But windows, which it does not serve, and only where FlashInfer is to take what it is ahead in."""
-    monkeypatch.setattr(flashinfer_backend, "serves", lambda q, num_kv_heads: q.dtype == torch.bfloat16)
+def test_prompts_in_which_the_fallback_leads_are_left(library: FakeFlashInfer, fallback: Recorder) -> None:
+    """But no others, and only where FlashInfer is to take what it is ahead in."""
+    fallback.leads = True
     backend, step = FlashInferAttention(fallback, "cpu", decode=False, least_prompt=8), make_step("cpu", [20], [12])
     compare(backend, step, make_layer("cpu"))
     assert [phase for phase, _ in fallback.calls] == ["prefill"] and not library.planned

@@ -201,3 +201,15 @@ def test_layers_and_steps_share_memory(kernel: Kernel):
         q, layer = prompts(step, make_layer("cpu", layer_idx=index))
         backend.begin(step).prefill(q, layer)
     assert all(call is not None for call in kernel.calls) and len({id(call.k) for call in kernel.calls if call}) == 1
+
+
+@pytest.mark.parametrize(
+    ("context", "queries", "leads"), [([9, 12], [1, 12], True), ([KEYS + 1], [8], False), ([3], [3], False)]
+)
+def test_a_step_leads_where_it_is_served(context: list[int], queries: list[int], leads: bool, kernel: Kernel):
+    step, layer = make_step("cpu", context, queries), make_layer("cpu")
+    q = make_queries(step, layer)[step.num_decode :]
+    if step.num_whole:
+        layer = replace(layer, own=(q[:, :2], q[:, :2]))
+    assert TritonAttention().begin(step).leads_prefill(q, layer) is leads
+    assert not kernel.calls

@@ -72,6 +72,9 @@ class Noted:
 
     decode = prefill
 
+    def leads_prefill(self, q, layer):
+        return False
+
 
 def test_a_float8_cache_has_one_scale_and_is_read_by_prompts_too():
     cache, noted = DeviceKvCache([SPEC], 3, BLOCK, FLOAT8, "cpu"), Noted()

@@ -97,6 +97,10 @@ class StepAttention(Protocol):
         """Returns [T - D_, Hq, D] for the other queries; same dtype as `decode` returns."""
         ...
 
+    def leads_prefill(self, q: Tensor, layer: LayerCall) -> bool:
+        """Whether `prefill` of the same arguments goes through a kernel that is ahead of other backends'."""
+        ...
+
 
 class AttentionBackend(Protocol):
     """Computes attention over block tables that are on the device."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lamella_core.errors import ConfigError
-from lamella_core.kernels.cuda.prompt_attention import serves
 from lamella_executor.attention.backend import AttentionBackend, AttentionStep, LayerCall, StepAttention
 from lamella_executor.attention.flashinfer_decode import HostScales, XqaDecode
 from lamella_executor.attention.flashinfer_prefill import KERNELS, PagedPrefill, StepPlans
@@ -53,8 +52,8 @@ class FlashInferAttention:
         prefill: whether FlashInfer serves prompts.
         prefill_kernel: "fa2", "fa3" (Hopper only) or "auto".
         least_prompt: mean length of a step's prompts from which on FlashInfer serves them; `LONG_PROMPT` is where it is
-            ahead of our kernels. Above 0 it also leaves float8 caches, float8 results and what our kernel for Hopper
-            serves to the fallback.
+            ahead of our kernels. Above 0 it also leaves float8 caches, float8 results and what
+            `StepAttention.leads_prefill` says to the fallback.
 
     Raises:
         ConfigError: FlashInfer is missing or broken, or the kernel's name is unknown.
@@ -142,7 +141,7 @@ class FlashInferStep:
     def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         layer = self._agreed(layer)
         prefiller, out = self._backend.prefiller, _fitting(out, q, layer)
-        is_left = self._is_left or (self._backend.least_prompt > 0 and _has_faster(q, layer))
+        is_left = self._is_left or (self._backend.least_prompt > 0 and self._has_faster(q, layer))
         if prefiller is not None and not is_left and self._backend.serves("prefill", prefiller, q, layer):
             result = prefiller.run(self._step, self._plans, q, layer, out)
             if result is not None:
@@ -151,6 +150,14 @@ class FlashInferStep:
 
     def _agreed(self, layer: LayerCall) -> LayerCall:
         return replace(layer, out_scale=None) if self._is_mixed and layer.out_scale is not None else layer
+
+    def leads_prefill(self, q: Tensor, layer: LayerCall) -> bool:
+        return self._other().leads_prefill(q, layer)
+
+    def _has_faster(self, q: Tensor, layer: LayerCall) -> bool:
+        """Whether the fallback is ahead of FlashInfer's prompt kernels: over float8, and where it says so."""
+        has_float8 = layer.k_cache.dtype.itemsize == 1 or layer.out_scale is not None
+        return has_float8 or self._other().leads_prefill(q, layer)
 
     def _rows(self, layer: LayerCall) -> Tensor:
         """Returns the block tables of the decoding sequences, gathered once per step: [D_, W] int32 without gaps."""
@@ -173,12 +180,6 @@ def _mean_prompt(step: AttentionStep) -> float:
     """Mean number of tokens that the step's prompts compute; 0 without prompts."""
     count = 0 if step.host is None else len(step.host.query) - step.num_decode
     return (step.num_tokens - step.num_decode) / count if count else 0.0
-
-
-def _has_faster(q: Tensor, layer: LayerCall) -> bool:
-    """Whether FlashInfer's prompt kernels are not ahead of ours: over float8, and where ours for Hopper serves."""
-    has_float8 = layer.k_cache.dtype.itemsize == 1 or layer.out_scale is not None
-    return has_float8 or (layer.is_plain and serves(q, layer.spec.num_kv_heads))
 
 
 def _fitting(out: Tensor | None, q: Tensor, layer: LayerCall) -> Tensor | None:

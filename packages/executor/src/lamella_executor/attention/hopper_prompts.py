@@ -54,21 +54,27 @@ class HopperPrompts:
             lengths = step.host.context[first:last]
             self._begun, self._num_keys, self._most_keys = slice(first, last), int(lengths.sum()), int(lengths.max())
 
-    def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None) -> Tensor | None:
-        """Returns what `StepAttention.prefill` does; None: another kernel serves this step better, or this layer."""
+    def serves(self, q: Tensor, layer: LayerCall) -> bool:
+        """Whether `prefill` computes what it is asked for, and faster than other kernels."""
         heads = layer.spec.num_kv_heads
         if not self._is_worth_it or not layer.is_plain or not serves(q, heads, layer.out_scale is not None):
+            return False
+        has_own = layer.own is not None or not self._step.num_whole
+        return has_own and self._num_keys <= self._memory_for(q, layer)[0].shape[0]
+
+    def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None) -> Tensor | None:
+        """Returns what `StepAttention.prefill` does; None: another kernel serves this step better, or this layer."""
+        if not self.serves(q, layer):
             return None
-        if layer.own is None and self._step.num_whole:
-            return None
-        memory = self._memory.get(heads, q.shape[2], q.dtype, q.device)  # in every step, so that the first one has it
-        if self._num_keys > memory[0].shape[0]:
-            return None
+        memory = self._memory_for(q, layer)  # in every step, so that the first one has it
         begun = None if self._begun is None else self._gathered(self._begun, memory, q, layer)
         return prompt_attention(
             q, *(layer.own or memory), self._step.query_start,
             scale=layer.spec.scale, begun=begun, out_scale=layer.out_scale, out=out,
         )  # fmt: skip
+
+    def _memory_for(self, q: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor]:
+        return self._memory.get(layer.spec.num_kv_heads, q.shape[2], q.dtype, q.device)
 
     def _gathered(self, begun: slice, memory: tuple[Tensor, Tensor], q: Tensor, layer: LayerCall) -> BegunKeys:
         step = self._step

@@ -35,6 +35,9 @@ class _TorchStep:
     def decode(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         return self._attend(q, layer, 0, self._step.num_decode)
 
+    def leads_prefill(self, q: Tensor, layer: LayerCall) -> bool:
+        return False
+
     def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         return self._attend(q, layer, self._step.num_decode, len(self._query))
 

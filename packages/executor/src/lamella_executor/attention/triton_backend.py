@@ -83,6 +83,9 @@ class _TritonStep:
             workspace=self._backend.workspace(layer, q.device), out=out,
         )  # fmt: skip
 
+    def leads_prefill(self, q: Tensor, layer: LayerCall) -> bool:
+        return self._hopper_prompts.serves(q, layer)
+
     def prefill(self, q: Tensor, layer: LayerCall, out: Tensor | None = None) -> Tensor:
         result = self._hopper_prompts.prefill(q, layer, out)
         if result is not None:
