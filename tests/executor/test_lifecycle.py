@@ -259,5 +259,8 @@ def test_submitting_threads_give_way_to_a_loop_that_needs_the_host(needs_host, m
     monkeypatch.setattr(engine_thread, "time", SimpleNamespace(sleep=pauses.append))
     loop.needs_host = needs_host
     with echo_executor(loop) as executor:
-        executor.generate([[5], [6]], SamplingParams(max_tokens=2, ignore_eos=True))
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        for result in [executor.generate_async([token], params) for token in (5, 6)]:
+            result.result(EXIT_LIMIT_S)
+        executor.generate([[5], [6], [7]], params)  # prepared before: nothing to be long about
     assert len(pauses) == 2 * needs_host

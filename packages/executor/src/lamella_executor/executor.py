@@ -190,11 +190,13 @@ class GenerationExecutor:
             RequestError: the request is invalid; names the field, its value, what is allowed and the remedy.
             EngineDeadError: the executor was shut down or its engine died.
         """
-        return self._submit(
+        result = self._submit(
             self._prepare(
                 prompt_token_ids, sampling_params, streaming=streaming, decoder=decoder, bad_words_ids=bad_words_ids
             )
         )
+        self._thread.give_way()
+        return result
 
     def abort(self, request_id: int) -> None:
         """Cancels a request; unknown and finished ids are ignored."""
@@ -257,7 +259,6 @@ class GenerationExecutor:
 
     def _submit(self, command: Submit) -> GenerationResult:
         self._mailbox.put(command)
-        self._thread.give_way()
         return command.result
 
 
