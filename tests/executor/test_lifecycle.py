@@ -264,3 +264,21 @@ def test_submitting_threads_give_way_to_a_loop_that_needs_the_host(needs_host, m
             result.result(EXIT_LIMIT_S)
         executor.generate([[5], [6], [7]], params)  # prepared before: nothing to be long about
     assert len(pauses) == 2 * needs_host
+
+
+def test_a_thread_interrupted_while_it_gives_way_has_submitted_nothing(monkeypatch):
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_thread, "time", SimpleNamespace(sleep=interrupt))
+    loop, prompts = EchoLoop(), []
+    submit = loop.submit
+    monkeypatch.setattr(
+        loop, "submit", lambda command: prompts.append(command.result.prompt_token_ids) or submit(command)
+    )
+    loop.needs_host = True
+    with echo_executor(loop) as executor:
+        with pytest.raises(KeyboardInterrupt):
+            executor.generate_async([5])
+        executor.generate([6], SamplingParams(max_tokens=2, ignore_eos=True))
+    assert prompts == [[6]]

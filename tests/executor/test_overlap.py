@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.support.fake_device import POISON, FakeDevice, FakeStep
+from tests.support.fake_device import POISON, FakeDevice, FakeRunner, FakeStep
 from tests.support.fake_engine import Shape
 from tests.support.fake_loop import FakeLoop, LetterDecoder, told
 
@@ -283,6 +283,15 @@ def test_the_loop_needs_the_host_but_not_while_it_waits_for_the_device(
     it.submit(prompt(1), greedy(4))
     it.run()
     assert set(noted) == {("launch", True), ("collect", False)} and not it.loop.needs_host
+
+
+def test_a_loop_that_computes_on_the_host_does_not_keep_others_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[bool] = []
+    run, it = FakeRunner.run, FakeLoop(ROOMY, is_overlapped=False)
+    monkeypatch.setattr(FakeRunner, "run", lambda self, plan: noted.append(it.loop.needs_host) or run(self, plan))
+    it.submit(prompt(1), greedy(4))
+    it.run()
+    assert noted and not any(noted)
 
 
 def test_the_loop_needs_no_host_after_an_error() -> None:

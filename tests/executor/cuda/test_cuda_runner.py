@@ -155,7 +155,7 @@ def test_a_float8_cache_keeps_its_scales():
     assert 1e-4 < (rest - expected[6:]).abs().mean() < 0.3  # rounded, and no worse
 
 
-@pytest.mark.parametrize("max_num_tokens, max_seq_len", [(16, 64), (600, 700), (4096, 3000)])
+@pytest.mark.parametrize("max_num_tokens, max_seq_len", [(16, 64), (512, 512), (600, 700), (4096, 3000)])
 def test_steps_before_the_first_are_of_any_length(max_num_tokens, max_seq_len):
     """They fit the limits, prompts and a later chunk are among them."""
     limits = RunnerLimits(4, max_num_tokens, max_seq_len)
@@ -164,6 +164,7 @@ def test_steps_before_the_first_are_of_any_length(max_num_tokens, max_seq_len):
     assert all(item.start + item.num_tokens <= min(max_seq_len, BLOCK * len(item.sequence.blocks)) for item in items)
     assert any(item.start > 0 and item.num_tokens > 1 for item in items)
     assert (max_num_tokens >= 512 and max_seq_len > 519) == any(item.start and item.num_tokens > 500 for item in items)
+    assert (max_num_tokens >= 512) == any(item.num_tokens >= 512 for item in items if not item.start)
     runner = cpu_runner()
     for plan in dry_plans(RunnerLimits(2, 24, 40), BLOCK, runner._cache.scratch_block):
         runner.launch(plan).collect()

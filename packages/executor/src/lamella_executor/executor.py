@@ -177,7 +177,7 @@ class GenerationExecutor:
         decoder: TextDecoder | None = None,
         bad_words_ids: Iterable[PromptIds] = (),
     ) -> GenerationResult:
-        """Submits one request and returns at once.
+        """Submits one request and returns at once, or in a moment where the engine is just launching a step on a GPU.
 
         Args:
             prompt_token_ids: at least one token id.
@@ -190,13 +190,11 @@ class GenerationExecutor:
             RequestError: the request is invalid; names the field, its value, what is allowed and the remedy.
             EngineDeadError: the executor was shut down or its engine died.
         """
-        result = self._submit(
-            self._prepare(
-                prompt_token_ids, sampling_params, streaming=streaming, decoder=decoder, bad_words_ids=bad_words_ids
-            )
+        command = self._prepare(
+            prompt_token_ids, sampling_params, streaming=streaming, decoder=decoder, bad_words_ids=bad_words_ids
         )
-        self._thread.give_way()
-        return result
+        self._thread.give_way()  # before: a Ctrl-C meanwhile leaves no request that nobody knows
+        return self._submit(command)
 
     def abort(self, request_id: int) -> None:
         """Cancels a request; unknown and finished ids are ignored."""

@@ -111,7 +111,7 @@ class EngineLoop:
         self._launches: deque[_Launch] = deque()  # not collected, the oldest first
         self._iteration = 0
         self._num_empty_steps = 0
-        self.needs_host = False  # whether a step is being planned or launched, or its results taken
+        self.needs_host = False  # whether a step for a device is being planned or launched, or its results taken
 
     @property
     def has_work(self) -> bool:
@@ -152,7 +152,7 @@ class EngineLoop:
     @torch.inference_mode()
     def step(self) -> None:
         """Launches one step and takes the results of what must not stay in flight."""
-        self.needs_host = True
+        self.needs_host = self._is_overlapped
         try:
             self._step()
         finally:
@@ -231,7 +231,7 @@ class EngineLoop:
         began = time.monotonic()
         self.needs_host = False
         tokens = launch.step.collect()
-        self.needs_host = True
+        self.needs_host = self._is_overlapped
         now = time.monotonic()
         if self._num_batches > 1:
             self._scheduler.release(launch.plan)

@@ -48,12 +48,12 @@ class ScoringLoop:
         max_num_tokens: tokens of one step at most; a longer text is a step of its own.
     """
 
+    needs_host = False  # a step has few launches
+
     def __init__(self, model: CausalLM, *, max_batch_size: int, max_num_tokens: int) -> None:
         self._model = model
         self._max_batch_size, self._max_num_tokens = max_batch_size, max_num_tokens
         self._waiting: deque[ScoreRequest] = deque()
-
-    needs_host = False  # a step has few launches
 
     @property
     def has_work(self) -> bool:

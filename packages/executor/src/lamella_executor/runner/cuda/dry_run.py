@@ -27,7 +27,7 @@ def dry_plans(limits: RunnerLimits, tokens_per_block: int, scratch_block: int) -
         for lengths, params in steps
     ]
     longest = min(limits.max_seq_len, limits.max_num_tokens)
-    prompts = [(0, length) for length in _PROMPTS if length < longest]
+    prompts = [(0, length) for length in _PROMPTS if length <= longest]
     if longest >= 2 * _SHORT:
         prompts.append((longest - min(_CHUNK, longest // 2), longest))
     if _PROMPTS[0] <= limits.max_num_tokens and _SHORT + _PROMPTS[0] <= limits.max_seq_len:
