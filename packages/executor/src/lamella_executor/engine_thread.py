@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 4.0  # how long a stop waits for the step that runs
 ABANDON_S = 3.0  # after a rank's failure, how long users wait for the step that runs
-_GIVE_WAY_S = 5e-4  # Python lets a thread that computes go on for ten times as long before another one's turn
+_GIVE_WAY_S = 2e-4  # a thread that computes keeps Python's interpreter for 25 times as long before another one's turn
 _numbers = itertools.count(1)  # for thread names only
 
 

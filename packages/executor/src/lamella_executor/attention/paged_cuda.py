@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lamella_core.context import AttentionSpec, Communicator, KvPlace, RecurrentStep, StateSpec
+from lamella_core.kernels.cuda.prompt_attention import serves
 from lamella_core.layers.rotary import Rotation
 from lamella_core.prefix import PrefixTokens
 from lamella_executor.attention.backend import AttentionStep, LayerCall, StepAttention
@@ -162,13 +163,13 @@ class CudaStepContext:
         """Rotates, writes this step's keys and values, then attends over the cache; returns [T, Hq, D].
 
         Prompts that begin in this step may attend over their own keys and values: they need nothing else, and these
-        are neither rounded to float8 nor to be looked up. Latent caches are read always.
+        are neither rounded to float8 nor to be looked up. Without either gain, and in latent layers, the cache is read.
         """
         caches = self._cache.layer(spec.layer_idx)
         scales = kv_scales if self._cache.is_float8 else None
         if spec.is_latent and scales is not None:
             scales = scales[:1].expand(2)  # keys and values are the same numbers
-        has_own = self._has_own and v is not None
+        has_own = self._has_own and v is not None and (self._cache.is_float8 or serves(q, spec.num_kv_heads))
         self._rope_and_cache(q, k, v, rotation, caches, self._slots, scales, has_own)
         own = (k[self._num_decode :], v[self._num_decode :]) if has_own and v is not None else None
         return self._attend(
