@@ -19,7 +19,7 @@ from tests.support.sharded import sharded_engine
 from tests.support.warm_python import WarmProcess, WarmPython
 
 from lamella_core.errors import EngineDeadError
-from lamella_executor import SamplingParams, engine_thread
+from lamella_executor import RequestStatus, SamplingParams, engine_thread
 
 EXIT_LIMIT_S = 10  # seconds; the promise is 5, a busy test machine gets twice that
 
@@ -282,3 +282,25 @@ def test_a_thread_interrupted_while_it_gives_way_has_submitted_nothing(monkeypat
             executor.generate_async([5])
         executor.generate([6], SamplingParams(max_tokens=2, ignore_eos=True))
     assert prompts == [[6]]
+
+
+def test_a_batch_interrupted_while_it_is_sent_leaves_nothing_running(monkeypatch):
+    loop = EchoLoop()
+    with echo_executor(loop) as executor:
+        loop.gate.clear()
+        commands = [executor.prepare([token]) for token in (5, 6, 7)]
+        put, sent = executor._mailbox.put, []
+
+        def put_two(command):
+            if len(sent) == 2:
+                raise KeyboardInterrupt
+            sent.append(command)
+            put(command)
+
+        monkeypatch.setattr(executor._mailbox, "put", put_two)
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(commands)
+        loop.gate.set()
+        for command in sent:
+            assert command.result.result(EXIT_LIMIT_S).status is RequestStatus.CANCELLED
+    assert not commands[2].result.done

@@ -164,9 +164,9 @@ class GenerationExecutor:
         if not _is_batch(prompt_token_ids):
             if isinstance(sampling_params, list | tuple):
                 raise RequestError("sampling_params is a list for a single prompt; pass one SamplingParams")
-            return self._run([self._prepare(prompt_token_ids, sampling_params)])[0]  # type: ignore[arg-type]
+            return self._run([self.prepare(prompt_token_ids, sampling_params)])[0]  # type: ignore[arg-type]
         all_params = _per_prompt(sampling_params, len(prompt_token_ids))
-        return self._run([self._prepare(p, s) for p, s in zip(prompt_token_ids, all_params)])  # type: ignore[arg-type]
+        return self._run([self.prepare(p, s) for p, s in zip(prompt_token_ids, all_params)])  # type: ignore[arg-type]
 
     def generate_async(
         self,
@@ -190,11 +190,52 @@ class GenerationExecutor:
             RequestError: the request is invalid; names the field, its value, what is allowed and the remedy.
             EngineDeadError: the executor was shut down or its engine died.
         """
-        command = self._prepare(
+        command = self.prepare(
             prompt_token_ids, sampling_params, streaming=streaming, decoder=decoder, bad_words_ids=bad_words_ids
         )
         self._thread.give_way()  # before: a Ctrl-C meanwhile leaves no request that nobody knows
-        return self._submit(command)
+        return self.submit([command])[0]
+
+    def prepare(
+        self,
+        prompt_token_ids: PromptIds,
+        sampling_params: SamplingParams | None = None,
+        *,
+        streaming: bool = False,
+        decoder: TextDecoder | None = None,
+        bad_words_ids: Iterable[PromptIds] = (),
+    ) -> Submit:
+        """Checks a request completely, for `submit`. Arguments and errors are those of `generate_async`."""
+        if not self.is_alive:
+            raise self._mailbox.dead_error()
+        request = make_request(
+            next(self._ids),
+            prompt_token_ids,
+            sampling_params if sampling_params is not None else SamplingParams(),
+            self._limits,
+            decoder=decoder,
+            bad_words_ids=bad_words_ids,
+        )
+        if self._check_fits is not None:
+            self._check_fits(request)
+        prompt = list(request.sequences[0].token_ids)
+        result = GenerationResult(request.request_id, prompt, request.params, self._mailbox, streaming=streaming)
+        return Submit(request, result)
+
+    def submit(self, commands: SequenceOf[Submit]) -> list[GenerationResult]:
+        """Submits prepared requests in order, each at most once; the engine knows all of them from its next step on.
+
+        Raises:
+            EngineDeadError: the executor was shut down or its engine died. This and Ctrl-C abort those that were sent.
+        """
+        try:
+            for command in commands:
+                self._mailbox.put(command)
+        except BaseException:
+            for command in commands:
+                command.result.abort()
+            raise
+        return [command.result for command in commands]
 
     def abort(self, request_id: int) -> None:
         """Cancels a request; unknown and finished ids are ignored."""
@@ -220,44 +261,14 @@ class GenerationExecutor:
     ) -> None:
         self.shutdown()
 
-    def _prepare(
-        self,
-        prompt_token_ids: PromptIds,
-        sampling_params: SamplingParams | None,
-        *,
-        streaming: bool = False,
-        decoder: TextDecoder | None = None,
-        bad_words_ids: Iterable[PromptIds] = (),
-    ) -> Submit:
-        """Checks a request completely; nothing of it has reached the engine when this raises."""
-        if not self.is_alive:
-            raise self._mailbox.dead_error()
-        request = make_request(
-            next(self._ids),
-            prompt_token_ids,
-            sampling_params if sampling_params is not None else SamplingParams(),
-            self._limits,
-            decoder=decoder,
-            bad_words_ids=bad_words_ids,
-        )
-        if self._check_fits is not None:
-            self._check_fits(request)
-        prompt = list(request.sequences[0].token_ids)
-        result = GenerationResult(request.request_id, prompt, request.params, self._mailbox, streaming=streaming)
-        return Submit(request, result)
-
     def _run(self, commands: list[Submit]) -> list[GenerationResult]:
         """Submits requests and waits for all; whatever ends the wait early, Ctrl-C included, aborts the others."""
         try:
-            return [result.result() for result in [self._submit(command) for command in commands]]
+            return [result.result() for result in self.submit(commands)]
         except BaseException:
             for command in commands:
                 command.result.abort()
             raise
-
-    def _submit(self, command: Submit) -> GenerationResult:
-        self._mailbox.put(command)
-        return command.result
 
 
 def _check_configs(kv_cache_config: object, scheduler_config: object) -> None:

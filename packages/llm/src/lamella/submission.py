@@ -9,7 +9,6 @@ from lamella.prompts import PreparedPrompt, prepare
 from lamella.tokenizer import TokenizerBase
 from lamella_core.errors import RequestError
 from lamella_executor import GenerationExecutor, SamplingParams
-from lamella_executor.admission import make_request
 
 
 def submit(executor: GenerationExecutor, request: PreparedPrompt, streaming: bool = False) -> RequestOutput:
@@ -31,23 +30,17 @@ def submit_batch(
 
     Raises:
         RequestError: names the prompt by its position.
+        EngineDeadError: the executor was shut down or its engine died.
     """
-    outputs: list[RequestOutput] = []
-    prepared: list[PreparedPrompt] = []
-    try:
-        for prompt, one in zip(prompts, params):
+    commands, texts = [], []
+    for index, (prompt, one) in enumerate(zip(prompts, params)):
+        try:
             request = prepare(prompt, one, tokenizer)
-            make_request(
-                0, request.token_ids, one, executor.limits, decoder=request.decoder, bad_words_ids=request.bad_words_ids
+            command = executor.prepare(
+                request.token_ids, one, decoder=request.decoder, bad_words_ids=request.bad_words_ids
             )
-            prepared.append(request)
-        for request in prepared:
-            outputs.append(submit(executor, request))
-    except BaseException as error:
-        for output in outputs:
-            output.abort()
-        if not isinstance(error, RequestError):
-            raise
-        index = len(prepared) if len(prepared) < len(prompts) else len(outputs)
-        raise type(error)(f"prompt {index}: {error}") from error
-    return outputs
+        except RequestError as error:
+            raise type(error)(f"prompt {index}: {error}") from error
+        commands.append(command)
+        texts.append(request.text)
+    return [RequestOutput(result, text) for result, text in zip(executor.submit(commands), texts)]
