@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.support.engines import engine_of, executor_of
 
-from lamella_core.kernels.cuda.gated_product import CAPABILITY, gated_product
+from lamella_core.kernels.cuda.driver import HOPPER
+from lamella_core.kernels.cuda.gated_product import gated_product
 from lamella_core.kernels.cuda.prompt_attention import BegunKeys, prompt_attention
 from lamella_core.kernels.fused import SiluGateAfter
 from lamella_core.kernels.triton.attention.gather import gather_keys
@@ -34,7 +35,7 @@ def main(directory: Path) -> None:
             for count in (len(PROMPTS), 1):
                 executor.generate(PROMPTS[:count], PARAMS[:count])
 
-    if torch.cuda.get_device_capability() == CAPABILITY:
+    if torch.cuda.get_device_capability() == HOPPER:
         gate_many_rows()
         attend_long_prompts()
 

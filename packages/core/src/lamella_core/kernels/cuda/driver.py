@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import threading
 from collections.abc import Mapping
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
@@ -16,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
+HOPPER = (9, 0)  # compute capability of the GPUs that the sources are for
+_HOPPER_ARCHITECTURE = "sm_90a"
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of CUtensorMap
 _MAP_TYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}  # of CUtensorMapDataType; float8 as bytes
 _SWIZZLE_128, _PROMOTE_256 = 3, 3  # of CUtensorMapSwizzle, CUtensorMapL2promotion
@@ -151,6 +157,33 @@ class Kernel:
         )
         if status:
             _check("cuLaunchKernel", status)
+
+
+def load(
+    function: str, macros: Mapping[str, int], *, threads: int, shared_memory: int, device: int, otherwise: str
+) -> Kernel | None:
+    """Returns a kernel for Hopper from the source file of its name; None, and a warning, where that is not possible.
+
+    Args:
+        function: such as "gated_product", of "gated_product.cu".
+        macros: as for `compile_source`.
+        threads: as for `Kernel`.
+        shared_memory: likewise.
+        device: index of the GPU.
+        otherwise: what happens without the kernel, for the warning.
+    """
+    try:
+        code = compile_source(f"{function}.cu", macros, _HOPPER_ARCHITECTURE)
+        with torch.cuda.device(device):
+            return Kernel(code, function, threads, shared_memory)
+    except (OSError, AttributeError, RuntimeError) as error:
+        logger.warning("%s on GPU %d: %s", otherwise, device, error)
+        return None
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """Returns where tensors are, as a kernel's struct holds it; 0 for None."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 _thread = threading.local()

@@ -6,7 +6,6 @@ Legend: M rows, K numbers of each, F outputs; a pair is what two thread blocks c
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import struct
 from typing import TYPE_CHECKING
@@ -20,10 +19,6 @@ if TYPE_CHECKING:
     from lamella_core.kernels.fused import SiluGateAfter
     from lamella_core.kernels.matmul import Scales
 
-logger = logging.getLogger(__name__)
-
-CAPABILITY = (9, 0)  # of the GPUs that have the instructions
-_ARCHITECTURE = "sm_90a"
 _FLOAT8 = torch.float8_e4m3fn
 _HALVES = (torch.bfloat16, torch.float16)
 BLOCK_ROWS, TILE_OUTPUTS = 128, 128  # as in the source, as are these:
@@ -71,7 +66,7 @@ def offers(rows: int, weight_rows: int) -> bool:
 def _pairs_at_once(device: int) -> int:
     """Returns 0 for a GPU without the kernel."""
     properties = torch.cuda.get_device_properties(device)
-    return int(properties.multi_processor_count) // 2 if (properties.major, properties.minor) == CAPABILITY else 0
+    return int(properties.multi_processor_count) // 2 if (properties.major, properties.minor) == driver.HOPPER else 0
 
 
 def gated_product(
@@ -102,7 +97,7 @@ def gated_product(
     pairs, at_once = num_pairs(rows, width // TILE_OUTPUTS), _pairs_at_once(device)
     halved = num_halved(pairs, at_once)
     params = _maps(x, w, _STORED_BYTES // out.element_size()) + struct.pack(
-        "4Q5i", out.data_ptr(), *_addresses(*factors, after.out_scale),
+        "4Q5i", out.data_ptr(), *driver.addresses(*factors, after.out_scale),
         rows, width // TILE_OUTPUTS, -(-x.shape[1] * x.element_size() // _STEP_BYTES),
         scales is not None and scales.x.numel() > 1, halved,
     )  # fmt: skip
@@ -130,13 +125,10 @@ def _fits(x: Tensor, w: Tensor, scales: Scales | None) -> bool:
 def _kernel(is_float8: bool, is_bfloat16: bool, quantizes: bool, device: int) -> driver.Kernel | None:
     """Returns the kernel for a GPU; None where it cannot be compiled or loaded."""
     macros = {"FLOAT8": is_float8, "BFLOAT16": is_bfloat16, "OUT_FLOAT8": quantizes}
-    try:
-        code = driver.compile_source("gated_product.cu", macros, _ARCHITECTURE)
-        with torch.cuda.device(device):
-            return driver.Kernel(code, "gated_product", _THREADS, _SHARED_MEMORY)
-    except (OSError, AttributeError, RuntimeError) as error:
-        logger.warning("gates follow products in kernels of their own on GPU %d: %s", device, error)
-        return None
+    return driver.load(
+        "gated_product", macros, threads=_THREADS, shared_memory=_SHARED_MEMORY, device=device,
+        otherwise="gates follow products in kernels of their own",
+    )  # fmt: skip
 
 
 def _maps(x: Tensor, w: Tensor, run: int) -> bytes:
@@ -147,7 +139,3 @@ def _maps(x: Tensor, w: Tensor, run: int) -> bytes:
     strides = tuple(rows * row_bytes for rows in (width, run, 1, 4 * run))
     sizes, box = (k, 2, 4, run, width // (4 * run)), (step, 2, 4, run, 1)
     return x_map + driver.tensor_map(w.data_ptr(), w.dtype, sizes, strides, box)
-
-
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -7,7 +7,6 @@ whose first tokens were computed before.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import struct
 from dataclasses import dataclass
@@ -17,11 +16,7 @@ from torch import Tensor
 
 from lamella_core.kernels.cuda import driver
 
-logger = logging.getLogger(__name__)
-
-CAPABILITY = (9, 0)  # of the GPUs that have the instructions
 HEAD_DIMS = (64, 128)
-_ARCHITECTURE = "sm_90a"
 _HALVES = (torch.bfloat16, torch.float16)
 _FLOAT8 = torch.float8_e4m3fn
 _TILE, _THREADS, _BOX_COLUMNS = 128, 384, 64  # as in the source
@@ -105,7 +100,7 @@ def prompt_attention(
     lengths, kv_scales = (None, None) if begun is None else (begun.lengths, begun.scales)
     counters = _counters(device, torch._C._cuda_getCurrentRawStream(device))
     params = b"".join(_map(x) for x in (q, *keys, *((k, v) if begun is None else ()))) + struct.pack(
-        "6Qf5i", *_addresses(out, query_start, lengths, kv_scales, out_scale, counters), scale * _LOG2E,
+        "6Qf5i", *driver.addresses(out, query_start, lengths, kv_scales, out_scale, counters), scale * _LOG2E,
         num_seqs, 0 if lengths is None else lengths.shape[0], heads, heads // k.shape[1], num_tiles,
     )  # fmt: skip
     kernel.launch(min(_processors(device), num_tiles * heads), params, device)
@@ -116,7 +111,7 @@ def prompt_attention(
 def _processors(device: int) -> int:
     """Returns how many multiprocessors a GPU has that have the kernel's instructions."""
     properties = torch.cuda.get_device_properties(device)
-    return int(properties.multi_processor_count) if (properties.major, properties.minor) == CAPABILITY else 0
+    return int(properties.multi_processor_count) if (properties.major, properties.minor) == driver.HOPPER else 0
 
 
 @functools.cache
@@ -139,14 +134,11 @@ def _kernel_for(q: Tensor, quantizes: bool) -> driver.Kernel | None:
 def _kernel(dim: int, is_bfloat16: bool, quantizes: bool, device: int) -> driver.Kernel | None:
     """Returns the kernel for a GPU; None where it cannot be compiled or loaded."""
     macros = {"DIM": dim, "BFLOAT16": is_bfloat16, "OUT_FLOAT8": quantizes}
-    shared_memory = _TILES_IN_SHARED_MEMORY * _TILE * dim * 2 + _MARGIN
-    try:
-        code = driver.compile_source("prompt_attention.cu", macros, _ARCHITECTURE)
-        with torch.cuda.device(device):
-            return driver.Kernel(code, "prompt_attention", _THREADS, shared_memory)
-    except (OSError, AttributeError, RuntimeError) as error:
-        logger.warning("attention of prompts goes to another kernel on GPU %d: %s", device, error)
-        return None
+    return driver.load(
+        "prompt_attention", macros, threads=_THREADS, device=device,
+        shared_memory=_TILES_IN_SHARED_MEMORY * _TILE * dim * 2 + _MARGIN,
+        otherwise="attention of prompts goes to another kernel",
+    )  # fmt: skip
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -166,7 +158,3 @@ def _fits(x: Tensor) -> bool:
 def _map(x: Tensor) -> bytes:
     tokens, heads, dim = x.shape
     return driver.tensor_map(x.data_ptr(), x.dtype, (dim, heads, tokens), _strides(x), (_BOX_COLUMNS, 1, _TILE))
-
-
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
