@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.support.fake_loop import FakeLoop, LetterDecoder, told
 from lamella_core.errors import RequestError
 from lamella_executor import GenerationResult, RequestStatus, SamplingParams
 from lamella_executor.config import CapacitySchedulerPolicy
+from lamella_executor.scheduler import scheduler
 
 KINDS: dict[str, dict[str, Any]] = {  # what the device samples, and what the host has to
     "greedy": {},
@@ -70,6 +72,17 @@ arrivals = st.builds(
     is_poisoned=st.sampled_from([False] * 9 + [True]),
     aborted_after=st.one_of(st.none(), st.none(), st.none(), st.integers(0, 12)),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles() -> Iterator[None]:
+    """Steps of a few rows leave decoding requests out, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "LEAST_TILES", 1)
+        patch.setattr(scheduler, "LEFT_FRACTION", 1)
+        yield
+
+
 shapes = st.builds(
     Shape,
     num_blocks=st.integers(3, 40),
@@ -83,6 +96,7 @@ shapes = st.builds(
     window=st.one_of(st.none(), st.none(), st.none(), st.integers(1, 20)),
     num_sinks=st.integers(0, 5),
     has_states=st.sampled_from([False, False, True]),
+    row_tile=st.sampled_from([1, 1, 2, 4]),
 )
 
 

@@ -68,6 +68,7 @@ class FakeLoop:
             enable_chunked_prefill=shape.is_chunked,
             max_beam_width=shape.max_beam_width,
             num_micro_batches=num_batches,
+            row_tile=shape.row_tile,
         )
         cache = FakeCache(self.kv, shape.window, shape.num_sinks)
         if num_batches > 1:

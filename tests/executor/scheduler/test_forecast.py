@@ -147,10 +147,21 @@ def test_requests_of_known_length_start_apart_and_keep_the_cache_full() -> None:
 
 
 def test_a_batch_that_the_cache_holds_starts_at_once() -> None:
-    loop = FakeLoop(Shape(400, 4, max_batch_size=32, max_num_tokens=512, policy=PEAK, is_reused=False))
-    submit(loop, 200, 8, 64)  # 32 x 18 blocks are less than one and a half times the cache
+    loop = FakeLoop(Shape(400, 4, max_batch_size=27, max_num_tokens=512, policy=PEAK, is_reused=False))
+    submit(loop, 200, 8, 64)  # 27 x 18 blocks are less than one and a quarter times the cache
     loop.step()
     assert len(loop.scheduler.running) > 20
+    loop.run()
+    assert sum(request.num_pauses for request in loop.requests.values()) == 0
+
+
+def test_requests_with_little_to_generate_start_at_once() -> None:
+    """The cache could take 3 in two steps on average: 36 prompt tokens a step, of at most 64."""
+    loop = FakeLoop(Shape(100, 4, max_batch_size=64, max_num_tokens=64, policy=PEAK, is_reused=False))
+    submit(loop, 100, 24, 8)
+    loop.step()
+    loop.step()
+    assert len(loop.scheduler.running) == 6
     loop.run()
     assert sum(request.num_pauses for request in loop.requests.values()) == 0
 

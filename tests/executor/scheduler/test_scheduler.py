@@ -12,6 +12,7 @@ from tests.support.fake_engine import FakeEngine, Shape
 from lamella_core.errors import RequestError
 from lamella_executor.config import CapacitySchedulerPolicy
 from lamella_executor.sampling_params import SamplingParams
+from lamella_executor.scheduler.plan import StepPlan
 from lamella_executor.scheduler.policy import MAX_OPTIMISTIC_PAUSES
 
 NO_EVICT = CapacitySchedulerPolicy.GUARANTEED_NO_EVICT
@@ -198,6 +199,31 @@ def test_decode_tokens_are_never_left_out(no_end: None) -> None:
         assert ready <= {item.request for item in plan.items}
     engine.check_outputs()
     assert sorted(engine.outputs) == ids
+
+
+def mixed_step(num_decoding: int, num_prompt_tokens: int) -> tuple[FakeEngine, list[int], StepPlan]:
+    """Returns the engine, ids of requests that decode, oldest first, and a step with the prompt of another."""
+    engine = FakeEngine(Shape(num_blocks=400, max_batch_size=64, max_num_tokens=64, row_tile=8))
+    ids = [engine.add(prompt(number, 2), greedy(20)) for number in range(num_decoding)]
+    engine.step()
+    engine.add(prompt(99, num_prompt_tokens), greedy(20))
+    return engine, ids, engine.step()
+
+
+def test_a_step_with_prompts_leaves_out_the_newest_for_a_whole_tile(no_end: None) -> None:
+    engine, ids, plan = mixed_step(24, 11)  # 35 rows: 3 more than 4 tiles, an eighth of those that decode
+    assert plan.num_tokens == 32
+    assert [item.request.request_id for item in plan.items] == [*ids[:21], 24]
+    assert engine.step().num_tokens == 25  # nobody is left out where there are no prompts
+    engine.run()
+    engine.check_outputs()
+
+
+@pytest.mark.parametrize(("num_decoding", "num_prompt_tokens"), [(24, 12), (24, 13), (16, 19), (24, 3), (24, 8)])
+def test_nobody_is_left_out_where_it_does_not_pay(num_decoding: int, num_prompt_tokens: int, no_end: None) -> None:
+    """Too many of those that decode, most of a tile's rows, too small a step, or whole tiles already."""
+    _, _, plan = mixed_step(num_decoding, num_prompt_tokens)
+    assert plan.num_tokens == num_decoding + num_prompt_tokens
 
 
 def test_decode_comes_before_chunks(no_end: None) -> None:

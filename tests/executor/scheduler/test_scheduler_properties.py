@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +13,7 @@ from tests.support.fake_engine import FakeEngine, Shape
 from lamella_core.errors import RequestError
 from lamella_executor.config import CapacitySchedulerPolicy
 from lamella_executor.sampling_params import SamplingParams
+from lamella_executor.scheduler import scheduler
 
 FAMILIES = 3  # prompts of one family begin alike
 
@@ -65,6 +67,16 @@ arrivals = st.lists(
     max_size=14,
 )
 
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles() -> Iterator[None]:
+    """Steps of a few rows leave decoding requests out, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "LEAST_TILES", 1)
+        patch.setattr(scheduler, "LEFT_FRACTION", 1)
+        yield
+
+
 shapes = st.builds(
     Shape,
     num_blocks=st.integers(3, 40),
@@ -77,6 +89,7 @@ shapes = st.builds(
     is_partially_reused=st.booleans(),
     window=st.one_of(st.none(), st.none(), st.integers(1, 20)),
     num_sinks=st.integers(0, 5),
+    row_tile=st.sampled_from([1, 1, 2, 4]),
 )
 
 

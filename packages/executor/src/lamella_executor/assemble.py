@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CUDA_ROW_TILE = 256  # rows of the tiles in which GPUs compute large matrix products
+
 _WHOLE = 1 << 40  # tokens: the window of a layer that has none
 
 
@@ -139,6 +141,7 @@ def _connect(
         enable_chunked_prefill=scheduler_config.enable_chunked_prefill,
         max_beam_width=limits.max_beam_width,
         num_micro_batches=runner.max_in_flight if isinstance(runner, PipelinedRunner) else 1,
+        row_tile=CUDA_ROW_TILE if rank.build.device == "cuda" else 1,
     )
     stats = StatsBuffer(stats_capacity)
     loop = EngineLoop(runner, scheduler, kv, Sampler(limits.vocab_size), stats)

@@ -29,7 +29,7 @@ class CapacityModel:
     def __init__(self, kv: KvCacheManager, max_batch_size: int, max_num_tokens: int, *, is_chunked: bool) -> None:
         self.kv = kv
         self.max_batch_size = max_batch_size
-        self._max_num_tokens = max_num_tokens
+        self.max_num_tokens = max_num_tokens
         self._is_chunked = is_chunked
         self._shares = kv.window is None and not kv.num_state_slots  # forks share their prompt's blocks, always
         self._window_blocks = 0  # what one sequence holds while it computes a single token
@@ -49,10 +49,10 @@ class CapacityModel:
     def max_chunk(self, request: RequestState) -> int:
         """Tokens of one of its sequences in one step at most."""
         if self.kv.window is None or self.is_whole(request):
-            return self._max_num_tokens
+            return self.max_num_tokens
         # With a window, a chunk is what remains of the cache beside the windows of all its sequences.
         num_spare = self.kv.num_blocks - len(request.sequences) * self._window_blocks
-        return max(1, min(self._max_num_tokens, num_spare * self.kv.tokens_per_block + 1))
+        return max(1, min(self.max_num_tokens, num_spare * self.kv.tokens_per_block + 1))
 
     def max_kv_tokens(self, request: RequestState) -> int:
         """Tokens that one sequence of the request has in the cache at most."""

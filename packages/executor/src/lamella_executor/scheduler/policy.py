@@ -16,7 +16,8 @@ from lamella_executor.sequence import RequestState
 
 MAX_OPTIMISTIC_PAUSES = 2  # paused this often, a request resumes only once it can no longer run out of blocks
 SHORT_FRACTION = 8  # of the running: how many may sit a step out for want of blocks before one is paused
-CROWD = 1.5  # times what the cache holds of requests at their longest: how many could run while starts are spread
+CROWD = 1.25  # times what the cache holds of requests at their longest: how many could run while starts are spread
+PROMPT_FRACTION = 4  # of a step's tokens: how many may be of prompts on average while starts are spread
 GROUP_TOKENS = 2048  # prompt tokens of requests of known length that start together at most
 GROUP_FRACTION = 40  # of the requests that run side by side on average: how many of those there are at most
 
@@ -163,7 +164,7 @@ class PredictedPeak(MaxUtilization):
 
     Requests that start together are at their longest together, and few then fit. So while many more wait, for whom a
     batch has room, than the cache could hold, requests whose length is known start at the rate at which the cache can
-    take them on average (`_Pace`), beside others that are half done.
+    take them on average (`_Pace`), beside others that are half done. Not if their prompts alone keep the device busy.
     """
 
     def __init__(self, capacity: CapacityModel) -> None:
@@ -191,10 +192,9 @@ class PredictedPeak(MaxUtilization):
         unforeseen = max(0, kv.num_live - self._forecast.present)
         if self._forecast.peak_with(levels) + unforeseen > kv.num_blocks:
             return False
-        crowd = min(self._num_waiting, self.capacity.max_batch_size // request.slots)
-        is_crowded = crowd * int(levels[-1]) > CROWD * kv.num_blocks
-        is_paced = self._running and is_crowded and _has_known_length(request)
-        return not is_paced or self._pace.allows(levels, request.sequences[0].num_tokens)
+        if not self._running or not _has_known_length(request) or not self._is_crowded(request, levels):
+            return True
+        return self._pace.allows(levels, request.sequences[0].num_tokens)
 
     def admitted(self, request: RequestState) -> None:
         if self._levels is not None:
@@ -213,6 +213,16 @@ class PredictedPeak(MaxUtilization):
         if not is_oldest and self._num_short * SHORT_FRACTION <= len(running):
             return None
         return super().victim(request, running)
+
+    def _is_crowded(self, request: RequestState, levels: Levels) -> bool:
+        """Whether more requests like this one could run than the cache holds, with time left beside their prompts."""
+        capacity, num_blocks = self.capacity, self.capacity.kv.num_blocks
+        crowd = min(self._num_waiting, capacity.max_batch_size // request.slots)
+        if crowd * int(levels[-1]) <= CROWD * num_blocks:
+            return False
+        starts_per_step = num_blocks / int(levels.sum())  # that the cache can take on average
+        num_prompt_tokens = starts_per_step * request.sequences[0].num_tokens
+        return num_prompt_tokens * PROMPT_FRACTION <= capacity.max_num_tokens
 
     def _foresee(self, request: RequestState, match: PrefixMatch) -> Levels:
         sequences, window = request.sequences, self.capacity.kv.window

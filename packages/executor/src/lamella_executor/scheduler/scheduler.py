@@ -1,7 +1,8 @@
 """Scheduler: packs the tokens of many requests into one step after another.
 
 Decode tokens come first, then chunks of running requests in order of admission, then waiting requests first come, first
-served; all within ``max_num_tokens`` rows per step. A capacity policy says who may start and who gives way.
+served; all within ``max_num_tokens`` rows per step. A capacity policy says who may start and who gives way. A large
+step with chunks may leave out a few decode tokens, so that its rows fill whole tiles of the device's matrix products.
 
 A waiting request that does not fit may be overtaken by smaller ones, but only a bounded number of times: then nobody
 starts before it does. A paused request is never overtaken. What could never run is refused by `check_fits`.
@@ -39,6 +40,8 @@ from lamella_executor.sequence import PENDING_TOKEN, RequestState, Sequence
 
 MAX_BLOCKED = 8  # waiting requests that may be found not to fit before the step stops looking further
 OVERTAKES_PER_SLOT = 4  # times max_batch_size: how often a waiting request may be overtaken
+LEAST_TILES = 4  # of rows: smaller steps take whatever there is
+LEFT_FRACTION = 8  # of the requests that decode: how many may be left out of a step with prompts for the sake of a tile
 
 
 @dataclass(slots=True)
@@ -60,6 +63,12 @@ class _Step(StepPlan):
             self.items.remove(item)
             self._spend(item, -item.num_tokens)
 
+    def leave_out(self, singles: list[ScheduledSequence]) -> None:
+        """Takes out items of one token that are no chunks."""
+        left = set(singles)
+        self.items = [item for item in self.items if item not in left]
+        self.budget += len(left)
+
     def _spend(self, item: ScheduledSequence, num_tokens: int) -> None:
         self.budget -= num_tokens
         if is_chunk(item):
@@ -78,6 +87,8 @@ class Scheduler:
             than a step and is chunked all the same.)
         max_beam_width: width of a beam request at most.
         num_micro_batches: steps in flight at most whose requests wait for results, `PipelinedRunner.max_in_flight`.
+        row_tile: the device takes as long for any number of rows as for the next multiple of this. A step of prompts
+            and decoding requests that is a few rows above a multiple leaves out so many of the newest that decode.
     """
 
     def __init__(
@@ -90,8 +101,10 @@ class Scheduler:
         enable_chunked_prefill: bool = True,
         max_beam_width: int = 1,
         num_micro_batches: int = 1,
+        row_tile: int = 1,
     ) -> None:
         self._kv = kv
+        self._row_tile = row_tile
         self._max_batch_size = max_batch_size
         self._max_num_tokens = max_num_tokens
         self._limits = RequestLimits(max_batch_size, max_num_tokens, max_beam_width, enable_chunked_prefill)
@@ -174,6 +187,7 @@ class Scheduler:
         self._time.begin(share.ready, self._running)
         self._schedule_running(share.ready, step)
         self._schedule_waiting(step)
+        self._trim(step)
         self._time.planned(step.items)
         # Copies wait for a step with a forward pass, which is what carries them out.
         if step.items:
@@ -269,6 +283,22 @@ class Scheduler:
 
     def _opens(self) -> bool:
         return self._policy.open(self._running.keys(), len(self._waiting))
+
+    def _trim(self, step: _Step) -> None:
+        """Leaves out of a step with prompts the decoding requests that would cost the device another tile of rows."""
+        num_rows = self._max_num_tokens - step.budget
+        num_left = num_rows % self._row_tile
+        if not 0 < num_left <= self._row_tile // 2 or num_rows < LEAST_TILES * self._row_tile:
+            return
+        if not is_chunk(step.items[-1]):
+            return
+        decoding = [item for item in step.items if not is_chunk(item) and len(item.request.sequences) == 1]
+        if num_left > len(decoding) // LEFT_FRACTION:
+            return
+        left = decoding[-num_left:]
+        step.leave_out(left)
+        for item in left:
+            self._time.delayed(item.request)
 
     def _admit(self, request: RequestState, step: _Step) -> bool:
         """Starts a waiting request if slots, rows, tokens and blocks allow."""
