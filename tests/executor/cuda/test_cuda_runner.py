@@ -32,6 +32,7 @@ from lamella_executor.runner.cuda.runner import CudaRunner
 from lamella_executor.runner.cuda.start import start_runner
 from lamella_executor.runner.cuda.state import RunnerLimits
 from lamella_executor.sampler.sampler import Sampler
+from lamella_executor.scheduler import scheduler as scheduling
 from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.scheduler.scheduler import Scheduler
 from lamella_executor.stats import StatsBuffer
@@ -228,6 +229,29 @@ def test_the_engine_runs_ahead_on_it():
         assert _tokens(host.executor.generate(PROMPTS[0], RANDOM.replace(n=3))) == _tokens(several)
         for expected, result in zip(host.executor.generate(PROMPTS[:2], greedy(8, repetition_penalty=1.3)), penalized):
             assert _tokens(expected) == _tokens(result)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_requests_left_out_of_a_step_go_on_with_their_own_tokens(is_padded, monkeypatch):
+    """Their last token is sampled in the step before, and their next block is there before they use it."""
+    monkeypatch.setattr(scheduling, "LEAST_TILES", 1)
+    monkeypatch.setattr(scheduling, "LEFT_FRACTION", 2)
+    setup = runner_setup(max_batch_size=4)
+    runner = start_runner(setup, "torch", "cpu")[0]
+    if is_padded:
+        pretend_captured(runner, (4,))
+    kv = KvCacheManager(NUM_BLOCKS, BLOCK)
+    scheduler = Scheduler(kv, max_batch_size=4, max_num_tokens=32, row_tile=4)
+    left_out: list[Any] = []
+    delayed = scheduler._time.delayed
+    monkeypatch.setattr(scheduler._time, "delayed", lambda request: left_out.append(request) or delayed(request))
+    prompts = [prompt(6 + seed % 5, seed) for seed in range(24)]
+    params = [greedy(4 + seed % 9) for seed in range(24)]
+    with GenerationExecutor(EngineLoop(runner, scheduler, kv, Sampler(131), StatsBuffer()), setup.limits) as executor:
+        results = executor.generate(prompts, params)
+    assert len(left_out) > 5
+    expected = [hf_greedy(p, q.max_tokens) for p, q in zip(prompts, params, strict=True)]
+    assert [result.outputs[0].token_ids for result in results] == expected
 
 
 def _tokens(result: Any) -> list[list[int]]:
