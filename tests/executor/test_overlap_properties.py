@@ -16,7 +16,7 @@ from tests.support.fake_loop import FakeLoop, LetterDecoder, told
 from lamella_core.errors import RequestError
 from lamella_executor import GenerationResult, RequestStatus, SamplingParams
 from lamella_executor.config import CapacitySchedulerPolicy
-from lamella_executor.scheduler import scheduler
+from lamella_executor.scheduler import tiles
 
 KINDS: dict[str, dict[str, Any]] = {  # what the device samples, and what the host has to
     "greedy": {},
@@ -78,8 +78,8 @@ arrivals = st.builds(
 def small_tiles() -> Iterator[None]:
     """Steps of a few rows leave decoding requests out, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "LEAST_TILES", 1)
-        patch.setattr(scheduler, "LEFT_FRACTION", 1)
+        patch.setattr(tiles, "LEAST_TILES", 1)
+        patch.setattr(tiles, "LEFT_FRACTION", 1)
         yield
 
 

@@ -32,7 +32,7 @@ from lamella_executor.runner.cuda.runner import CudaRunner
 from lamella_executor.runner.cuda.start import start_runner
 from lamella_executor.runner.cuda.state import RunnerLimits
 from lamella_executor.sampler.sampler import Sampler
-from lamella_executor.scheduler import scheduler as scheduling
+from lamella_executor.scheduler import tiles
 from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.scheduler.scheduler import Scheduler
 from lamella_executor.stats import StatsBuffer
@@ -234,8 +234,8 @@ def test_the_engine_runs_ahead_on_it():
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_requests_left_out_of_a_step_go_on_with_their_own_tokens(is_padded, monkeypatch):
     """Their last token is sampled in the step before, and their next block is there before they use it."""
-    monkeypatch.setattr(scheduling, "LEAST_TILES", 1)
-    monkeypatch.setattr(scheduling, "LEFT_FRACTION", 2)
+    monkeypatch.setattr(tiles, "LEAST_TILES", 1)
+    monkeypatch.setattr(tiles, "LEFT_FRACTION", 2)
     setup = runner_setup(max_batch_size=4)
     runner = start_runner(setup, "torch", "cpu")[0]
     if is_padded:

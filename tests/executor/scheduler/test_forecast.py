@@ -166,6 +166,18 @@ def test_requests_with_little_to_generate_start_at_once() -> None:
     assert sum(request.num_pauses for request in loop.requests.values()) == 0
 
 
+def test_tokens_of_a_prompt_that_are_in_the_cache_count_for_nothing() -> None:
+    """They are all but one of 44: else the cache could take one in 12 steps on average, of 12 tokens each."""
+    loop = FakeLoop(Shape(100, 4, max_batch_size=64, max_num_tokens=12, policy=PEAK))
+    for _ in range(60):
+        loop.submit([1] * 44, SamplingParams(max_tokens=64, ignore_eos=True))
+    for _ in range(12):
+        loop.step()
+    assert len(loop.scheduler.running) == 2
+    loop.run()
+    assert sum(request.num_pauses for request in loop.requests.values()) == 0
+
+
 def test_a_batch_of_requests_with_branches_that_the_cache_holds_starts_at_once() -> None:
     loop = FakeLoop(Shape(1000, 4, max_batch_size=32, max_num_tokens=512, policy=PEAK, is_reused=False))
     for number in range(40):  # eight of four branches fill the batch; each has 66 blocks at last

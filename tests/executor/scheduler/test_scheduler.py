@@ -201,12 +201,14 @@ def test_decode_tokens_are_never_left_out(no_end: None) -> None:
     assert sorted(engine.outputs) == ids
 
 
-def mixed_step(num_decoding: int, num_prompt_tokens: int) -> tuple[FakeEngine, list[int], StepPlan]:
+def mixed_step(
+    num_decoding: int, num_prompt_tokens: int, max_tokens: int = 20
+) -> tuple[FakeEngine, list[int], StepPlan]:
     """Returns the engine, ids of requests that decode, oldest first, and a step with the prompt of another."""
-    engine = FakeEngine(Shape(num_blocks=400, max_batch_size=64, max_num_tokens=64, row_tile=8))
+    engine = FakeEngine(Shape(num_blocks=400, max_batch_size=64, max_num_tokens=64, is_reused=False, row_tile=8))
     ids = [engine.add(prompt(number, 2), greedy(20)) for number in range(num_decoding)]
     engine.step()
-    engine.add(prompt(99, num_prompt_tokens), greedy(20))
+    engine.add(prompt(99, num_prompt_tokens), greedy(max_tokens))
     return engine, ids, engine.step()
 
 
@@ -224,6 +226,18 @@ def test_nobody_is_left_out_where_it_does_not_pay(num_decoding: int, num_prompt_
     """Too many of those that decode, most of a tile's rows, too small a step, or whole tiles already."""
     _, _, plan = mixed_step(num_decoding, num_prompt_tokens)
     assert plan.num_tokens == num_decoding + num_prompt_tokens
+
+
+def test_requests_are_left_out_in_turn(no_end: None) -> None:
+    """Prompts of 11 tokens that end with one more: every step has 35 rows, and nobody else begins to decode."""
+    engine, ids, plan = mixed_step(24, 11, max_tokens=1)
+    lefts = [set(ids) - {item.request.request_id for item in plan.items}]
+    for number in range(100, 108):
+        engine.add(prompt(number, 11), greedy(1))
+        lefts.append(set(ids) - {item.request.request_id for item in engine.step().items})
+    assert [len(left) for left in lefts] == [3] * 9
+    assert set().union(*lefts[:8]) == set(ids)
+    assert lefts[8] == lefts[0]
 
 
 def test_decode_comes_before_chunks(no_end: None) -> None:

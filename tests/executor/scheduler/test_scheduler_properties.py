@@ -13,7 +13,7 @@ from tests.support.fake_engine import FakeEngine, Shape
 from lamella_core.errors import RequestError
 from lamella_executor.config import CapacitySchedulerPolicy
 from lamella_executor.sampling_params import SamplingParams
-from lamella_executor.scheduler import scheduler
+from lamella_executor.scheduler import tiles
 
 FAMILIES = 3  # prompts of one family begin alike
 
@@ -72,8 +72,8 @@ arrivals = st.lists(
 def small_tiles() -> Iterator[None]:
     """Steps of a few rows leave decoding requests out, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "LEAST_TILES", 1)
-        patch.setattr(scheduler, "LEFT_FRACTION", 1)
+        patch.setattr(tiles, "LEAST_TILES", 1)
+        patch.setattr(tiles, "LEFT_FRACTION", 1)
         yield
 
 

@@ -192,9 +192,10 @@ class PredictedPeak(MaxUtilization):
         unforeseen = max(0, kv.num_live - self._forecast.present)
         if self._forecast.peak_with(levels) + unforeseen > kv.num_blocks:
             return False
-        if not self._running or not _has_known_length(request) or not self._is_crowded(request, levels):
+        num_tokens = request.sequences[0].num_tokens - match.num_tokens
+        if not self._running or not _has_known_length(request) or not self._is_crowded(request, levels, num_tokens):
             return True
-        return self._pace.allows(levels, request.sequences[0].num_tokens)
+        return self._pace.allows(levels, num_tokens)
 
     def admitted(self, request: RequestState) -> None:
         if self._levels is not None:
@@ -214,15 +215,17 @@ class PredictedPeak(MaxUtilization):
             return None
         return super().victim(request, running)
 
-    def _is_crowded(self, request: RequestState, levels: Levels) -> bool:
-        """Whether more requests like this one could run than the cache holds, with time left beside their prompts."""
+    def _is_crowded(self, request: RequestState, levels: Levels, num_tokens: int) -> bool:
+        """Whether more requests like this one could run than the cache holds, with time left beside their prompts.
+
+        ``num_tokens`` are those that it computes first.
+        """
         capacity, num_blocks = self.capacity, self.capacity.kv.num_blocks
         crowd = min(self._num_waiting, capacity.max_batch_size // request.slots)
         if crowd * int(levels[-1]) <= CROWD * num_blocks:
             return False
         starts_per_step = num_blocks / int(levels.sum())  # that the cache can take on average
-        num_prompt_tokens = starts_per_step * request.sequences[0].num_tokens
-        return num_prompt_tokens * PROMPT_FRACTION <= capacity.max_num_tokens
+        return starts_per_step * num_tokens * PROMPT_FRACTION <= capacity.max_num_tokens
 
     def _foresee(self, request: RequestState, match: PrefixMatch) -> Levels:
         sequences, window = request.sequences, self.capacity.kv.window

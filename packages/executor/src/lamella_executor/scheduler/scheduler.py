@@ -36,12 +36,11 @@ from lamella_executor.scheduler.microbatch import MicroBatches, Rounds, Steps, i
 from lamella_executor.scheduler.places import Places
 from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.scheduler.policy import make_policy
+from lamella_executor.scheduler.tiles import RowTiles
 from lamella_executor.sequence import PENDING_TOKEN, RequestState, Sequence
 
 MAX_BLOCKED = 8  # waiting requests that may be found not to fit before the step stops looking further
 OVERTAKES_PER_SLOT = 4  # times max_batch_size: how often a waiting request may be overtaken
-LEAST_TILES = 4  # of rows: smaller steps take whatever there is
-LEFT_FRACTION = 8  # of the requests that decode: how many may be left out of a step with prompts for the sake of a tile
 
 
 @dataclass(slots=True)
@@ -88,7 +87,7 @@ class Scheduler:
         max_beam_width: width of a beam request at most.
         num_micro_batches: steps in flight at most whose requests wait for results, `PipelinedRunner.max_in_flight`.
         row_tile: the device takes as long for any number of rows as for the next multiple of this. A step of prompts
-            and decoding requests that is a few rows above a multiple leaves out so many of the newest that decode.
+            and decoding requests that is a few rows above a multiple leaves out so many that decode (`RowTiles`).
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class Scheduler:
         row_tile: int = 1,
     ) -> None:
         self._kv = kv
-        self._row_tile = row_tile
+        self._tiles = RowTiles(row_tile)
         self._max_batch_size = max_batch_size
         self._max_num_tokens = max_num_tokens
         self._limits = RequestLimits(max_batch_size, max_num_tokens, max_beam_width, enable_chunked_prefill)
@@ -286,17 +285,9 @@ class Scheduler:
 
     def _trim(self, step: _Step) -> None:
         """Leaves out of a step with prompts the decoding requests that would cost the device another tile of rows."""
-        num_rows = self._max_num_tokens - step.budget
-        num_left = num_rows % self._row_tile
-        if not 0 < num_left <= self._row_tile // 2 or num_rows < LEAST_TILES * self._row_tile:
-            return
-        if not is_chunk(step.items[-1]):
-            return
-        decoding = [item for item in step.items if not is_chunk(item) and len(item.request.sequences) == 1]
-        if num_left > len(decoding) // LEFT_FRACTION:
-            return
-        left = decoding[-num_left:]
-        step.leave_out(left)
+        left = self._tiles.surplus(step.items, self._max_num_tokens - step.budget)
+        if left:
+            step.leave_out(left)
         for item in left:
             self._time.delayed(item.request)
 
@@ -369,6 +360,7 @@ class Scheduler:
     def _leave(self, request: RequestState, *, cache: bool = True) -> None:
         """Takes a request out of the running ones, if it is there, and its sequences' blocks."""
         self._places.leave(request)
+        self._tiles.forget(request)
         for sequence in request.sequences:
             self._kv.free(sequence, cache=cache)
         self._time.left(request)
