@@ -139,7 +139,11 @@ def test_doctor_names_what_is_there_and_what_is_missing(monkeypatch):
     monkeypatch.setattr("lamella.cli.doctor.is_installed", lambda module: False)
     missing = [row for row in findings() if row.name.startswith("tiktoken")]
     assert missing[0].remedy == "pip install 'lamella[tokenizers]'" and not missing[0].ok
-    assert invoke("doctor").exit_code == 0
+    monkeypatch.setenv("COLUMNS", "400")
+    done = invoke("doctor")
+    assert done.exit_code == 0
+    for extra in ("tokenizers", "mpi", "cuda"):
+        assert f"pip install 'lamella[{extra}]'" in done.stdout
 
 
 def test_check_passes_on_equal_models(model_dir: Path):

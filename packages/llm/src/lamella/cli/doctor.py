@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lamella.cli.machine import GIB, gpus, is_installed, machine, versions
@@ -47,7 +48,7 @@ def run_doctor(*, as_json: bool) -> None:
         column.overflow = "fold"  # a path or command is never cut
     for row in rows:
         mark = "[green]ok[/green]" if row.ok else "[yellow]--[/yellow]"
-        table.add_row(mark, row.name, row.value, row.remedy)
+        table.add_row(mark, *map(escape, (row.name, row.value, row.remedy)))  # 'lamella[cuda]' is no markup
     console = Console(highlight=False)
     console.print(table)
 
