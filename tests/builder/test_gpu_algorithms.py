@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from lamella_builder import BuildConfig
 from lamella_builder.steps import gpu_algorithms, gpu_timing, kernels
 from lamella_builder.steps.gpu_algorithms import RowRange, choose_algorithms, refine, row_ranges
 from lamella_builder.steps.kernels import Choice, Shape, recorded_choices
+from lamella_core import disk_cache
 from lamella_core.engine import Engine
 from lamella_core.kernels.cublaslt import kernel_name
 from lamella_core.kernels.matmul import MatmulPlan
@@ -106,8 +108,10 @@ def members(dtype: torch.dtype, n: int = N, **module: Any) -> list[Any]:
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> Times:
+def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Times:
     """A machine where the library's second algorithm is the fastest, and timing is that of `Times`."""
+    monkeypatch.setattr(disk_cache, "cache_root", lambda: tmp_path)
+    monkeypatch.setattr(kernels, "gpu_environment", lambda: {"gpu": "one"})
     fake = install(monkeypatch)
     times = Times({})
     times.seconds = {rows: {kernel_name(130100, fake.algorithms[1]): 0.7} for rows in range(8192)}
@@ -154,6 +158,25 @@ def test_when_nothing_is_refined(
     choice = kernels._choose(Shape(n, K, dtype, False), held, build)
     assert not any("cublaslt" in name for _, name in choice.plan.steps) and not timed.asked
     assert ("out of it" in caplog.text) == (case == "error")
+    is_kept = bool(list(disk_cache.cache_root().rglob("*.json")))
+    assert is_kept == (case in ("small", "float32", "bias", "few rows", "no library"))
+
+
+def test_algorithms_are_taken_over_by_later_builds(timed: Times) -> None:
+    shape = Shape(N, K, torch.bfloat16, False)
+    first = kernels._choose(shape, members(torch.bfloat16), limits())
+    num_asked = len(timed.asked)
+    assert kernels._choose(shape, members(torch.bfloat16), limits()).plan == first.plan
+    assert any("cublaslt" in name for _, name in first.plan.steps) and len(timed.asked) == num_asked
+    kernels._choose(shape, members(torch.bfloat16, bias=object()), limits())
+    kernels._choose(shape, members(torch.bfloat16), limits(max_num_tokens=1024))
+    assert len(timed.asked) > num_asked
+
+
+def test_algorithms_are_not_kept_where_time_ran_out(timed: Times, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_algorithms, "SECONDS_PER_SHAPE", -1.0)
+    kernels._choose(Shape(N, K, torch.bfloat16, False), members(torch.bfloat16), limits())
+    assert not list(disk_cache.cache_root().rglob("*.json"))
 
 
 def test_other_ranks_take_the_choice_over(timed: Times) -> None:
@@ -174,9 +197,9 @@ def test_other_ranks_take_the_choice_over(timed: Times) -> None:
 
 def test_rows_that_the_library_cannot_serve(timed: Times) -> None:
     plan = MatmulPlan("rows", ((None, "torch_fp8_upcast"),))
-    assert refine(plan, 64, [members(torch.float8_e4m3fn)[0].weight], torch.bfloat16, N, K) == plan
+    assert refine(plan, 64, [members(torch.float8_e4m3fn)[0].weight], torch.bfloat16, N, K) == (plan, True)
     odd = members(torch.bfloat16, 4100)[0].weight
-    assert refine(PLAN, 64, [odd], torch.bfloat16, 4100, K) == PLAN
+    assert refine(PLAN, 64, [odd], torch.bfloat16, 4100, K) == (PLAN, True)
 
 
 def test_kernels_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

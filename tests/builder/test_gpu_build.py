@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +20,7 @@ from lamella_builder.cli import app
 from lamella_builder.steps import gpu_timing, kernels, memory
 from lamella_builder.steps.kernels import Shape, row_counts
 from lamella_core import device as devices
+from lamella_core import disk_cache
 from lamella_core.errors import ConfigError, OutOfMemoryError
 from lamella_core.kernels import gpu_matmul
 from lamella_core.kernels.matmul import MatmulPlan, candidate_plans
@@ -34,6 +38,13 @@ def config(**changes: Any) -> LlamaConfig:
         "intermediate_size": 96, "max_position_embeddings": 128, "dtype": "bfloat16", **changes,
     }  # fmt: skip
     return LlamaConfig(**fields)
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GPU on which nothing was timed before."""
+    monkeypatch.setattr(disk_cache, "cache_root", lambda: tmp_path)
+    monkeypatch.setattr(kernels, "gpu_environment", lambda: {"gpu": "one"})
 
 
 @pytest.fixture
@@ -97,6 +108,62 @@ def test_a_kernel_that_fails_is_not_chosen(free: list[int], monkeypatch: pytest.
     choice = kernels._choose(LARGE, members(3), BuildConfig(dtype="bfloat16", opt_num_tokens=64, device="cuda"))
     assert choice.plan.steps == ((None, "cublas"),) and choice.count == 3
     assert [plan.steps for plan, _ in choice.milliseconds] == [((None, "cublas"),)]
+
+
+def test_choices_are_kept_unless_something_failed(
+    free: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[bool] = []
+
+    def fake(plans: list[MatmulPlan], rows: list[int], *_: Any) -> list[dict[int, float]]:
+        fails = not calls
+        calls.append(fails)
+        return [{m: math.inf if fails and not i else 1.0 + i for m in rows} for i, _ in enumerate(plans)]
+
+    monkeypatch.setattr(kernels, "time_gpu_plans", fake)
+    limits = BuildConfig(dtype="bfloat16", opt_num_tokens=64, device="cuda")
+    kernels._choose(LARGE, members(1), limits)
+    assert not list(tmp_path.rglob("*.json"))
+    first = kernels._choose(LARGE, members(1), limits)
+    with caplog.at_level("INFO"):
+        again = kernels._choose(LARGE, members(3), limits)
+    assert len(calls) == 2 and again.plan == first.plan and again.count == 3 and not again.milliseconds
+    (file,) = (tmp_path / "timings").iterdir()
+    assert f"delete {file} to time again" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["gpu", "rows", "damaged", "kernel", "other key"])
+def test_choices_of_something_else_are_not_taken(
+    change: str, free: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[int] = []
+
+    def fake(plans: list[MatmulPlan], rows: list[int], *_: Any) -> list[dict[int, float]]:
+        calls.append(len(rows))
+        return [dict.fromkeys(rows, 1.0) for _ in plans]
+
+    monkeypatch.setattr(kernels, "time_gpu_plans", fake)
+    limits = BuildConfig(dtype="bfloat16", opt_num_tokens=64, device="cuda")
+    kernels._choose(LARGE, members(1), limits)
+    (file,) = (tmp_path / "timings").iterdir()
+    if change == "gpu":
+        monkeypatch.setattr(kernels, "gpu_environment", lambda: {"gpu": "another"})
+    elif change == "rows":
+        limits = dataclasses.replace(limits, opt_num_tokens=128)
+    elif change == "damaged":
+        file.write_bytes(file.read_bytes()[:-9])
+    else:
+        record = json.loads(file.read_bytes())
+        if change == "kernel":
+            record["plan"]["steps"][-1][1] = "gone"
+        else:
+            record["key"]["n"] = 1
+        file.write_text(json.dumps(record))
+    kernels._choose(LARGE, members(1), limits)
+    assert len(calls) == 2
+    assert ("is damaged" in caplog.text) == (change in ("damaged", "kernel"))
+    kernels._choose(LARGE, members(1), limits)
+    assert len(calls) == 2
 
 
 def test_the_fastest_kernels_of_each_row_count_are_chosen(free: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

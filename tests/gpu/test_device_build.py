@@ -11,7 +11,7 @@ from tests.support.tiny_models import hf_dir
 
 from lamella_builder import build
 from lamella_builder.steps.gpu_timing import graph_seconds
-from lamella_core import placement
+from lamella_core import disk_cache, placement
 from lamella_core.auto import AutoModelForCausalLM
 from lamella_core.checkpoint.layout import arrange, matmul_weights
 from lamella_core.device import free_gpu_bytes, gpu_fingerprint
@@ -148,8 +148,14 @@ def test_build_for_the_cpu_takes_a_model_from_the_gpu() -> None:
     assert engine.device == "cpu" and engine.model().device == "cpu" and not engine.spec.gpu
 
 
+@pytest.fixture
+def no_timings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing was timed before."""
+    monkeypatch.setattr(disk_cache, "cache_root", lambda: tmp_path)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_kernels_are_timed_with_the_models_weights(dtype: str) -> None:
+def test_kernels_are_timed_with_the_models_weights(dtype: str, no_timings: None) -> None:
     limits = dataclasses.replace(QUICK, kernel_selection="timed")
     engine = build(LlamaForCausalLM.dummy(config(dtype), "cuda"), limits)
     assert all(record["candidates"] or dtype == "float32" for record in engine.spec.timings)
@@ -158,9 +164,12 @@ def test_kernels_are_timed_with_the_models_weights(dtype: str) -> None:
             assert set(candidate["milliseconds"]) == {"1", "4", "16"}
             assert all(0 < ms < 1000 for ms in candidate["milliseconds"].values())
     assert_products(engine.model())
+    again = build(LlamaForCausalLM.dummy(config(dtype), "cuda"), limits)
+    assert not any(record["candidates"] for record in again.spec.timings)
+    assert [record["plan"] for record in again.spec.timings] == [record["plan"] for record in engine.spec.timings]
 
 
-def test_float8_kernels_are_timed() -> None:
+def test_float8_kernels_are_timed(no_timings: None) -> None:
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no float8 products on this GPU")
     quantized = config(quantization=QuantConfig(quant_algo=QuantAlgo.FP8))

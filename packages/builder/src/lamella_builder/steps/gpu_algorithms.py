@@ -108,8 +108,10 @@ def _fastest(span: RowRange, default: str, names: Sequence[str], before: str, ti
 
 def refine(
     plan: MatmulPlan, most_rows: int, weights: Sequence[torch.Tensor], dtype: torch.dtype, n: int, k: int
-) -> MatmulPlan:
+) -> tuple[MatmulPlan, bool]:
     """Returns the plan with algorithms of cuBLASLt where they are faster than torch's choice.
+
+    The second value is False where an error or want of time kept some from being timed.
 
     Args:
         plan: for the GPU.
@@ -124,7 +126,7 @@ def refine(
     fewest = 1 + max((limit for limit, _ in plan.steps if limit is not None), default=0)
     serves = stored in cublaslt_library.DATA_TYPES and default in _LIBRARY_KERNELS and not (n % 16 or k % 16)
     if not serves or n * k < LEAST_NUMBERS or most_rows < fewest or loaded is None or not loaded.is_ready():
-        return plan
+        return plan, True
 
     out_dtype = dtype if stored == torch.float8_e4m3fn else stored
 
@@ -137,12 +139,13 @@ def refine(
         refined, gains = choose_algorithms(plan, row_ranges(fewest, most_rows), propose, GpuTimer(weights, dtype))
     except RuntimeError as error:
         logger.warning("torch's choice of algorithms serves [%d, %d]: %s", n, k, str(error).splitlines()[0])
-        return plan
+        return plan, False
+    seconds = time.monotonic() - began
     gained = ", ".join(f"{rows} rows {100 * (gain - 1):.1f} %" for rows, gain in gains.items())
     logger.info(
         "%s [%d, %d]: %s; chosen in %.1f s",
         str(stored).removeprefix("torch."), n, k,
         f"faster algorithms up to {gained}" if gains else "torch's choice of algorithms is the fastest",
-        time.monotonic() - began,
+        seconds,
     )  # fmt: skip
-    return refined
+    return refined, seconds <= SECONDS_PER_SHAPE

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from lamella_builder.steps.clock import Advance
 from lamella_builder.steps.gpu_algorithms import refine
 from lamella_builder.steps.gpu_timing import time_gpu_plans
+from lamella_builder.steps.timing_cache import TimedChoice, gpu_environment
 from lamella_core.checkpoint.layout import MatmulWeight, arrange, matmul_weights
 from lamella_core.config import DTYPES
 from lamella_core.engine.build_config import BuildConfig
@@ -24,6 +26,8 @@ from lamella_core.kernels.matmul import MatmulPlan, candidate_plans, default_pla
 if TYPE_CHECKING:
     from lamella_core.engine import EngineSpec
     from lamella_core.models.base import CausalLM
+
+logger = logging.getLogger(__name__)
 
 SECONDS_PER_SHAPE = 3.0  # after which the samples so far decide; less for weights below `FULL_TIME_NUMBERS`
 FULL_TIME_NUMBERS = 1 << 20
@@ -51,13 +55,15 @@ class Shape:
 class Choice:
     """The plan for one shape, and why.
 
-    ``milliseconds`` maps each candidate (as JSON-ready plan, in order) to its median per row count.
+    ``milliseconds`` maps each candidate (as JSON-ready plan, in order) to its median per row count; ``is_complete``
+    is False where something that was to be timed was not.
     """
 
     shape: Shape
     plan: MatmulPlan
     count: int  # weights of this shape
     milliseconds: tuple[tuple[MatmulPlan, dict[int, float]], ...] = ()
+    is_complete: bool = field(default=True, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record that goes into the engine."""
@@ -131,10 +137,29 @@ def _choose(shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig) -
     default = functools.partial(default_plan, shape.dtype, shape.n, shape.k, batch_invariant=strict, device=device)
     if build.kernel_selection == "default" or too_small or is_grouped or not candidates:
         return Choice(shape, default(), count)
+    if device != "cuda":
+        return _time(shape, members, build, candidates) or Choice(shape, default(), count)
+    kept = TimedChoice(_key(shape, members, build, candidates))
+    plan = kept.load()
+    if plan is not None:
+        logger.info("[%d, %d]: kernels as they were timed before; delete %s to time again", shape.n, shape.k, kept.path)
+        return Choice(shape, plan, count)
+    choice = _time(shape, members, build, candidates)
+    if choice is not None and choice.is_complete:
+        kept.save(choice.plan)
+    return choice or Choice(shape, default(), count)
+
+
+def _time(
+    shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig, candidates: Sequence[MatmulPlan]
+) -> Choice | None:
+    """Returns the fastest candidate, with algorithms for its ranges of rows; None if none of them runs."""
+    count = len(members)
     if len(candidates) == 1:
-        return Choice(shape, _with_algorithms(candidates[0], shape, members, build), count)
+        plan, is_complete = _with_algorithms(candidates[0], shape, members, build)
+        return Choice(shape, plan, count, is_complete=is_complete)
     rows = row_counts(shape, build)
-    if device == "cuda":
+    if members[0].weight.device.type == "cuda":
         weights = [weight for held in members for weight in (held.weight if held.is_stacked else (held.weight,))]
         medians = time_gpu_plans(candidates, rows, weights, DTYPES[build.dtype or "bfloat16"])
     else:
@@ -145,20 +170,49 @@ def _choose(shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig) -
         if all(map(math.isfinite, times.values()))
     ]
     if not timed:
-        return Choice(shape, default(), count)
+        return None
     best = min(timed, key=lambda pair: _slowdown(pair[1], [times for _, times in timed]))
-    return Choice(shape, _with_algorithms(best[0], shape, members, build), count, tuple(timed))
+    plan, is_complete = _with_algorithms(best[0], shape, members, build)
+    return Choice(shape, plan, count, tuple(timed), is_complete and len(timed) == len(candidates))
 
 
-def _with_algorithms(plan: MatmulPlan, shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig) -> MatmulPlan:
+def _key(
+    shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig, candidates: Sequence[MatmulPlan]
+) -> dict[str, Any]:
+    """Returns what a choice on a GPU depends on."""
+    return {
+        **gpu_environment(),
+        "n": shape.n,
+        "k": shape.k,
+        "dtype": str(shape.dtype),
+        "is_output_layer": shape.is_output_layer,
+        "activations": build.dtype,
+        "rows": row_counts(shape, build),
+        "most_rows": _most_rows(shape, build),
+        "has_plain_weights": bool(_plain(members)),
+        "candidates": [plan.to_dict() for plan in candidates],
+    }
+
+
+def _with_algorithms(
+    plan: MatmulPlan, shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig
+) -> tuple[MatmulPlan, bool]:
     """Returns the plan with a GPU library's fastest algorithm for each range of rows; see `gpu_algorithms.refine`."""
     if plan.device != "cuda":
-        return plan
-    most = build.max_num_tokens
+        return plan, True
+    dtype = DTYPES[build.dtype or "bfloat16"]
+    return refine(plan, _most_rows(shape, build), _plain(members), dtype, shape.n, shape.k)
+
+
+def _most_rows(shape: Shape, build: BuildConfig) -> int:
     if shape.is_output_layer:
-        most = min(most, build.max_batch_size * build.max_beam_width)
-    plain = [held.weight for held in members if not held.is_stacked and getattr(held.module, "bias", None) is None]
-    return refine(plan, most, plain, DTYPES[build.dtype or "bfloat16"], shape.n, shape.k)
+        return min(build.max_num_tokens, build.max_batch_size * build.max_beam_width)
+    return build.max_num_tokens
+
+
+def _plain(members: Sequence[MatmulWeight]) -> list[torch.Tensor]:
+    """Returns the weights that are neither stacked nor have a bias."""
+    return [held.weight for held in members if not held.is_stacked and getattr(held.module, "bias", None) is None]
 
 
 def _slowdown(times: dict[int, float], all_times: Sequence[dict[int, float]]) -> float:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from lamella_core.disk_cache import cache_root
 from lamella_core.kernels.cpu.host import host
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,7 @@ class _Toolchain:
 
 def cache_dir() -> Path:
     """Folder of compiled kernels: ``$LAMELLA_CACHE_DIR/kernels``, by default ``~/.cache/lamella/kernels``."""
-    root = os.environ.get("LAMELLA_CACHE_DIR")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "lamella") / "kernels"
+    return cache_root() / "kernels"
 
 
 def loaded_openmp() -> str:
