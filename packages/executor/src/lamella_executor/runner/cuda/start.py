@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lamella_core.errors import ConfigError, OutOfMemoryError
+from lamella_core.errors import ConfigError, LamellaError, OutOfMemoryError
 from lamella_core.kernels import triton as triton_kernels
 from lamella_core.layers.parameter import set_parameter
 from lamella_core.models.base import CausalLM
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "torch")
 _MIB = 1 << 20
 _HOPPER = 9  # major compute capability
+_NO_MEMORY = ("out of memory", "ALLOC_FAILED")  # in errors of the driver and of libraries that torch has no class for
+_STEP_LIMITS = "max_num_tokens or max_batch_size"
 
 
 class StartTimes:
@@ -81,9 +83,11 @@ def start_runner(
     times = StartTimes()
     with times.phase("weights"):
         move_weights(setup.model, device)
-    parts = choose_parts(attn_backend, device, setup.cache_dtype)
+    with _out_of_memory_named("the memory that attention works in", _STEP_LIMITS):
+        parts = choose_parts(attn_backend, device, setup.cache_dtype)
     limits = RunnerLimits(setup.max_sequences, setup.limits.max_num_tokens, setup.limits.max_seq_len)
-    with times.phase("first step"), torch.inference_mode():
+    largest = f"the first step, of {limits.max_num_tokens} tokens and {limits.max_sequences} sequences at most,"
+    with times.phase("first step"), torch.inference_mode(), _out_of_memory_named(largest, _STEP_LIMITS):
         workspace, state = _measure(setup, limits, parts)
     graph_rows = min(setup.limits.max_batch_size, setup.max_sequences)
     graphs = graph_bytes(setup.model.config, capture_sizes(graph_rows)) if device.type == "cuda" else 0
@@ -98,10 +102,11 @@ def start_runner(
     )
     logger.info("device memory:\n%s", plan.table())
     kv = setup.agreed(plan.kv)
-    with times.phase("KV cache"), _out_of_memory_named("the KV cache, as planned above,"):
+    knobs = f"KvCacheConfig.free_gpu_memory_fraction, {_STEP_LIMITS}"
+    with times.phase("KV cache"), _out_of_memory_named("the KV cache, as planned above,", knobs):
         runner = _make_runner(setup, limits, parts, kv.num_blocks)
     free = _device_memory(device).free
-    with times.phase("recording"):
+    with times.phase("recording"), _out_of_memory_named("recording decoding steps", knobs):
         is_alone = setup.groups.mapping.world_size == 1
         runner.capture(min(graph_rows, kv.num_blocks), None if is_alone else setup.groups.agree_min)
     taken = (free - _device_memory(device).free) / _MIB
@@ -119,7 +124,7 @@ def move_weights(model: CausalLM, device: torch.device) -> None:
         OutOfMemoryError: they do not fit.
     """
     check_room(model, device.type)
-    with _out_of_memory_named(f"{model.weight_bytes() / _MIB:.0f} MiB of weights"):
+    with _out_of_memory_named(f"{model.weight_bytes() / _MIB:.0f} MiB of weights", "the weights' size (dtype, float8)"):
         for name, parameter in list(model.named_parameters()):
             if parameter.device.type != device.type:
                 set_parameter(model, name, parameter.detach().to(device, non_blocking=True))
@@ -229,14 +234,19 @@ def _device_memory(device: torch.device) -> DeviceMemory:
 
 
 @contextlib.contextmanager
-def _out_of_memory_named(what: str) -> Iterator[None]:
-    """Turns the device's out-of-memory error into ours."""
+def _out_of_memory_named(what: str, knobs: str) -> Iterator[None]:
+    """Turns the device's out-of-memory errors into ours, which says what found no memory and what to lower."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if isinstance(error, LamellaError) or not _is_out_of_memory(error):
+            raise
         free, total = torch.cuda.mem_get_info()
         raise OutOfMemoryError(
             f"{what} found no memory on the device: {free / _MIB:.0f} of {total / _MIB:.0f} MiB are free ({error}). "
-            "Free memory that other processes hold, or lower KvCacheConfig.free_gpu_memory_fraction, max_num_tokens or "
-            "max_batch_size"
+            f"Free memory that other processes hold, or lower {knobs}"
         ) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _NO_MEMORY)
