@@ -61,7 +61,7 @@ ERRORS = {
     "bad option": (["generate", "MODEL", "a", "--max-tokens", "0"], "max_tokens is 0"),
     "empty prompt": (["generate", "MODEL", ""], "prompt is empty"),
     "bad dtype": (["generate", "MODEL", "a", "--dtype", "int3"], "dtype is 'int3'"),
-    "too long": (["bench", "latency", "--model", "MODEL", "--isl", "300"], "300 tokens"),
+    "too long": (["bench", "latency", "--model", "MODEL", "--isl", "300"], "isl 300 + osl 64 = 364 tokens do not fit"),
     "report": (["bench", "latency", "--model", "MODEL", "--report-json", "/no/such/dir/x.json"], "does not exist"),
     "check": (["check", "."], "neither engine.json"),
 }

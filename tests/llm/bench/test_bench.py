@@ -109,6 +109,33 @@ def test_unknown_schemes_are_refused_before_loading(field, value):
         make_plan(**{field: value}).resolved()
 
 
+@pytest.mark.parametrize("mode", ["throughput", "latency"])
+def test_requests_longer_than_max_seq_len_are_refused_before_loading(config_dir, monkeypatch, mode):
+    monkeypatch.setattr(BenchPlan, "open", lambda self: pytest.fail("the model was opened"))
+    done = invoke(
+        mode, "--hf-config", config_dir, "--load-format", "dummy", "--isl", 16, "--osl", 8, "--max-seq-len", 20
+    )
+    message = str(done.exception)
+    assert isinstance(done.exception, ConfigError)
+    assert "isl 16 + osl 8 = 24" in message and "max_seq_len 20" in message and "raise --max-seq-len" in message
+
+
+def test_requests_longer_than_the_model_allows_are_refused_before_any_runs(config_dir, monkeypatch):
+    monkeypatch.setattr(run, "first_token", lambda llm, plan: pytest.fail("a request ran"))
+    done = invoke("throughput", "--model", config_dir, "--load-format", "dummy", "--isl", 60, "--osl", 8)
+    assert isinstance(done.exception, ConfigError)
+    assert "isl 60 + osl 8 = 68 tokens do not fit max_seq_len 64; lower --isl or --osl" in str(done.exception)
+
+
+def test_requests_that_fill_max_seq_len_fit(tmp_path):
+    assert make_plan(isl=16, osl=8, max_seq_len=24).resolved().max_seq_len == 24
+    (tmp_path / "engine.json").write_text("{}")
+    engine = make_plan(model=str(tmp_path), isl=16, osl=8).resolved()
+    engine.check_fits(24)
+    with pytest.raises(ConfigError, match="max_seq_len 23; .* build the engine"):
+        engine.check_fits(23)
+
+
 def test_schemes_reach_the_model(config_dir, tmp_path):
     path = tmp_path / "report.json"
     done = invoke(

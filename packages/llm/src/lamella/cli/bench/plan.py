@@ -10,6 +10,7 @@ from lamella.llm import LLM
 from lamella_core.checkpoint.formats import ENGINE_FILE
 from lamella_core.device import resolve_device
 from lamella_core.engine import BuildConfig
+from lamella_core.errors import ConfigError
 from lamella_core.quantization.config import parse_options
 from lamella_executor import KvCacheConfig, SamplingParams
 
@@ -59,9 +60,10 @@ class BenchPlan:
         An engine keeps its own limits.
 
         Raises:
-            ConfigError: a GPU is asked for and there is none, or an unknown name.
+            ConfigError: a GPU is asked for and there is none, an unknown name, or requests longer than max_seq_len.
         """
         parse_options(self.quant, self.kv_cache_dtype)
+        self.check_fits(self.max_seq_len)
         if self._is_engine:
             return replace(self, warmup=_given(self.warmup, 1))
         on_gpu = resolve_device(self.device) == "cuda"
@@ -75,6 +77,25 @@ class BenchPlan:
             max_num_tokens=_given(self.max_num_tokens, _GPU_NUM_TOKENS if on_gpu else None),
             max_seq_len=_given(self.max_seq_len, self.isl + self.osl if self.config_only else None),
             kernel_selection=_given(self.kernel_selection, "timed" if on_gpu else "default"),
+        )
+
+    def check_fits(self, max_seq_len: int | None) -> None:
+        """Refuses requests that would end early, cut off at ``max_seq_len`` tokens (None: not known yet).
+
+        Raises:
+            ConfigError: isl + osl exceed it.
+        """
+        if max_seq_len is None or self.isl + self.osl <= max_seq_len:
+            return
+        if self.max_seq_len is not None:
+            more = "raise --max-seq-len"
+        elif self._is_engine:
+            more = "build the engine with a larger max_seq_len"
+        else:
+            more = "measure a model with more positions"
+        raise ConfigError(
+            f"isl {self.isl} + osl {self.osl} = {self.isl + self.osl} tokens do not fit max_seq_len {max_seq_len}; "
+            f"lower --isl or --osl, or {more}"
         )
 
     @property

@@ -57,6 +57,7 @@ def _run(plan: BenchPlan, started: float, err: Console, out: Console) -> dict[st
     with err.status(f"loading {escape(plan.model)}"):
         llm = plan.open()
     with llm:
+        plan.check_fits(llm.engine.spec.build.max_seq_len)
         load_s = time.perf_counter() - opening
         with err.status("warming up"):
             first_token(llm, plan)
