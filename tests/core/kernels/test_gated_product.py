@@ -234,7 +234,7 @@ def test_a_kernel_that_cannot_be_made_is_said_once_and_not_served(monkeypatch, c
     def missing(*_: Any) -> bytes:
         raise OSError("libnvrtc.so.13: cannot open shared object file")
 
-    monkeypatch.setattr(driver, "compile_source", missing)
+    monkeypatch.setattr(driver, "kept_code", missing)
     gated_product._kernel.cache_clear()
     try:
         assert gated_product._kernel(True, True, True, 0) is None and gated_product._kernel(True, True, True, 0) is None

@@ -127,7 +127,7 @@ def test_a_kernel_that_cannot_be_made_is_said_once_and_not_served(monkeypatch, c
     def missing(*_: Any) -> bytes:
         raise OSError("libnvrtc.so.13: cannot open shared object file")
 
-    monkeypatch.setattr(driver, "compile_source", missing)
+    monkeypatch.setattr(driver, "kept_code", missing)
     monkeypatch.setattr(module, "_processors", lambda _: 132)
     monkeypatch.setattr(module, "_fits", lambda _: True)
     q = SimpleNamespace(is_cuda=True, dtype=BF16, shape=(300, 6, 64), device=SimpleNamespace(index=0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import logging
 import threading
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamella_core import disk_cache
+
 logger = logging.getLogger(__name__)
 
 HOPPER = (9, 0)  # compute capability of the GPUs that the sources are for
@@ -27,6 +30,7 @@ _MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of CUtensorMap
 _MAP_TYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}  # of CUtensorMapDataType; float8 as bytes
 _SWIZZLE_128, _PROMOTE_256 = 3, 3  # of CUtensorMapSwizzle, CUtensorMapL2promotion
 _MOST_SHARED_MEMORY = 8  # of CUfunction_attribute
+_SUM_BYTES = 32  # of SHA-256
 _MOST_MAPS = 8192  # that are kept: of weights, and of inputs for each number of rows and place
 
 _DRIVER_SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -41,6 +45,7 @@ _DRIVER_SIGNATURES: dict[str, tuple[Any, ...]] = {
     ),
 }  # fmt: skip
 _NVRTC_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "nvrtcVersion": (POINTER(c_int), POINTER(c_int)),
     "nvrtcCreateProgram": (POINTER(c_void_p), c_char_p, c_char_p, c_int, POINTER(c_char_p), POINTER(c_char_p)),
     "nvrtcCompileProgram": (c_void_p, c_int, POINTER(c_char_p)),
     "nvrtcDestroyProgram": (POINTER(c_void_p),),
@@ -93,7 +98,7 @@ def compile_source(name: str, macros: Mapping[str, int], architecture: str) -> b
         AttributeError: NVRTC lacks a function.
     """
     nvrtc, program = _nvrtc(), c_void_p()
-    source = (resources.files(__package__) / name).read_bytes()
+    source = _source(name)
     status = nvrtc.nvrtcCreateProgram(byref(program), source, name.encode(), 0, None, None)
     if status:
         raise RuntimeError(f"nvrtcCreateProgram failed: nvrtcResult {status}")
@@ -102,7 +107,7 @@ def compile_source(name: str, macros: Mapping[str, int], architecture: str) -> b
             f"--gpu-architecture={architecture}",
             "--std=c++17",
             f"--include-path={Path(__file__).parent}",
-            *(f"-D{key}={int(macros[key])}" for key in macros),
+            *_definitions(macros),
         ]
         encoded = (c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), encoded):
@@ -112,6 +117,34 @@ def compile_source(name: str, macros: Mapping[str, int], architecture: str) -> b
         return _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     finally:
         nvrtc.nvrtcDestroyProgram(byref(program))
+
+
+def _source(name: str) -> bytes:
+    return (resources.files(__package__) / name).read_bytes()
+
+
+def _definitions(macros: Mapping[str, int]) -> list[str]:
+    return [f"-D{key}={int(macros[key])}" for key in macros]
+
+
+def kept_code(name: str, macros: Mapping[str, int], architecture: str) -> bytes:
+    """Returns what `compile_source` does, from the disk if it was compiled there before (`disk_cache`).
+
+    The file's name stands for sources, macros, architecture and compiler; it begins with the SHA-256 of the code, for
+    the driver is not told where the code ends.
+    """
+    major, minor = c_int(), c_int()
+    _nvrtc().nvrtcVersion(byref(major), byref(minor))
+    headers = [_source(path.name) for path in sorted(Path(__file__).parent.glob("*.h"))]
+    compiler = f"{architecture} {major.value}.{minor.value} {torch.version.cuda}"
+    key = disk_cache.digest(_source(name), *headers, *_definitions(macros), compiler)
+    path = disk_cache.cache_root() / "kernels" / "cuda" / f"{Path(name).stem}-{key}.cubin"
+    kept = disk_cache.read(path)
+    if kept is not None and hashlib.sha256(kept[_SUM_BYTES:]).digest() == kept[:_SUM_BYTES]:
+        return kept[_SUM_BYTES:]
+    code = compile_source(name, macros, architecture)
+    disk_cache.write(path, hashlib.sha256(code).digest() + code)
+    return code
 
 
 def _text(get_size: Any, get: Any, program: c_void_p) -> bytes:
@@ -173,7 +206,7 @@ def load(
         otherwise: what happens without the kernel, for the warning.
     """
     try:
-        code = compile_source(f"{function}.cu", macros, _HOPPER_ARCHITECTURE)
+        code = kept_code(f"{function}.cu", macros, _HOPPER_ARCHITECTURE)
         with torch.cuda.device(device):
             return Kernel(code, function, threads, shared_memory)
     except (OSError, AttributeError, RuntimeError) as error:
