@@ -19,6 +19,7 @@ import torch
 from lamella.roofline import KNOWN_HARDWARE, Hardware, ModelShape, Roofline, find_hardware
 from lamella_core import AutoConfig
 from lamella_core.config import ModelConfig
+from lamella_core.errors import LamellaError
 from lamella_core.quantization.config import QuantConfig
 
 WORKLOADS = ((128, 128), (128, 2048), (128, 4096), (500, 2000), (1000, 1000), (1000, 2000), (2048, 128), (2048, 2048),
@@ -33,16 +34,13 @@ STEP_CONTEXT = 1024
 FLOOR_CONTEXT = 128
 
 
-def rooflines(config: ModelConfig, hardware: Hardware) -> dict[str, Roofline]:
+def shapes(config: ModelConfig) -> dict[str, ModelShape]:
     """One for each of `SCHEMES`."""
-    return {
-        name: Roofline(ModelShape.of(replace(config, quantization=scheme)), hardware)
-        for name, scheme in SCHEMES.items()
-    }
+    return {name: ModelShape.of(replace(config, quantization=scheme)) for name, scheme in SCHEMES.items()}
 
 
-def print_tables(config: ModelConfig, hardware: Hardware) -> None:
-    found = rooflines(config, hardware)
+def print_tables(models: dict[str, ModelShape], hardware: Hardware) -> None:
+    found = {name: Roofline(model, hardware) for name, model in models.items()}
     gib, source = 1 << 30, "measured" if hardware.is_measured else "data sheet"
     fp8_flops = hardware.fp8_flops or hardware.bf16_flops
     print(
@@ -122,6 +120,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure and not torch.cuda.is_available():
         parser.error("--measure needs a GPU")
+    try:
+        models = shapes(AutoConfig.from_hugging_face(args.hf_config))
+    except LamellaError as error:
+        parser.exit(2, f"{parser.prog}: error: --hf-config: {' '.join(str(error).split())}\n")
     hardware = measure_hardware() if args.measure else find_hardware(args.gpu)
     if hardware is None:
         parser.error(f"--gpu {args.gpu!r} is not known; known: {', '.join(h.name for h in KNOWN_HARDWARE)}")
@@ -129,7 +131,7 @@ def main() -> None:
         hardware = replace(hardware, bandwidth=args.bandwidth)
     if args.bf16_flops:
         hardware = replace(hardware, bf16_flops=args.bf16_flops)
-    print_tables(AutoConfig.from_hugging_face(args.hf_config), hardware)
+    print_tables(models, hardware)
 
 
 if __name__ == "__main__":

@@ -162,3 +162,12 @@ def test_the_command_prints_the_tables():
     )
     assert "| 128/128 | 22,452 (27,678) | 2498 | 35,313 (50,231) | 2775 | 41,471 (50,231) | 5550 |" in done.stdout
     assert "| fp8 weights and KV | 2.68 | 2.70 |" in done.stdout
+
+
+@pytest.mark.parametrize(("changes", "message"), [(None, "no directory"), ({}, "float32")])
+def test_a_model_without_a_roofline_is_one_line(tmp_path, changes, message):
+    directory = "nosuch" if changes is None else write_config(tmp_path, **changes)
+    command = [sys.executable, BENCHMARKS / "roofline.py", "--hf-config", directory]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("roofline.py: error: --hf-config: ") and message in done.stderr
