@@ -26,12 +26,6 @@ import torch
 SAME_AS_LAMELLA = ("hf_config", "dtype", "isl", "osl", "quant", "kv_cache_dtype", "seed")
 
 
-def random_prompts(vocab_size: int, isl: int, count: int, seed: int) -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocab_size, (count, isl), generator=generator).tolist()
-    return [{"prompt_token_ids": prompt} for prompt in ids]
-
-
 def measure_vllm(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the workload in vLLM, in this process."""
     started = time.perf_counter()
@@ -44,13 +38,17 @@ def measure_vllm(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     if args.quant:
         options["quantization"] = args.quant
-    llm = vllm.LLM(**{**options, **json.loads(args.vllm)})
+    llm = vllm.LLM(**{**options, **args.vllm})
     start_s = time.perf_counter() - started
-    vocab_size = json.loads((args.hf_config / "config.json").read_text())["vocab_size"]
+    from lamella.cli.bench.workload import stream_prompts  # no part of vLLM's start, which imports much of the same
+    from lamella_core import AutoConfig
 
-    def run(count: int, num_tokens: int, seed: int) -> float:
+    vocab_size = AutoConfig.from_hugging_face(args.hf_config).vocab_size
+
+    def run(count: int, num_tokens: int, stream: int) -> float:
         params = vllm.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
-        prompts = random_prompts(vocab_size, args.isl, count, seed)
+        ids = stream_prompts(vocab_size, args.seed, args.isl, count, stream)
+        prompts = [{"prompt_token_ids": prompt} for prompt in ids]
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
@@ -60,19 +58,17 @@ def measure_vllm(args: argparse.Namespace) -> dict[str, Any]:
 
     found: dict[str, Any] = {"version": vllm.__version__, "start_s": start_s}
     if args.mode == "latency":
-        run(args.batch_size, args.osl, 1)
-        per_token = [
-            (run(args.batch_size, args.osl, 2 + i) - run(args.batch_size, 1, 1002 + i)) / (args.osl - 1)
-            for i in range(args.num_runs)
-        ]
+        run(args.batch_size, args.osl, -2)
+        times = [(run(args.batch_size, 1, i), run(args.batch_size, args.osl, i)) for i in range(args.num_runs)]
+        per_token = [(whole - one) / (args.osl - 1) for one, whole in times]
         return {**found, "time_per_output_token_s": statistics.median(per_token)}
-    run(min(args.num_requests, 256), min(args.osl, 32), 1)
-    seconds = run(args.num_requests, args.osl, args.seed + 2)
+    run(min(args.num_requests, 256), min(args.osl, 32), -2)
+    seconds = run(args.num_requests, args.osl, 0)
     return {**found, "output_throughput": args.num_requests * args.osl / seconds, "wall_s": seconds}
 
 
 def measure_lamella(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """Runs the workload by ``lamella bench``, in a process of its own."""
+    """Runs the workload by ``lamella bench``, in a process of its own; exits with its code if it fails."""
     command = [sys.executable, "-c", "from lamella.cli.main import main; main()", "bench", args.mode]
     command += ["--load-format", "dummy", "--no-breakdown", "--report-json", str(path)]
     names = {"throughput": ("num_requests",), "latency": ("batch_size", "num_runs")}[args.mode]
@@ -80,7 +76,10 @@ def measure_lamella(args: argparse.Namespace, path: Path) -> dict[str, Any]:
         value = getattr(args, name)
         if value is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]
-    subprocess.run(command, check=True)
+    code = subprocess.run(command).returncode
+    if code:
+        print(f"Lamella failed with exit code {code}; its messages are above", file=sys.stderr)
+        sys.exit(code if code > 0 else 128 - code)  # negative: ended by that signal
     report = json.loads(path.read_text())
     return {**report["results"], "version": report["versions"]["lamella"], "start_s": report["start_s"]}
 
@@ -112,6 +111,16 @@ def print_results(args: argparse.Namespace, results: dict[str, dict[str, Any]]) 
         print(f"\nLamella is {ours / theirs if args.mode == 'throughput' else theirs / ours:.2f} times as fast")
 
 
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"max_num_seqs\": 1024}}'")
+    return value
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=("throughput", "latency"), default="throughput")
@@ -125,7 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1, help="latency mode")
     parser.add_argument("--num-runs", type=int, default=5, help="latency mode")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vllm", default="{}", help="JSON object of further keywords of vllm.LLM")
+    parser.add_argument("--vllm", type=json_object, default="{}", help="JSON object of further keywords of vllm.LLM")
     parser.add_argument("--vllm-result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.mode == "latency" and args.osl < 2:

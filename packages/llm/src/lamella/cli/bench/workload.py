@@ -30,6 +30,15 @@ def random_prompts(vocab_size: int, isl: int, count: int, seed: int) -> list[lis
     return torch.randint(vocab_size, (count, isl), generator=generator).tolist()
 
 
+def stream_prompts(vocab_size: int, seed: int, isl: int, count: int, stream: int) -> list[list[int]]:
+    """Returns the prompts of one phase of a benchmark; those of another ``stream`` differ.
+
+    So nothing of one phase is known in the next. Streams from 0 on are measured (latency: one per run), -1 is the first
+    token, and those from -2 down are the warm-up.
+    """
+    return random_prompts(vocab_size, isl, count, (seed * 1_000_003 + stream) % (1 << 63))
+
+
 def first_token(llm: LLM, plan: BenchPlan) -> None:
     """Generates one token: what was put off until the first request has happened afterwards."""
     _run(llm, _prompts(llm, plan, 1, -1), SamplingParams(max_tokens=1, ignore_eos=True), 1)
@@ -80,9 +89,7 @@ def time_per_output_token(runs: list[dict[str, float]], osl: int) -> float | Non
 
 
 def _prompts(llm: LLM, plan: BenchPlan, count: int, stream: int) -> list[list[int]]:
-    """Prompts of another ``stream`` differ, so that nothing of one phase is known in the next."""
-    seed = (plan.seed * 1_000_003 + stream) % (1 << 63)
-    return random_prompts(llm.engine.spec.model.vocab_size, plan.isl, count, seed)
+    return stream_prompts(llm.engine.spec.model.vocab_size, plan.seed, plan.isl, count, stream)
 
 
 def _run(llm: LLM, prompts: list[list[int]], params: SamplingParams, concurrency: int) -> list[RequestOutput]:
