@@ -105,6 +105,13 @@ class Attention(TokenMixer):
         self.kv_scales: Parameter | None = empty_parameter(replicated(2), torch.float32) if quantized else None
 
     @property
+    def has_plain_scores(self) -> bool:
+        """Whether scores are products of queries and keys alone, of all keys up to the query's that a window leaves."""
+        spec = self.spec
+        is_bare = self._slopes is None and self.sinks is None and not spec.softcap
+        return is_bare and spec.sparsity is None and not spec.is_latent
+
+    @property
     def input_scale(self) -> torch.Tensor | None:
         """Scale with which x may also come as float8, see `Linear.input_scale`."""
         return self.qkv_proj.input_scale

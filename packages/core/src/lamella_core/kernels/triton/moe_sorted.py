@@ -66,7 +66,12 @@ class SortedTile:
 
 
 def takes(x: Tensor, stack: ExpertStack) -> bool:
-    """Whether sorted products compute these experts: on Hopper, whose copy engine moves rows of whole units.
+    """Whether sorted products compute these experts: on Hopper, if they are such as `suits` wants."""
+    return (has_wgmma() or is_interpreted()) and suits(x.dtype, stack)
+
+
+def suits(dtype: torch.dtype, stack: ExpertStack) -> bool:
+    """Whether sorted products of rows of this dtype are made for these experts: the copy engine moves whole units.
 
     Rounding to float8 by constants is part of the copy and of the gate: what is between other activations is not.
     """
@@ -74,11 +79,11 @@ def takes(x: Tensor, stack: ExpertStack) -> bool:
     if stack.gate is None and stack.down.input_scale is not None:
         return False
     dtypes = {projection.weight.dtype for projection in projections}
-    if not (has_wgmma() or is_interpreted()) or x.dtype == torch.float32 or len(dtypes) > 1 or torch.float32 in dtypes:
+    if dtype == torch.float32 or len(dtypes) > 1 or torch.float32 in dtypes:
         return False
     widths = [width for projection in projections for width in projection.weight.shape[1:]]
     widths.append(stack.down.weight.shape[2])
-    size = min(x.element_size(), *(dtype.itemsize for dtype in dtypes))
+    size = min(dtype.itemsize, *(weight.itemsize for weight in dtypes))
     return all(width * size % ALIGNMENT == 0 for width in widths) and all(
         projection.weight.data_ptr() % ALIGNMENT == 0 and projection.weight.is_contiguous()
         for projection in projections

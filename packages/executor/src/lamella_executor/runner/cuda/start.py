@@ -20,6 +20,7 @@ from lamella_executor.attention.states import state_bytes
 from lamella_executor.attention.torch_backend import TorchAttention
 from lamella_executor.distributed.pipeline import StageLinks
 from lamella_executor.memory import KvCachePlan, block_bytes
+from lamella_executor.runner.cuda.degraded import log_degraded
 from lamella_executor.runner.cuda.dry_run import dry_plans
 from lamella_executor.runner.cuda.graphs import capture_sizes
 from lamella_executor.runner.cuda.memory import (
@@ -85,6 +86,7 @@ def start_runner(
         move_weights(setup.model, device)
     with _out_of_memory_named("the memory that attention works in", _STEP_LIMITS):
         parts = choose_parts(attn_backend, device, setup.cache_dtype)
+    log_degraded(setup, parts)
     limits = RunnerLimits(setup.max_sequences, setup.limits.max_num_tokens, setup.limits.max_seq_len)
     largest = f"the first step, of {limits.max_num_tokens} tokens and {limits.max_sequences} sequences at most,"
     with times.phase("first step"), torch.inference_mode(), _out_of_memory_named(largest, _STEP_LIMITS):
