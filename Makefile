@@ -16,7 +16,12 @@ quickstart: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal
 
+# pytest itself would skip everything where there is no GPU, and call that a success.
+WHY_NO_GPU := import sys; from lamella_core.device import why_no_cuda as why; \
+	sys.exit(why() and f"no CUDA device to test on: {why()}")
+
 test-gpu: $(VENV)/.dev
+	@$(BIN)/python -c '$(WHY_NO_GPU)'
 	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.dev
