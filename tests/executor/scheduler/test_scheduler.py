@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 from tests.support import fake_engine
 from tests.support.fake_engine import FakeEngine, Shape
+from tests.support.fake_loop import FakeLoop
 
 from lamella_core.errors import RequestError
 from lamella_executor.config import CapacitySchedulerPolicy
@@ -238,6 +239,18 @@ def test_requests_are_left_out_in_turn(no_end: None) -> None:
     assert [len(left) for left in lefts] == [3] * 9
     assert set().union(*lefts[:8]) == set(ids)
     assert lefts[8] == lefts[0]
+
+
+def test_nobody_is_left_out_of_micro_batches() -> None:
+    """Some 24 of 48 decode in each, beside a prompt of 10 tokens: a row or three more than 4 tiles."""
+    loop = FakeLoop(Shape(1000, max_batch_size=64, max_num_tokens=64, is_reused=False, row_tile=8), num_batches=2)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    decoding = [loop.submit([1 + number % 20, 2], params).request_id for number in range(48)]
+    for _ in range(40):
+        loop.submit([3] * 10, params.replace(max_tokens=1))
+        loop.step()
+    assert min(loop.requests[number].sequences[0].num_output_tokens for number in decoding) >= 15
+    loop.run()
 
 
 def test_decode_comes_before_chunks(no_end: None) -> None:

@@ -87,7 +87,8 @@ class Scheduler:
         max_beam_width: width of a beam request at most.
         num_micro_batches: steps in flight at most whose requests wait for results, `PipelinedRunner.max_in_flight`.
         row_tile: the device takes as long for any number of rows as for the next multiple of this. A step of prompts
-            and decoding requests that is a few rows above a multiple leaves out so many that decode (`RowTiles`).
+            and decoding requests that is a few rows above a multiple leaves out so many that decode (`RowTiles`);
+            not with micro-batches.
     """
 
     def __init__(
@@ -103,7 +104,8 @@ class Scheduler:
         row_tile: int = 1,
     ) -> None:
         self._kv = kv
-        self._tiles = RowTiles(row_tile)
+        # A micro-batch takes the oldest that are ready: in the places of those left out, others, and them never again.
+        self._tiles = RowTiles(row_tile if num_micro_batches == 1 else 1)
         self._max_batch_size = max_batch_size
         self._max_num_tokens = max_num_tokens
         self._limits = RequestLimits(max_batch_size, max_num_tokens, max_beam_width, enable_chunked_prefill)
