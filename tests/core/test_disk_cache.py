@@ -17,6 +17,18 @@ def test_where_files_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert disk_cache.cache_root() == tmp_path / ".cache" / "lamella"
 
 
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LAMELLA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    path = disk_cache.cache_root() / "file"
+    with caplog.at_level("INFO"):
+        disk_cache.write(path, b"data")
+    assert disk_cache.read(path) is None and "LAMELLA_CACHE_DIR" in caplog.text
+
+
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     assert disk_cache.read(path) is None

@@ -15,9 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    """Returns the folder, which need not exist yet."""
+    """Returns the folder, which need not exist yet; for a user without a home one that cannot be made."""
     root = os.environ.get("LAMELLA_CACHE_DIR")
-    return Path(root).expanduser() if root else Path.home() / ".cache" / "lamella"
+    try:
+        return Path(root).expanduser() if root else Path.home() / ".cache" / "lamella"
+    except RuntimeError:
+        return Path(os.devnull) / "lamella"
 
 
 def digest(*parts: bytes | str) -> str:
