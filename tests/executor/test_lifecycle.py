@@ -228,6 +228,7 @@ def test_ctrl_c_at_the_end_of_the_interpreter_does_not_cut_a_step_short(run_scri
     process = run_script(
         """
         import atexit
+        import time
         loop = EchoLoop()
         loop.gate.clear()
         opener = threading.Timer(1.5, loop.gate.set)
@@ -236,6 +237,8 @@ def test_ctrl_c_at_the_end_of_the_interpreter_does_not_cut_a_step_short(run_scri
         executor = echo_executor(loop)
         future = executor.generate_async([1], SamplingParams(max_tokens=60))
         opener.start()
+        while not loop.active:  # from then on a step is certain
+            time.sleep(0.01)
         print("end", flush=True)
         """
     )
