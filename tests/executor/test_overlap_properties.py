@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,8 @@ from tests.support.fake_loop import FakeLoop, LetterDecoder, told
 from lamella_core.errors import RequestError
 from lamella_executor import GenerationResult, RequestStatus, SamplingParams
 from lamella_executor.config import CapacitySchedulerPolicy
-from lamella_executor.scheduler import tiles
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 KINDS: dict[str, dict[str, Any]] = {  # what the device samples, and what the host has to
     "greedy": {},
@@ -72,15 +72,6 @@ arrivals = st.builds(
     is_poisoned=st.sampled_from([False] * 9 + [True]),
     aborted_after=st.one_of(st.none(), st.none(), st.none(), st.integers(0, 12)),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_tiles() -> Iterator[None]:
-    """Steps of a few rows leave decoding requests out, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "LEAST_TILES", 1)
-        patch.setattr(tiles, "LEFT_FRACTION", 1)
-        yield
 
 
 shapes = st.builds(

@@ -32,7 +32,6 @@ from lamella_executor.runner.cuda.runner import CudaRunner
 from lamella_executor.runner.cuda.start import start_runner
 from lamella_executor.runner.cuda.state import RunnerLimits
 from lamella_executor.sampler.sampler import Sampler
-from lamella_executor.scheduler import tiles
 from lamella_executor.scheduler.plan import ScheduledSequence, StepPlan
 from lamella_executor.scheduler.scheduler import Scheduler
 from lamella_executor.stats import StatsBuffer
@@ -232,19 +231,23 @@ def test_the_engine_runs_ahead_on_it():
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_requests_left_out_of_a_step_go_on_with_their_own_tokens(is_padded, monkeypatch):
+def test_requests_left_out_of_a_step_go_on_with_their_own_tokens(is_padded, small_tiles, monkeypatch):
     """Their last token is sampled in the step before, and their next block is there before they use it."""
-    monkeypatch.setattr(tiles, "LEAST_TILES", 1)
-    monkeypatch.setattr(tiles, "LEFT_FRACTION", 2)
     setup = runner_setup(max_batch_size=4)
     runner = start_runner(setup, "torch", "cpu")[0]
     if is_padded:
         pretend_captured(runner, (4,))
     kv = KvCacheManager(NUM_BLOCKS, BLOCK)
     scheduler = Scheduler(kv, max_batch_size=4, max_num_tokens=32, row_tile=4)
-    left_out: list[Any] = []
-    delayed = scheduler._time.delayed
-    monkeypatch.setattr(scheduler._time, "delayed", lambda request: left_out.append(request) or delayed(request))
+    left_out: list[ScheduledSequence] = []
+    surplus = scheduler._tiles.surplus
+
+    def recorded(*step: Any) -> list[ScheduledSequence]:
+        left = surplus(*step)
+        left_out.extend(left)
+        return left
+
+    monkeypatch.setattr(scheduler._tiles, "surplus", recorded)
     prompts = [prompt(6 + seed % 5, seed) for seed in range(24)]
     params = [greedy(4 + seed % 9) for seed in range(24)]
     with GenerationExecutor(EngineLoop(runner, scheduler, kv, Sampler(131), StatsBuffer()), setup.limits) as executor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +12,8 @@ from tests.support.fake_engine import FakeEngine, Shape
 from lamella_core.errors import RequestError
 from lamella_executor.config import CapacitySchedulerPolicy
 from lamella_executor.sampling_params import SamplingParams
-from lamella_executor.scheduler import tiles
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 FAMILIES = 3  # prompts of one family begin alike
 
@@ -66,15 +66,6 @@ arrivals = st.lists(
     min_size=1,
     max_size=14,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_tiles() -> Iterator[None]:
-    """Steps of a few rows leave decoding requests out, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "LEAST_TILES", 1)
-        patch.setattr(tiles, "LEFT_FRACTION", 1)
-        yield
 
 
 shapes = st.builds(
