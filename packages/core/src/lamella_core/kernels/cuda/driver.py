@@ -130,8 +130,8 @@ def _definitions(macros: Mapping[str, int]) -> list[str]:
 def kept_code(name: str, macros: Mapping[str, int], architecture: str) -> bytes:
     """Returns what `compile_source` does, from the disk if it was compiled there before (`disk_cache`).
 
-    The file's name stands for sources, macros, architecture and compiler; it begins with the SHA-256 of the code, for
-    the driver is not told where the code ends.
+    The name of the file stands for sources, macros, architecture and compiler. The SHA-256 of the code precedes it in
+    the file: the driver is not told where code ends, and would read on behind what is cut off.
     """
     major, minor = c_int(), c_int()
     _nvrtc().nvrtcVersion(byref(major), byref(minor))
