@@ -89,15 +89,15 @@ class WarmProcess:
 class WarmPython:
     """Starts processes; the one that they are forked from is no child of this process, and ends with it."""
 
-    def __init__(self, *modules: str) -> None:
-        """Imports modules before the first process begins."""
+    def __init__(self, *modules: str, env: Mapping[str, str] | None = None) -> None:
+        """Imports modules before the first process begins, in this process's environment and ``env``."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        added = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(env or {})}
         reading, writing = os.pipe()  # the streams of the forks are made for pipes, which take its place
         with theirs, open(reading, "rb"), open(writing, "wb"):
             subprocess.run(
                 [sys.executable, __file__, str(theirs.fileno()), *modules], pass_fds=[theirs.fileno()],
-                env=environment, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, check=True,
+                env={**os.environ, **added}, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, check=True,
             )  # fmt: skip
 
     def start(

@@ -16,12 +16,13 @@ from lamella_core.kernels.fp8 import quantize
 from lamella_core.kernels.triton import all_gather
 
 ROOT = Path(__file__).resolve().parents[3]
+INTERPRETED = {"TRITON_INTERPRET": "1"}  # on GPUs too; read when triton is imported, and where kernels are launched
 
 
 @pytest.fixture(scope="module")
 def python():
     """Starts the ranks."""
-    python = WarmPython("tests.support.all_reduce_rank")
+    python = WarmPython("tests.support.all_reduce_rank", env=INTERPRETED)
     yield python
     python.close()
 
@@ -46,7 +47,7 @@ def results(request, tmp_path_factory):
 def compute(python, size, folder):
     code = "from tests.support.all_reduce_rank import main\nmain()"
     processes = [
-        python.start(code, str(rank), str(size), str(folder), cwd=ROOT, env={"TRITON_INTERPRET": "1"}, stderr=2)
+        python.start(code, str(rank), str(size), str(folder), cwd=ROOT, env=INTERPRETED, stderr=2)
         for rank in range(size)
     ]
     try:
