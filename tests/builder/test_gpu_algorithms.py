@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from tests.support.fake_cublaslt import install
 
 from lamella_builder import BuildConfig
 from lamella_builder.steps import gpu_algorithms, gpu_timing, kernels
-from lamella_builder.steps.gpu_algorithms import RowRange, choose_algorithms, refine, row_ranges
+from lamella_builder.steps.gpu_algorithms import Refined, RowRange, Timer, choose_algorithms, refine, row_ranges
 from lamella_builder.steps.kernels import Choice, Shape, recorded_choices
 from lamella_core import disk_cache
 from lamella_core.engine import Engine
@@ -26,7 +27,7 @@ from lamella_core.models.llama import LlamaConfig, LlamaForCausalLM
 
 PLAN = MatmulPlan("rows", ((16, "triton_gemv"), (None, "cublas")))
 A, B, C = (kernel_name(130100, bytes([index]) * 64) for index in range(3))
-RANGES = [RowRange(40, 64), RowRange(96, 128), RowRange(192, 256)]
+RANGES = [RowRange(17, 64), RowRange(65, 128), RowRange(129, 256)]  # 40, 96 and 192 rows lie in the middle
 N, K = 4096, 1024
 
 
@@ -42,18 +43,19 @@ class Times:
         return {name: self.seconds.get(rows, {}).get(name, 1.0) for name in names}
 
 
-def chosen(times: dict[int, dict[str, float]], names: Sequence[str] = (A, B, C), **options: Any) -> Any:
-    plan, gains = choose_algorithms(PLAN, RANGES, lambda rows: names, Times(times), **options)
-    assert plan.steps[0] == (16, "triton_gemv") and plan.steps[-1] == (None, "cublas")
-    return plan.steps[1:-1], gains
+def chosen(times: dict[int, dict[str, float]], names: Sequence[str] = (A, B, C)) -> Any:
+    refined = choose_algorithms(PLAN, RANGES, lambda rows: names, Times(times), 60.0)
+    steps = refined.plan.steps
+    assert steps[0] == (16, "triton_gemv") and steps[-1] == (None, "cublas") and refined.untimed is None
+    return steps[1:-1], refined.gains
 
 
 def test_ranges_of_rows() -> None:
     assert row_ranges(17, 256) == RANGES
-    assert row_ranges(1, 100) == [RowRange(32, 64), RowRange(82, 100)]
+    assert row_ranges(1, 100) == [RowRange(1, 64), RowRange(65, 100)]
     assert row_ranges(17, 17) == [RowRange(17, 17)] and row_ranges(65, 64) == []
     assert [span.last for span in row_ranges(17, 16384)] == [*gpu_algorithms.ROW_LIMITS, 16384]
-    assert RowRange(448, 512) in row_ranges(17, 2048)
+    assert RowRange(385, 512) in row_ranges(17, 2048) and RowRange(385, 512).inside == 448
 
 
 def test_the_fastest_is_taken_and_neighbours_are_merged() -> None:
@@ -88,17 +90,51 @@ def test_the_algorithm_of_fewer_rows_serves_on_where_it_is_as_good() -> None:
 def test_what_is_timed_is_bounded_and_what_is_slow_is_timed_once() -> None:
     names = [kernel_name(1, bytes([index]) * 64) for index in range(20)]
     times = Times({64: {name: 2.0 for name in names[3:]}})
-    choose_algorithms(PLAN, RANGES[:1], lambda rows: names[:8] if rows == 64 else names[6:14], times)
+    choose_algorithms(PLAN, RANGES[:1], lambda rows: names[:8] if rows == 64 else names[6:14], times, 60.0)
     (last, first), (inside, second) = times.asked
     assert (last, inside) == (64, 40)
     assert first == ("cublas", *(names[index] for index in (0, 6, 1, 7, 2, 8, 3, 9)))
     assert second == ("cublas", *(names[index] for index in (0, 1, 2)))
 
 
-def test_time_runs_out(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        assert chosen({64: {A: 0.5}, 40: {A: 0.5}}, seconds=-1) == ((), {})
-    assert "torch's serve 3 ranges" in caplog.text
+class Clock:
+    """Time that stands still but for what timing takes: a second per range of rows."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def timer(self, times: Times) -> Timer:
+        def timed(rows: int, names: Sequence[str]) -> dict[str, float]:
+            self.now += 0.5
+            return times(rows, names)
+
+        return timed
+
+
+def in_turns_of(seconds: float, times: Times, monkeypatch: pytest.MonkeyPatch) -> list[Refined]:
+    """What one call after another finds, each going on where the one before ended."""
+    clock, done = Clock(), [Refined(PLAN, untimed=17)]
+    monkeypatch.setattr(gpu_algorithms, "time", clock)
+    while (first := done[-1].untimed) is not None:
+        ranges = row_ranges(first, 256)
+        done.append(choose_algorithms(done[-1].plan, ranges, lambda rows: (A, B), clock.timer(times), seconds))
+    return done[1:]
+
+
+@pytest.mark.parametrize("fast", [{}, {64: A}, {128: A}, {256: A}, {64: A, 128: B, 256: A}, {64: A, 256: A}])
+def test_time_runs_out_and_later_calls_go_on(fast: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = {span.last: span for span in RANGES}
+    times = Times({rows: {name: 0.5} for last, name in fast.items() for rows in (last, spans[last].inside)})
+    whole, *others = in_turns_of(60.0, times, monkeypatch)
+    assert not others
+    num_asked = len(times.asked)
+    parts = in_turns_of(0.9, times, monkeypatch)
+    assert [part.untimed for part in parts] == [65, 129, None] and len(times.asked) == 2 * num_asked
+    assert parts[-1].plan == whole.plan
+    assert {last: gain for part in parts for last, gain in part.gains.items()} == whole.gains
 
 
 def members(dtype: torch.dtype, n: int = N, **module: Any) -> list[Any]:
@@ -173,10 +209,33 @@ def test_algorithms_are_taken_over_by_later_builds(timed: Times) -> None:
     assert len(timed.asked) > num_asked
 
 
-def test_algorithms_are_not_kept_where_time_ran_out(timed: Times, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_builds_go_on_where_time_ran_out(timed: Times, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, build = Shape(N, K, torch.bfloat16, False), limits(max_num_tokens=128)
     monkeypatch.setattr(gpu_algorithms, "SECONDS_PER_SHAPE", -1.0)
-    kernels._choose(Shape(N, K, torch.bfloat16, False), members(torch.bfloat16), limits())
-    assert not list(disk_cache.cache_root().rglob("*.json"))
+    first = kernels._choose(shape, members(torch.bfloat16), build)
+    assert first.untimed == 17 and not first.has_failed and not timed.asked
+    monkeypatch.setattr(gpu_algorithms, "SECONDS_PER_SHAPE", 60.0)
+    second = kernels._choose(shape, members(torch.bfloat16), build)
+    assert [rows for rows, _ in timed.asked] == [64, 40, 128, 96] and second.untimed is None
+    assert any("cublaslt" in name for _, name in second.plan.steps)
+    assert kernels._choose(shape, members(torch.bfloat16), build) == replace(second, milliseconds=())
+    assert len(timed.asked) == 4
+
+
+@pytest.mark.parametrize("untimed", ["missing", "64", True, 1.5])
+def test_damaged_files_are_made_again(untimed: object, timed: Times, caplog: pytest.LogCaptureFixture) -> None:
+    shape = Shape(N, K, torch.bfloat16, False)
+    first = kernels._choose(shape, members(torch.bfloat16), limits())
+    (path,) = disk_cache.cache_root().rglob("*.json")
+    record = json.loads(path.read_text())
+    record["untimed"] = untimed
+    if untimed == "missing":
+        del record["untimed"]
+    path.write_text(json.dumps(record))
+    num_asked = len(timed.asked)
+    assert kernels._choose(shape, members(torch.bfloat16), limits()).plan == first.plan
+    assert "is damaged" in caplog.text and len(timed.asked) == 2 * num_asked
+    assert json.loads(path.read_text())["untimed"] is None
 
 
 def test_other_ranks_take_the_choice_over(timed: Times) -> None:
@@ -197,9 +256,9 @@ def test_other_ranks_take_the_choice_over(timed: Times) -> None:
 
 def test_rows_that_the_library_cannot_serve(timed: Times) -> None:
     plan = MatmulPlan("rows", ((None, "torch_fp8_upcast"),))
-    assert refine(plan, 64, [members(torch.float8_e4m3fn)[0].weight], torch.bfloat16, N, K) == (plan, True)
+    assert refine(plan, 64, [members(torch.float8_e4m3fn)[0].weight], torch.bfloat16, N, K) == Refined(plan)
     odd = members(torch.bfloat16, 4100)[0].weight
-    assert refine(PLAN, 64, [odd], torch.bfloat16, 4100, K) == (PLAN, True)
+    assert refine(PLAN, 64, [odd], torch.bfloat16, 4100, K) == Refined(PLAN)
 
 
 def test_kernels_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

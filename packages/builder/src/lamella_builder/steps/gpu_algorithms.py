@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -31,7 +31,7 @@ MOST_PROPOSALS = 8  # timed per range of rows
 LEAST_GAIN = 1.015  # geometric mean over a range's row counts, of how much faster than torch's choice
 MOST_LOSS = 1.01  # at either row count: noise, not a slowdown
 _AS_GOOD = 1.005  # as the best: the algorithm of fewer rows serves on
-SECONDS_PER_SHAPE = 2.0  # after which torch's choice serves the remaining rows
+SECONDS_PER_SHAPE = 2.0  # after which torch's choice serves the remaining rows, until a later build goes on
 _LIBRARY_KERNELS = ("cublas", "cublas_fp8")  # of torch, that are cuBLASLt's products
 
 # (rows, kernel names) -> seconds of each, infinite where it fails; and the algorithms proposed for so many rows.
@@ -41,23 +41,42 @@ Proposer = Callable[[int], Sequence[str]]
 
 @dataclass(frozen=True)
 class RowRange:
-    """Row counts that one kernel serves: ``last`` and fewer, down to those of the range before."""
+    """Row counts that one kernel serves, ``first`` to ``last``; timed are the last one and one in the middle."""
 
-    inside: int
+    first: int
     last: int
+
+    @property
+    def inside(self) -> int:
+        return (self.first + self.last) // 2
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A plan whose last step, torch's choice, gave way to algorithms that are faster.
+
+    Attributes:
+        plan: that follows.
+        gains: how many times faster they are, by the last row of each range.
+        untimed: the fewest rows that remain to be timed, for want of time; None if none do.
+    """
+
+    plan: MatmulPlan
+    gains: Mapping[int, float] = field(default_factory=dict)
+    untimed: int | None = None
 
 
 def row_ranges(fewest: int, most: int) -> list[RowRange]:
     """Returns the ranges that ``fewest`` to ``most`` rows fall into; the last ends at ``most``."""
     limits = sorted({limit for limit in ROW_LIMITS if fewest < limit < most} | {most})
     starts = [fewest, *(limit + 1 for limit in limits)]
-    return [RowRange((start + last) // 2, last) for start, last in zip(starts, limits, strict=False) if start <= last]
+    return [RowRange(start, last) for start, last in zip(starts, limits, strict=False) if start <= last]
 
 
 def choose_algorithms(
-    plan: MatmulPlan, ranges: Sequence[RowRange], propose: Proposer, timer: Timer, seconds: float = SECONDS_PER_SHAPE
-) -> tuple[MatmulPlan, dict[int, float]]:
-    """Returns a plan with the fastest algorithm for each range of rows, and how many times faster each is there.
+    plan: MatmulPlan, ranges: Sequence[RowRange], propose: Proposer, timer: Timer, seconds: float
+) -> Refined:
+    """Returns a plan with the fastest algorithm for each range of rows.
 
     Args:
         plan: its last step is torch's choice, which serves where nothing is faster, and beyond the ranges.
@@ -68,13 +87,14 @@ def choose_algorithms(
     """
     *few, (_, default) = plan.steps
     chosen: list[tuple[int | None, str]] = []
+    if ranges and ranges[0].first > _fewest(plan):  # timed before: torch's choice is the fastest down there
+        chosen.append((ranges[0].first - 1, default))
     gains: dict[int, float] = {}
+    untimed = None
     before, deadline = default, time.monotonic() + seconds
-    for index, span in enumerate(ranges):
+    for span in ranges:
         if time.monotonic() > deadline:
-            logger.info(
-                "the time for choosing algorithms is over: torch's serve %d ranges of rows", len(ranges) - index
-            )
+            untimed = span.first
             break
         by_rank = itertools.zip_longest(propose(span.last), propose(span.inside))
         proposed = dict.fromkeys(name for pair in by_rank for name in pair if name is not None)
@@ -86,7 +106,12 @@ def choose_algorithms(
             gains[span.last] = gain
     steps = [*few, *chosen, (None, default)]
     merged = [step for step, following in itertools.pairwise(steps) if step[1] != following[1]]
-    return replace(plan, steps=(*merged, steps[-1])), gains
+    return Refined(replace(plan, steps=(*merged, steps[-1])), gains, untimed)
+
+
+def _fewest(plan: MatmulPlan) -> int:
+    """Returns from how many rows on a plan's last step serves."""
+    return 1 + max((limit for limit, _ in plan.steps if limit is not None), default=0)
 
 
 def _fastest(span: RowRange, default: str, names: Sequence[str], before: str, timer: Timer) -> tuple[str, float]:
@@ -107,11 +132,15 @@ def _fastest(span: RowRange, default: str, names: Sequence[str], before: str, ti
 
 
 def refine(
-    plan: MatmulPlan, most_rows: int, weights: Sequence[torch.Tensor], dtype: torch.dtype, n: int, k: int
-) -> tuple[MatmulPlan, bool]:
-    """Returns the plan with algorithms of cuBLASLt where they are faster than torch's choice.
-
-    The second value is False where an error or want of time kept some from being timed.
+    plan: MatmulPlan,
+    most_rows: int,
+    weights: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    untimed: int | None = None,
+) -> Refined | None:
+    """Returns the plan with algorithms of cuBLASLt where they are faster than torch's choice; None after an error.
 
     Args:
         plan: for the GPU.
@@ -120,13 +149,14 @@ def refine(
         dtype: of the activations and results.
         n: output features.
         k: input features.
+        untimed: of an earlier result, whose plan this is: the ranges from there on are timed.
     """
     default, loaded = plan.steps[-1][1], cublaslt_library.library()
     stored = weights[0].dtype if weights else torch.float32
-    fewest = 1 + max((limit for limit, _ in plan.steps if limit is not None), default=0)
+    fewest = untimed or _fewest(plan)
     serves = stored in cublaslt_library.DATA_TYPES and default in _LIBRARY_KERNELS and not (n % 16 or k % 16)
     if not serves or n * k < LEAST_NUMBERS or most_rows < fewest or loaded is None or not loaded.is_ready():
-        return plan, True
+        return Refined(plan)
 
     out_dtype = dtype if stored == torch.float8_e4m3fn else stored
 
@@ -136,16 +166,18 @@ def refine(
 
     began = time.monotonic()
     try:
-        refined, gains = choose_algorithms(plan, row_ranges(fewest, most_rows), propose, GpuTimer(weights, dtype))
+        refined = choose_algorithms(
+            plan, row_ranges(fewest, most_rows), propose, GpuTimer(weights, dtype), SECONDS_PER_SHAPE
+        )
     except RuntimeError as error:
         logger.warning("torch's choice of algorithms serves [%d, %d]: %s", n, k, str(error).splitlines()[0])
-        return plan, False
-    seconds = time.monotonic() - began
-    gained = ", ".join(f"{rows} rows {100 * (gain - 1):.1f} %" for rows, gain in gains.items())
+        return None
+    gained = ", ".join(f"{rows} rows {100 * (gain - 1):.1f} %" for rows, gain in refined.gains.items())
     logger.info(
-        "%s [%d, %d]: %s; chosen in %.1f s",
+        "%s [%d, %d]: %s; chosen in %.1f s%s",
         str(stored).removeprefix("torch."), n, k,
-        f"faster algorithms up to {gained}" if gains else "torch's choice of algorithms is the fastest",
-        seconds,
+        f"faster algorithms up to {gained}" if gained else "torch's choice of algorithms is the fastest",
+        time.monotonic() - began,
+        f", which did not suffice for {refined.untimed} rows and more" if refined.untimed else "",
     )  # fmt: skip
-    return refined, seconds <= SECONDS_PER_SHAPE
+    return refined

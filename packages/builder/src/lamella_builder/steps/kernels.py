@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,15 +55,16 @@ class Shape:
 class Choice:
     """The plan for one shape, and why.
 
-    ``milliseconds`` maps each candidate (as JSON-ready plan, in order) to its median per row count; ``is_complete``
-    is False where something that was to be timed was not.
+    ``milliseconds`` maps each candidate (as JSON-ready plan, in order) to its median per row count; ``has_failed``
+    says that something could not be timed, ``untimed`` from how many rows on time did not suffice.
     """
 
     shape: Shape
     plan: MatmulPlan
     count: int  # weights of this shape
     milliseconds: tuple[tuple[MatmulPlan, dict[int, float]], ...] = ()
-    is_complete: bool = field(default=True, compare=False)
+    has_failed: bool = field(default=False, compare=False)
+    untimed: int | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record that goes into the engine."""
@@ -140,14 +141,20 @@ def _choose(shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig) -
     if device != "cuda":
         return _time(shape, members, build, candidates) or Choice(shape, default(), count)
     kept = TimedChoice(_key(shape, members, build, candidates))
-    plan = kept.load()
-    if plan is not None:
+    found = kept.load()
+    if found is None:
+        choice = _time(shape, members, build, candidates)
+    else:
         logger.info("[%d, %d]: kernels as they were timed before; delete %s to time again", shape.n, shape.k, kept.path)
-        return Choice(shape, plan, count)
-    choice = _time(shape, members, build, candidates)
-    if choice is not None and choice.is_complete:
-        kept.save(choice.plan)
-    return choice or Choice(shape, default(), count)
+        choice = Choice(shape, found[0], count, untimed=found[1])
+        if choice.untimed is None:
+            return choice
+        choice = _with_algorithms(choice, members, build)
+    if choice is None:
+        return Choice(shape, default(), count)
+    if not choice.has_failed:
+        kept.save(choice.plan, choice.untimed)
+    return choice
 
 
 def _time(
@@ -156,8 +163,7 @@ def _time(
     """Returns the fastest candidate, with algorithms for its ranges of rows; None if none of them runs."""
     count = len(members)
     if len(candidates) == 1:
-        plan, is_complete = _with_algorithms(candidates[0], shape, members, build)
-        return Choice(shape, plan, count, is_complete=is_complete)
+        return _with_algorithms(Choice(shape, candidates[0], count), members, build)
     rows = row_counts(shape, build)
     if members[0].weight.device.type == "cuda":
         weights = [weight for held in members for weight in (held.weight if held.is_stacked else (held.weight,))]
@@ -172,8 +178,8 @@ def _time(
     if not timed:
         return None
     best = min(timed, key=lambda pair: _slowdown(pair[1], [times for _, times in timed]))
-    plan, is_complete = _with_algorithms(best[0], shape, members, build)
-    return Choice(shape, plan, count, tuple(timed), is_complete and len(timed) == len(candidates))
+    choice = Choice(shape, best[0], count, tuple(timed), has_failed=len(timed) < len(candidates))
+    return _with_algorithms(choice, members, build)
 
 
 def _key(
@@ -194,14 +200,16 @@ def _key(
     }
 
 
-def _with_algorithms(
-    plan: MatmulPlan, shape: Shape, members: Sequence[MatmulWeight], build: BuildConfig
-) -> tuple[MatmulPlan, bool]:
-    """Returns the plan with a GPU library's fastest algorithm for each range of rows; see `gpu_algorithms.refine`."""
+def _with_algorithms(choice: Choice, members: Sequence[MatmulWeight], build: BuildConfig) -> Choice:
+    """Returns the choice with a GPU library's fastest algorithm for each range of rows; see `gpu_algorithms.refine`."""
+    shape, plan = choice.shape, choice.plan
     if plan.device != "cuda":
-        return plan, True
+        return choice
     dtype = DTYPES[build.dtype or "bfloat16"]
-    return refine(plan, _most_rows(shape, build), _plain(members), dtype, shape.n, shape.k)
+    refined = refine(plan, _most_rows(shape, build), _plain(members), dtype, shape.n, shape.k, choice.untimed)
+    if refined is None:
+        return replace(choice, has_failed=True)
+    return replace(choice, plan=refined.plan, untimed=refined.untimed)
 
 
 def _most_rows(shape: Shape, build: BuildConfig) -> int:

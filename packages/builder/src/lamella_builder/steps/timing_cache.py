@@ -40,8 +40,11 @@ class TimedChoice:
         self._key = json.dumps(key, sort_keys=True)
         self.path: Path = disk_cache.cache_root() / "timings" / f"{disk_cache.digest(self._key)}.json"
 
-    def load(self) -> MatmulPlan | None:
-        """Returns the plan that was chosen; None if there is none for this key."""
+    def load(self) -> tuple[MatmulPlan, int | None] | None:
+        """Returns the plan that was chosen, and from how many rows on it remains to be timed, as saved.
+
+        None if there is none for this key.
+        """
         data = disk_cache.read(self.path)
         if data is None:
             return None
@@ -49,12 +52,15 @@ class TimedChoice:
             record = json.loads(data)
             if record["key"] != json.loads(self._key):
                 return None
-            return MatmulPlan.from_dict(record["plan"])
+            untimed = record["untimed"]
+            if untimed is not None and type(untimed) is not int:
+                raise ValueError(f"untimed is {untimed!r}; need a number of rows, or null")
+            return MatmulPlan.from_dict(record["plan"]), untimed
         except (ValueError, TypeError, KeyError, ConfigError) as error:
             logger.warning("kernels are timed again, for %s is damaged: %s", self.path, error)
             return None
 
-    def save(self, plan: MatmulPlan) -> None:
-        """Keeps the plan; where that is not possible, later builds time again."""
-        record = {"key": json.loads(self._key), "plan": plan.to_dict()}
+    def save(self, plan: MatmulPlan, untimed: int | None) -> None:
+        """Keeps the plan, timed below ``untimed`` rows (None: whole); where that is not possible, builds time again."""
+        record = {"key": json.loads(self._key), "plan": plan.to_dict(), "untimed": untimed}
         disk_cache.write(self.path, json.dumps(record, indent=1).encode() + b"\n")

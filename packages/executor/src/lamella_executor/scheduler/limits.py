@@ -56,5 +56,6 @@ class RequestLimits:
             raise RequestError(
                 f"the request needs up to {num_blocks} KV cache blocks ({num_prompt} prompt tokens, max_tokens "
                 f"{request.max_tokens}, {width} sequences), the cache has {kv.num_blocks} of {kv.tokens_per_block} "
-                "tokens; lower max_tokens, or raise KvCacheConfig.max_tokens or KvCacheConfig.host_memory_bytes"
+                "tokens; lower max_tokens, or raise what bounds the cache in KvCacheConfig: max_tokens, on a CPU "
+                "host_memory_bytes, on a GPU free_gpu_memory_fraction, max_gpu_total_bytes or gpu_memory_utilization"
             )
