@@ -33,9 +33,9 @@ from lamella_core.kernels.triton.attention.decode import Split, decode_attention
 from lamella_core.kernels.triton.attention.decode_plan import Tile as DecodeTile
 from lamella_core.kernels.triton.attention.decode_plan import choose_split
 from lamella_core.kernels.triton.attention.decode_plan import choose_tile as choose_decode_tile
-from lamella_core.kernels.triton.attention.prefill import Tile as PrefillTile
-from lamella_core.kernels.triton.attention.prefill import choose_tile as choose_prefill_tile
 from lamella_core.kernels.triton.attention.prefill import prefill_attention, ragged_attention
+from lamella_core.kernels.triton.attention.prefill_plan import Tile as PrefillTile
+from lamella_core.kernels.triton.attention.prefill_plan import choose_tile as choose_prefill_tile
 from lamella_core.kernels.triton.launch import next_power_of_2
 
 HEADS, KV_HEADS, DIM = 32, 8, 128

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 
 from lamella_core.kernels.sparsity import BlockSparsity
-from lamella_core.kernels.triton.attention import common, decode, decode_plan, gather, mla, mla_plan, prefill
+from lamella_core.kernels.triton.attention import (
+    common,
+    decode,
+    decode_plan,
+    gather,
+    mla,
+    mla_plan,
+    prefill,
+    prefill_plan,
+)
 
 BF16, FLOAT8 = torch.bfloat16, torch.float8_e4m3fn
 PAGE = 32
@@ -15,7 +24,7 @@ SPARSITY = BlockSparsity(64, 16, 8, 1)
 def calls() -> None:
     for module in (common, decode, decode_plan, mla, mla_plan):
         module.num_processors = lambda device: 132
-    for module in (common, prefill, decode_plan, mla_plan):
+    for module in (common, prefill_plan, decode_plan, mla_plan):
         module.shared_memory = lambda device: 227 << 10
     for cache in (BF16, FLOAT8):
         decoded(cache, 1, 8192)

@@ -5,8 +5,9 @@ import torch
 from tests.support.paged_case import FLOAT8, OPTIONS, PagedCase, every_option
 
 from lamella_core.errors import ConfigError
-from lamella_core.kernels.triton.attention import prefill
-from lamella_core.kernels.triton.attention.prefill import Tile, prefill_attention, ragged_attention
+from lamella_core.kernels.triton.attention import prefill_plan
+from lamella_core.kernels.triton.attention.prefill import prefill_attention, ragged_attention
+from lamella_core.kernels.triton.attention.prefill_plan import Tile
 
 BASE = PagedCase(lengths=(5, 97, 130), queries=(5, 33, 1))
 HALVES = (torch.bfloat16, torch.float16)
@@ -173,8 +174,8 @@ def test_keys_that_do_not_belong_to_the_queries(device):
 @pytest.mark.parametrize("shared", [99, 163, 227])
 @pytest.mark.parametrize("dim, key_bytes", [(64, 2), (128, 2), (256, 2), (64, 1), (128, 1), (256, 1)])
 def test_tiles_fit_the_device(monkeypatch, shared, dim, key_bytes):
-    monkeypatch.setattr(prefill, "shared_memory", lambda device: shared << 10)
+    monkeypatch.setattr(prefill_plan, "shared_memory", lambda device: shared << 10)
     for rows, keys in ((16, 16), (64, 4096), (512, 128), (8192, 2048), (32768, 8192)):
-        tile = prefill.choose_tile(dim, 2, key_bytes, rows, keys)
-        tile = prefill.fitting.__wrapped__(tile, dim * key_bytes, dim * 2, torch.device("cpu"))
+        tile = prefill_plan.choose_tile(dim, 2, key_bytes, rows, keys)
+        tile = prefill_plan.fitting.__wrapped__(tile, dim * key_bytes, dim * 2, torch.device("cpu"))
         assert tile.block_m * dim * 2 + 2 * tile.num_stages * tile.block_n * dim * key_bytes <= shared << 10

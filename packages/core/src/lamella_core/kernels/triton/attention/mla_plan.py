@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lamella_core.kernels.triton.attention.common import num_processors, shared_memory
+from lamella_core.kernels.triton.attention.prefill_plan import Tile
 from lamella_core.kernels.triton.launch import next_power_of_2
 
 LEAST_ROWS, MOST_ROWS = 16, 64  # per program: what a matrix unit takes, and what registers hold of results
@@ -16,23 +17,6 @@ MOST_PARTS = 64  # of a sequence's keys
 LEAST_PART = 256  # keys
 WORTH_SPLITTING = 2  # least parts
 _SPARE_BYTES = 8 << 10  # of shared memory, for what is neither queries nor keys
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How `_latent_kernel` divides the work.
-
-    Attributes:
-        block_m: rows per program.
-        block_n: keys per step.
-        num_warps: warps per program.
-        num_stages: steps whose keys are in shared memory or on their way to it.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True)
