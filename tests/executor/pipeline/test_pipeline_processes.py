@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.support.executors import LLAMA, greedy, hf_beams, hf_greedy, hf_logprobs, prompt
 from tests.support.tiny_models import hf_dir
+from tests.support.worker_crews import children
 
 from lamella_core.engine import BuildConfig, Engine, EngineWriter
 from lamella_core.errors import EngineDeadError
@@ -60,10 +61,4 @@ def test_a_killed_stage_fails_every_request_with_its_name(engines: dict[int, Pat
         for result in results:
             with pytest.raises(EngineDeadError, match=r"rank 1 .*SIGKILL"):
                 result.result(5)
-    assert children() == []
-
-
-def children() -> list[int]:
-    """Processes of this one's."""
-    tasks = Path("/proc/self/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    assert not children()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from lamella.roofline import ModelShape, Roofline, find_hardware
 from lamella_core import AutoConfig
 from lamella_core.errors import ConfigError, LamellaError
 from lamella_core.quantization.config import QuantConfig
+from lamella_executor.loop import EngineLoop
 from lamella_executor.stats import IterationStats
 
 LLAMA_8B = Path(__file__).resolve().parents[3] / "benchmarks" / "configs" / "llama-3.1-8b"
@@ -227,12 +229,20 @@ def traced(config_dir, monkeypatch):
     return make_plan(model=str(config_dir), dtype="float32", isl=6, osl=20).resolved()
 
 
-def test_steps_are_traced_under_a_load_that_ends(traced):
+def test_steps_are_traced_under_a_load_that_ends(traced, monkeypatch):
+    plain = EngineLoop.step
+
+    def slow(loop):  # so that requests live far longer than it takes to replace one
+        time.sleep(0.01)
+        plain(loop)
+
+    monkeypatch.setattr(EngineLoop, "step", slow)
+    monkeypatch.setattr(steady, "NUM_STEPS", 40)  # twice as many as the first requests live
     with traced.open() as llm:
         found = steady.profile_steps(llm, traced, num_running=3)
         assert llm.generate([1, 2, 3]).finished
         assert llm.get_stats()[-1].num_running <= 1
-    assert found["num_steps"] == 4 and 2 <= found["num_running"] <= 3  # those that end are replaced, and no more
+    assert found["num_steps"] == 40 and 2 <= found["num_running"] <= 3  # those that end are replaced, and no more
     assert found["parts_ms"]["idle"] == pytest.approx(0.1 * found["step_ms"], rel=0.1)
     assert found["parts_ms"]["GEMM"] == pytest.approx(0.9 * found["step_ms"], rel=0.1)
 
